@@ -1,0 +1,19 @@
+"""Steering-conditioned LoRA via sparse autoencoders: train, ablate, report."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+__all__ = ["export_peft", "load_adapter", "load_sae"]
+
+
+def __getattr__(name: str):
+    # Loaded on first use: the command line answers --help without importing torch.
+    if name == "load_adapter":
+        from steerlora.formats.adapter import load_adapter as value
+    elif name == "load_sae":
+        from steerlora.formats.sae import load_sae as value
+    elif name == "export_peft":
+        from steerlora.formats.peft import export_peft as value
+    else:
+        raise AttributeError(f"module 'steerlora' has no attribute {name!r}")
+    return value

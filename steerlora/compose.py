@@ -1,0 +1,141 @@
+"""Hydra's side of the door: YAML groups to one typed configuration, errors in one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from steerlora.config import GROUPS, Config
+from steerlora.errors import UserError, nearest
+
+SCHEMA = "_schema"
+"""Option of every group that holds its typed defaults; the YAML files build on it."""
+
+Compose = Callable[..., Config]
+"""``compose("model=micro_s", ...)``: this run's configuration with some options changed."""
+
+
+def config_directory() -> Path:
+    """``conf/``: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package.parent / "conf", package / "conf"):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    raise UserError(f"no conf/config.yaml beside {package}: install the package again")
+
+
+def register_schemas() -> None:
+    """Give every group its typed defaults, so that each key exists and has a type."""
+    for group, schema in GROUPS.items():
+        # A frozen dataclass makes a read-only node, which YAML could not fill in.
+        node = OmegaConf.structured(schema)
+        OmegaConf.set_readonly(node, None)
+        ConfigStore.instance().store(group=group, name=SCHEMA, node=node)
+
+
+@contextmanager
+def hydra_ready() -> Iterator[None]:
+    """Hydra initialised with ``conf/``: the running job's own, or one for this context."""
+    if GlobalHydra.instance().is_initialized():
+        yield
+        return
+    register_schemas()
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        yield
+
+
+def load(overrides: Sequence[str]) -> Config:
+    """Compose and check one configuration.
+
+    Raises:
+        UserError: an unknown key or option (with the nearest right ones), or a wrong value.
+    """
+    with hydra_ready():
+        try:
+            tree = compose("config", list(overrides))
+            return typed(tree)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(explain(error)) from error
+
+
+def typed(tree: DictConfig) -> Config:
+    """The dataclasses of a composed tree, its interpolations resolved."""
+    values = OmegaConf.to_container(tree, resolve=True)
+    sections = {
+        name: _section(name, schema, values.get(name))
+        for name, schema in GROUPS.items()
+        if values.get(name) is not None
+    }
+    extra = {key: value for key, value in values.items() if key not in GROUPS}
+    if not isinstance(extra.get("seed", 0), int):
+        raise UserError(f"seed={extra['seed']}: must be a whole number")
+    return Config(**sections, **extra)
+
+
+def _section(name: str, schema: type, values: dict):
+    node = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(node, None)
+    try:
+        merged = OmegaConf.merge(node, values)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "key", None)
+        raise UserError(f"{name}.{key}: {str(error).splitlines()[0]}") from error
+    return OmegaConf.to_object(merged)
+
+
+def check_sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """Every job of a sweep, composed and checked before the first one starts."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    batches = [list(job) for batch in jobs for job in batch]
+    for job in batches:
+        load(job)
+    return batches
+
+
+def explain(error: Exception) -> str:
+    """One line for a composition error: what is wrong and what would be right."""
+    message = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {message.splitlines()[0]}"
+    if match := re.search(r"Could not find '([^']+)'", message):
+        group, _, option = match[1].rpartition("/")
+        options = _options(group)
+        return f"{group}={option}: {nearest(option, options)}" if options else message
+    if match := re.search(r"Could not override '([^']+)'", message):
+        return f"no such key: {match[1]}; {_nearest_key(match[1])}"
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException):
+        return f"{getattr(cause, 'full_key', '')}: {str(cause).splitlines()[0]}"
+    return " ".join(message.split())
+
+
+def _options(group: str) -> list[str]:
+    directory = config_directory() / group
+    return [path.stem for path in directory.glob("*.yaml") if path.stem != SCHEMA]
+
+
+def _nearest_key(key: str) -> str:
+    """Suggestions for a dotted key: its own section's keys if that exists, else the sections."""
+    section, _, name = key.rpartition(".")
+    if section in GROUPS:
+        choices = list(GROUPS[section].__dataclass_fields__)
+        return nearest(name, choices).replace("'", f"'{section}.", 1) if name else nearest("", choices)
+    first = key.split(".")[0]
+    everywhere = [f"{g}.{n}" for g, schema in GROUPS.items() for n in schema.__dataclass_fields__]
+    if "." in key:
+        close = nearest(key, everywhere)
+        if close.startswith("did you mean"):
+            return close
+    return nearest(first, [*GROUPS, "seed", "experiment"])

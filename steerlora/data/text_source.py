@@ -1,0 +1,142 @@
+"""A folder of JSON-lines files as prompts and responses, checked row by row.
+
+Everything here streams: a file is read once from top to bottom and only counters stay in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from steerlora.errors import UserError
+
+SUFFIX = "_train.jsonl"
+
+_TYPE_NAMES = {
+    bool: "true or false",
+    dict: "an object",
+    float: "a number",
+    int: "a number",
+    list: "a list",
+    str: "text",
+    type(None): "null",
+}
+
+
+class SourceRow(NamedTuple):
+    """One usable line of a source file.
+
+    Attributes:
+        prompt: the user's turn as the file has it.
+        response: the assistant's turn.
+        task: the sub-task the row belongs to (LegalBench's ``task``), or "".
+    """
+
+    prompt: str
+    response: str
+    task: str
+
+
+def discover(source: Path) -> tuple[str, ...]:
+    """The domains of a folder: every ``<name>_train.jsonl``, sorted by name."""
+    if not source.is_dir():
+        raise UserError(f"{source} is not a folder; domains.dir takes a folder of .jsonl files")
+    return tuple(sorted(path.name.removesuffix(SUFFIX) for path in source.glob(f"*{SUFFIX}")))
+
+
+def choose_domains(
+    source: Path, names: tuple[str, ...] | None, standard: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Which domains of ``source`` to use, in which order.
+
+    Args:
+        source: the folder.
+        names: the domains asked for. ``None`` takes ``standard`` when the folder has any of them
+            (all of them must then be there) and otherwise every domain the folder has.
+        standard: the domains of the published experiments.
+
+    Raises:
+        UserError: no folder, no domains in it, one missing, or one named twice.
+    """
+    found = discover(source)
+    if names is None:
+        names = standard if set(found) & set(standard) else found
+    if not names:
+        raise UserError(f"{source} has no file named <domain>{SUFFIX}, so there are no domains")
+    if len(set(names)) < len(names):
+        raise UserError(f"domains.names lists a domain twice: {', '.join(names)}")
+    missing = [name for name in names if name not in found]
+    if missing:
+        present = ", ".join(found) if found else "none"
+        raise UserError(
+            f"{source / (missing[0] + SUFFIX)} is missing (domains found there: {present}); "
+            "add the file, or choose others with domains.names=[...]"
+        )
+    return names
+
+
+def read_objects(path: Path) -> Iterator[tuple[str, dict]]:
+    """Each JSON object of ``path`` with its place, ``file:line``; blank lines are passed over.
+
+    Raises:
+        UserError: naming file and line, for bad JSON, a line that is no object, or bad UTF-8.
+    """
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            place = f"{path}:{number}"
+            try:
+                line = raw.decode("utf-8-sig").strip()
+                if not line:
+                    continue
+                row = json.loads(line)
+            except UnicodeDecodeError:
+                raise UserError(f"{place}: not UTF-8 text; save the file as UTF-8") from None
+            except (json.JSONDecodeError, RecursionError) as error:
+                reason = getattr(error, "msg", "nested too deeply")
+                raise UserError(f"{place}: not valid JSON ({reason})") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{place}: a row is a JSON object, this is {_kind(row)}")
+            yield place, row
+
+
+def read_rows(
+    path: Path, *, prompt_key: str = "prompt", response_key: str = "response"
+) -> Iterator[SourceRow]:
+    """The prompts and responses of ``path``; rows where either is blank are left out.
+
+    Raises:
+        UserError: naming file and line, for whatever :func:`read_objects` refuses, for a missing
+            key (with the row's keys) and for a value that is not text; naming the file when it
+            has no usable row.
+    """
+    empty = True
+    for place, row in read_objects(path):
+        prompt = text_of(row, prompt_key, place)
+        response = text_of(row, response_key, place)
+        task = text_of(row, "task", place) if "task" in row else ""
+        if prompt.strip() and response.strip():
+            empty = False
+            yield SourceRow(prompt, response, task)
+    if empty:
+        raise UserError(f"{path} has no row with a {prompt_key} and a {response_key}")
+
+
+def text_of(row: dict, key: str, place: str) -> str:
+    """``row[key]``, refused with ``place`` unless it is there and is text."""
+    if key not in row:
+        keys = ", ".join(sorted(row)) or "none"
+        raise UserError(f"{place}: the row has no '{key}' (its keys: {keys})")
+    value = row[key]
+    if not isinstance(value, str):
+        raise UserError(f"{place}: '{key}' must be text, this is {_kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: '{key}' has half a surrogate pair, which is no text") from None
+    return value
+
+
+def _kind(value: object) -> str:
+    return _TYPE_NAMES[type(value)]

@@ -1,0 +1,27 @@
+"""What a user did wrong, in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: printed as one line, exit code 2, no traceback."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The part of an error message that helps: the closest choices, or all of them.
+
+    Args:
+        name: what the user wrote.
+        choices: what would have been right.
+
+    Returns:
+        ``did you mean 'a' or 'b'?`` where something is close, else ``choose from a, b, c``.
+    """
+    choices = sorted(map(str, choices))
+    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
+    if close:
+        return "did you mean " + " or ".join(f"'{choice}'" for choice in close) + "?"
+    return "choose from " + ", ".join(choices) if choices else "there is nothing to choose from"

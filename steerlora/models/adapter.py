@@ -1,0 +1,350 @@
+"""The adapter: specialists in the layers above a control site, routed by what the site sees.
+
+B batch, S sequence, D model width, N latents, K active latents, E specialists, R rank components.
+
+One forward is enough. The stream entering layer c is the base model's own, because nothing below c
+is adapted; its features are therefore exactly the base model's features, with no second pass and
+no backward below c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from steerlora.models.decoder import EditedLayer, decoder_of
+from steerlora.models.interventions import INTERVENTIONS, Intervention, SiteFacts
+from steerlora.models.lowrank import AdaptedLinear, LowRank
+from steerlora.models.router import Router, Routing
+from steerlora.models.sae import SparseAutoencoder, SparseFeatures
+
+ROUTINGS = ("none", "dense", "sae")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterShape:
+    """Everything that fixes an adapter's tensors and arithmetic.
+
+    Attributes:
+        routing: "none" (plain LoRA: every specialist always on), "dense" (gate from the hidden
+            state at the site) or "sae" (gate and rank from the site's features).
+        sites: control sites c_1 < c_2 < ...; site i controls layers [c_i, c_{i+1}). Plain LoRA uses
+            the first only, as the first adapted layer.
+        specialists: E.
+        rank: R of each specialist; the total rank is E * R for every routing.
+        alpha: the update is scaled by alpha / R.
+        top_k: specialists kept per token.
+        temperature: tau of the gate.
+        dynamic_rank: learn a token-dependent rank mask.
+        initial_rank: effective rank at initialisation, as a fraction of R.
+        target_modules: last names of the linear layers that are adapted.
+    """
+
+    routing: str = "sae"
+    sites: tuple[int, ...] = (0,)
+    specialists: int = 4
+    rank: int = 16
+    alpha: float = 16.0
+    top_k: int = 2
+    temperature: float = 1.0
+    dynamic_rank: bool = True
+    initial_rank: float = 0.75
+    target_modules: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+class Site:
+    """One control site at work: reads the stream, routes it, and holds the result for its layers.
+
+    Attributes:
+        scale: [B, S, E*R] of the current forward, (alpha / R) * gate outer mask; None for plain LoRA.
+        routing: the current forward's gate and mask, with gradient in training.
+        facts: what interventions may know.
+    """
+
+    def __init__(self, adapter: Adapter, layer: int, router: Router, facts: SiteFacts | None) -> None:
+        self.adapter, self.layer, self.router, self.facts = adapter, layer, router, facts
+        self.scale: Tensor | None = None
+        self.routing: Routing | None = None
+
+    def edit(self, stream: Tensor) -> Tensor:
+        """Route every token of the stream [B, S, D]; the stream itself passes unchanged."""
+        intervention = self.adapter.active_intervention
+        logits = self._logits(stream.detach(), intervention)
+        routing = self.router.route(logits)
+        if intervention is not None:
+            routing = intervention.routing(routing, self.facts)
+            intervention.ran = True
+        shape = self.adapter.shape
+        pairs = routing.gate.unsqueeze(-1) * routing.mask.unsqueeze(-2)
+        self.scale = (pairs.flatten(-2) * (shape.alpha / shape.rank)).to(stream.dtype)
+        self.routing = routing
+        return stream
+
+    def _logits(self, stream: Tensor, intervention: Intervention | None) -> Tensor:
+        if self.facts is None:
+            normed = stream.float()
+            normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + 1e-6)
+            return self.router.logits_dense(normed)
+        with torch.no_grad():
+            features = self.facts.sae.encode(stream)
+            if intervention is not None:
+                real = self.adapter.real_tokens(stream)
+                features = intervention.features(features, stream, real, self.facts)
+            values = features.values / self.adapter.feature_scale(self.layer)
+        return self.router.logits_sparse(values, features.indices)
+
+
+class Adapter(nn.Module):
+    """Low-rank specialists of a base model, and the routers that weigh them.
+
+    Parameter names, which are also the names in ``adapter_model.safetensors``:
+    ``layers.<i>:<module path>.A`` and ``.B`` (module path inside decoder layer i, dots as "/"),
+    ``routers.<site>.weight`` and ``.bias`` (columns: E gate logits, then R mask logits), and the
+    buffer ``scales.<site>`` (mean feature norm, by which features are divided before routing).
+
+    Args:
+        model: the base model; it is frozen here, and attached to by :meth:`attach`.
+        shape: what to build.
+        saes: {site: SAE} for routing "sae", else empty. Frozen.
+        feature_scales: {site: mean L2 norm of the features}; 1 where absent.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: a site beyond the last layer, a missing SAE or one of another width, no module
+            of the given names.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: AdapterShape,
+        saes: Mapping[int, SparseAutoencoder] | None = None,
+        *,
+        feature_scales: Mapping[int, float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        saes = dict(saes or {})
+        generator = torch.Generator().manual_seed(seed)
+        targets = _targets(model, shape)
+        width = decoder_of(model).config.hidden_size
+        _check_saes(shape, saes, width)
+        self.shape = shape
+        self.layers = nn.ModuleDict(
+            {
+                name: LowRank(linear.in_features, linear.out_features, total_rank(shape), generator)
+                for name, (_, linear) in targets.items()
+            }
+        )
+        self.routers, self.scales = nn.ModuleDict(), nn.ParameterDict()
+        self.sites: dict[int, Site] = {}
+        # Held outside the module tree: the SAEs are inputs of the adapter, not part of it.
+        self.saes = _Frozen(saes)
+        for site in shape.sites if shape.routing != "none" else ():
+            sae = saes.get(site)
+            router = Router(
+                width if sae is None else sae.W_enc.shape[1],
+                specialists=shape.specialists,
+                rank=shape.rank,
+                top_k=shape.top_k,
+                temperature=shape.temperature,
+                dynamic_rank=shape.dynamic_rank,
+                initial_rank=shape.initial_rank,
+                generator=generator,
+            )
+            self.routers[str(site)] = router
+            scale = float((feature_scales or {}).get(site, 1.0))
+            self.scales[str(site)] = nn.Parameter(torch.tensor(scale), requires_grad=False)
+            facts = SiteFacts(sae, float(shape.rank), {}) if sae is not None else None
+            self.sites[site] = Site(self, site, router, facts)
+        self.active_intervention: Intervention | None = None
+        self._attention_mask: Tensor | None = None
+        self._model: nn.Module | None = None
+        model.requires_grad_(False)
+
+    # Attaching and detaching
+
+    def attach(self, model: nn.Module) -> Adapter:
+        """Put the adapter into ``model``, in place; :meth:`remove` undoes it exactly."""
+        decoder = decoder_of(model)
+        if "forward" in vars(decoder):
+            raise ValueError("the model already carries an adapter: call its remove() first")
+        for name, (parent, linear) in _targets(model, self.shape).items():
+            source = self._source(int(name.split(":")[0]))
+            scale = self.shape.alpha / self.shape.rank
+            child = name.rsplit("/", 1)[-1]
+            setattr(parent, child, AdaptedLinear(linear, self.layers[name], source, scale))
+        for layer, site in self.sites.items():
+            decoder.layers[layer] = EditedLayer(decoder.layers[layer], site.edit)
+        forward = decoder.forward
+
+        def with_mask(*args, attention_mask=None, **kwargs):
+            self._attention_mask = attention_mask
+            return forward(*args, attention_mask=attention_mask, **kwargs)
+
+        decoder.forward = with_mask
+        self._model = model
+        return self
+
+    def remove(self) -> None:
+        """Give the model back as it was: the same modules, no wrapper left."""
+        if self._model is None:
+            raise ValueError("the adapter is not attached to a model")
+        decoder = decoder_of(self._model)
+        del decoder.forward
+        for layer in self.sites:
+            decoder.layers[layer] = decoder.layers[layer].layer
+        for name, (parent, linear) in _targets(self._model, self.shape).items():
+            setattr(parent, name.rsplit("/", 1)[-1], linear.base)
+        self._model = None
+
+    def _source(self, layer: int) -> Site | _Constant:
+        below = [site for site in self.sites if site <= layer]
+        return self.sites[max(below)] if below else _CONSTANT
+
+    # What the sites ask of it
+
+    def feature_scale(self, site: int) -> Tensor:
+        """The mean feature norm of a site, a scalar."""
+        return self.scales[str(site)]
+
+    def real_tokens(self, stream: Tensor) -> Tensor:
+        """True on real tokens of the current forward, [B, S]; a KV cache sends the last S columns."""
+        mask = self._attention_mask
+        batch, length = stream.shape[:2]
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return torch.ones(batch, length, dtype=torch.bool, device=stream.device)
+        return mask[:, -length:].bool()
+
+    # What a user asks of it
+
+    @contextmanager
+    def intervention(
+        self, name: str, *, seed: int = 0, domain: str | None = None
+    ) -> Iterator[Intervention]:
+        """Run the model with its control signal changed, inside this context only.
+
+        Args:
+            name: one of ``INTERVENTIONS``.
+            seed: of the intervention's draws.
+            domain: the tokens' true domain, for ``oracle_domain``.
+
+        Raises:
+            ValueError: an unknown name, or an adapter that is not routed by an SAE.
+            RuntimeError: the context ended and no control site had run inside it.
+        """
+        if name not in INTERVENTIONS:
+            raise ValueError(f"no intervention {name!r}: choose from {', '.join(INTERVENTIONS)}")
+        if self.shape.routing != "sae":
+            raise ValueError(
+                f"interventions act on SAE routing; this adapter's routing is {self.shape.routing!r}"
+            )
+        self.active_intervention = INTERVENTIONS[name](seed=seed, domain=domain)
+        try:
+            yield self.active_intervention
+            if not self.active_intervention.ran:
+                raise RuntimeError(f"intervention {name!r}: its control site never ran inside it")
+        finally:
+            self.active_intervention = None
+
+    def routing(self) -> dict[int, Routing]:
+        """The last forward's gates [B, S, E] and rank masks [B, S, R] by site, detached."""
+        return {
+            layer: Routing(site.routing.gate.detach(), site.routing.mask.detach())
+            for layer, site in self.sites.items()
+            if site.routing is not None
+        }
+
+    def parameter_count(self) -> int:
+        """Trainable parameters, routers included."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def _apply(self, function, *args, **kwargs):
+        super()._apply(function, *args, **kwargs)
+        for sae in self.saes.values():
+            sae._apply(function, *args, **kwargs)
+        return self
+
+
+class _Constant:
+    """The scale source of layers that no site controls."""
+
+    scale = None
+
+
+_CONSTANT = _Constant()
+
+
+class _Frozen(dict):
+    """{site: SAE}, frozen and in evaluation mode; a plain dict, so never in the state dict."""
+
+    def __init__(self, saes: Mapping[int, SparseAutoencoder]) -> None:
+        super().__init__({site: sae.eval().requires_grad_(False) for site, sae in saes.items()})
+
+
+def total_rank(shape: AdapterShape) -> int:
+    """E * R: what plain LoRA of the same size has as its rank."""
+    return shape.specialists * shape.rank
+
+
+def _targets(model: nn.Module, shape: AdapterShape) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """{name: (parent module, linear layer)} of everything adapted, lowest layer first."""
+    layers = decoder_of(model).layers
+    if any(site < 0 or site >= len(layers) for site in shape.sites) or not shape.sites:
+        raise ValueError(
+            f"control sites {list(shape.sites)}: the model has layers 0 to {len(layers) - 1}"
+        )
+    found: dict[str, tuple[nn.Module, nn.Module]] = {}
+    for index in range(min(shape.sites), len(layers)):
+        layer = layers[index].layer if isinstance(layers[index], EditedLayer) else layers[index]
+        for path, module in layer.named_modules():
+            adapted = isinstance(module, AdaptedLinear)
+            plain = isinstance(module, nn.Linear) and not path.endswith(".base")
+            if (adapted or plain) and path.rsplit(".", 1)[-1] in shape.target_modules:
+                parent = layer.get_submodule(path.rsplit(".", 1)[0]) if "." in path else layer
+                found[f"{index}:{path.replace('.', '/')}"] = (parent, module)
+    if not found:
+        linears = sorted(
+            {
+                path.rsplit(".", 1)[-1]
+                for path, module in layers[0].named_modules()
+                if isinstance(module, nn.Linear)
+            }
+        )
+        raise ValueError(
+            f"no module named {', '.join(shape.target_modules)}; the layers' linear modules are "
+            f"{', '.join(linears)}"
+        )
+    return found
+
+
+def _check_saes(shape: AdapterShape, saes: Mapping[int, SparseAutoencoder], width: int) -> None:
+    if shape.routing not in ROUTINGS:
+        raise ValueError(f"routing {shape.routing!r}: choose from {', '.join(ROUTINGS)}")
+    if shape.routing != "sae":
+        return
+    missing = [site for site in shape.sites if site not in saes]
+    if missing:
+        raise ValueError(f"no SAE for control site {missing[0]}; SAEs are given for {sorted(saes)}")
+    for site, sae in saes.items():
+        if sae.W_enc.shape[0] != width:
+            raise ValueError(
+                f"the SAE at site {site} reads width {sae.W_enc.shape[0]}, the model has {width}"
+            )
+
+

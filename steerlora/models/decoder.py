@@ -1,0 +1,133 @@
+"""The decoder of a causal language model, in parts: layers, taps, truncation.
+
+B batch, S sequence, D model width, L layers. A *site* c names the residual stream entering layer c.
+Layers are wrapped, never hooked: sharding engines remove forward hooks between stages.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The stack of layers inside a causal language model (embeddings, layers, final norm).
+
+    Raises:
+        ValueError: no sub-module holds a ``layers`` list; the message lists what there is.
+    """
+    candidates = [getattr(model, "model", None), getattr(model, "transformer", None), model]
+    if hasattr(model, "get_decoder"):
+        candidates.insert(0, model.get_decoder())
+    for candidate in candidates:
+        if isinstance(getattr(candidate, "layers", None), nn.ModuleList):
+            return candidate
+    found = ", ".join(f"{name} ({type(child).__name__})" for name, child in model.named_children())
+    raise ValueError(
+        f"{type(model).__name__} has no decoder with a 'layers' list; its parts are: {found}"
+    )
+
+
+class EditedLayer(nn.Module):
+    """A decoder layer whose incoming stream first passes through ``edit``.
+
+    ``edit`` maps the stream [B, S, D] to one of the same shape: it may record, replace or only look.
+    It runs outside the layer, so a recomputation of the layer (activation checkpointing) does not
+    run it again.
+    """
+
+    def __init__(self, layer: nn.Module, edit: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.edit = edit
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs):
+        return self.layer(self.edit(hidden_states), *args, **kwargs)
+
+
+@contextmanager
+def edited(model: nn.Module, edits: dict[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Run ``model`` with the stream entering each given layer edited, inside this context only."""
+    layers = decoder_of(model).layers
+    original = {site: layers[site] for site in edits}
+    for site, edit in edits.items():
+        layers[site] = EditedLayer(layers[site], edit)
+    try:
+        yield
+    finally:
+        for site, layer in original.items():
+            layers[site] = layer
+
+
+def layer_range(model: nn.Module, start: int, stop: int) -> nn.Module:
+    """The decoder with layers [start, stop) only and no final norm, sharing every weight.
+
+    Called with ``inputs_embeds`` [B, S, D] it continues from the stream entering layer ``start``;
+    its ``last_hidden_state`` is the stream entering layer ``stop``.
+    """
+    decoder = decoder_of(model)
+    part = copy.copy(decoder)
+    part._modules = dict(decoder._modules)
+    part.layers = nn.ModuleList(decoder.layers[start:stop])
+    part.norm = nn.Identity()
+    part.config = copy.copy(decoder.config)
+    part.config.num_hidden_layers = stop - start
+    if getattr(part.config, "layer_types", None):
+        part.config.layer_types = part.config.layer_types[start:stop]
+    return part
+
+
+@torch.no_grad()
+def residual_streams(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, sites: Sequence[int]
+) -> dict[int, Tensor]:
+    """The residual streams entering layers ``sites``, in one forward that stops at the last.
+
+    Args:
+        model: a causal language model.
+        input_ids: [B, S].
+        attention_mask: [B, S], 1 on real tokens.
+        sites: layer indices in [0, L]; L is the stream leaving the last layer, before the norm.
+
+    Returns:
+        {site: [B, S, D]} in the model's dtype.
+    """
+    part = layer_range(model, 0, max(sites))
+    streams: dict[int, Tensor] = {}
+
+    def record(site: int) -> Callable[[Tensor], Tensor]:
+        def edit(stream: Tensor) -> Tensor:
+            streams[site] = stream
+            return stream
+
+        return edit
+
+    for site in sites:
+        if site < max(sites):
+            part.layers[site] = EditedLayer(part.layers[site], record(site))
+    output = part(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    streams[max(sites)] = output.last_hidden_state
+    return streams
+
+
+@torch.no_grad()
+def spliced_logits(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    site: int,
+    edit: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Logits [B, S, V] of ``model`` with the stream entering layer ``site`` replaced by ``edit`` of it."""
+    with edited(model, {site: edit}):
+        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits

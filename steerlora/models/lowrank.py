@@ -1,0 +1,80 @@
+"""A frozen linear layer with a bank of low-rank specialists, fused.
+
+T tokens, D_in and D_out widths of the layer, E specialists, R rank of each.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ScaleSource(Protocol):
+    """Where a layer reads the weight of every (specialist, rank) pair in the current forward."""
+
+    scale: Tensor | None
+    """[..., E*R], the outer product of gate and mask times alpha / r; None: a constant."""
+
+
+class LowRank(nn.Module):
+    """The trainable matrices of one adapted layer, specialists stacked.
+
+    Attributes:
+        A: [E*R, D_in]; rows e*R ... (e+1)*R belong to specialist e.
+        B: [D_out, E*R]; columns likewise. Zero at first, so that the adapter starts as the base.
+    """
+
+    def __init__(
+        self, d_in: int, d_out: int, total_rank: int, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        # Kaiming-uniform with a = sqrt(5), as LoRA has it, on the fan-in of one row: D_in. (On a
+        # three-dimensional stack torch would take the wrong fan-in.)
+        bound = 1 / math.sqrt(d_in)
+        self.A = nn.Parameter(torch.empty(total_rank, d_in).uniform_(-bound, bound, generator=generator))
+        self.B = nn.Parameter(torch.zeros(d_out, total_rank))
+
+
+class AdaptedLinear(nn.Module):
+    """y = W x + (alpha / r) sum_e g_e B_e diag(m) A_e x as two products and one multiplication.
+
+    With all specialists stacked the sum is ((x A^T) * scale) B^T: no loop over specialists, no
+    [T, E, D_out] tensor; the second product accumulates into W x in place of a separate addition.
+
+    Args:
+        base: the frozen linear layer.
+        low_rank: the specialists.
+        source: gives the scale of each token; its ``scale`` may be None.
+        constant_scale: alpha / r, used where the source gives none (plain LoRA).
+    """
+
+    def __init__(
+        self, base: nn.Linear, low_rank: LowRank, source: ScaleSource, constant_scale: float
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.low_rank = low_rank
+        self.source = source
+        self.constant_scale = constant_scale
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D_in] -> [..., D_out]."""
+        output = self.base(x)
+        hidden = F.linear(x, self.low_rank.A.to(x.dtype))
+        scale = self.source.scale
+        hidden = hidden * (self.constant_scale if scale is None else scale.to(hidden.dtype))
+        update = self.low_rank.B.to(x.dtype).t()
+        flat = torch.addmm(
+            output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), update
+        )
+        return flat.view(output.shape)

@@ -1,0 +1,207 @@
+"""Exact top-k and products with k-sparse matrices, forward and backward over active latents only.
+
+Shapes: T tokens, D model width, N latents, K active latents per token.
+
+S below is the [T, N] matrix that holds ``values[t, k]`` at column ``indices[t, k]``. It is never
+built: ``S @ table`` is an embedding-bag over the active rows of a contiguous [N, D] table, and
+``S.T @ rows`` is the same thing after grouping the active entries by latent.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Pre-activations held at once: fits a CPU's cache (top-k then costs next to nothing beside the
+# matrix product); large enough on an accelerator to keep it busy.
+_CPU_BLOCK, _ACCELERATOR_BLOCK = 2**21, 2**27
+
+
+class SparseFeatures(NamedTuple):
+    """Active latents of every token.
+
+    Attributes:
+        values: [..., K] activations, >= 0; 0 where fewer than K latents are active.
+        indices: [..., K] int64 latent numbers in [0, N); meaningless where ``values`` is 0.
+    """
+
+    values: Tensor
+    indices: Tensor
+
+
+def top_k(scores: Tensor, k: int) -> SparseFeatures:
+    """The k largest of each row, exactly, in no particular order.
+
+    Rows are cut into groups of G. Any of the k largest entries lies in one of the k groups with the
+    largest maxima (were its group not among them, k entries would be larger), so two small
+    selections, over N / G maxima and over k G candidates, replace one over N. G = sqrt(N / k)
+    balances them. Of equal entries, any may be chosen; the choice is deterministic.
+
+    Args:
+        scores: [T, N].
+        k: how many, at most N.
+
+    Returns:
+        values and indices, both [T, k].
+    """
+    count = scores.shape[1]
+    group = 2 ** round(math.log2(max(1.0, count / k)) / 2)
+    if group < 4 or count % group:
+        return SparseFeatures(*scores.topk(k, dim=1, sorted=False))
+    groups = count // group
+    blocks = scores.view(-1, group, groups)  # group j holds the columns j, j + groups, ...
+    best = blocks.amax(dim=1).topk(k, dim=1, sorted=False).indices  # [T, k]
+    candidates = blocks.gather(2, best[:, None, :].expand(-1, group, -1)).flatten(1)  # [T, G k]
+    values, position = candidates.topk(k, dim=1, sorted=False)
+    return SparseFeatures(values, (position // k) * groups + best.gather(1, position % k))
+
+
+def sparse_times_table(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+    """``S @ table``: [T, K], [T, K], contiguous [N, D] -> [T, D]."""
+    return F.embedding_bag(indices, table, per_sample_weights=values, mode="sum")
+
+
+def sparse_transposed_times(values: Tensor, indices: Tensor, rows: Tensor, latents: int) -> Tensor:
+    """``S.T @ rows``: [T, K], [T, K], [T, D] -> [N, D], grouping the entries by latent."""
+    by_latent, order = indices.flatten().to(torch.int32).sort(stable=True)
+    starts = torch.searchsorted(by_latent, torch.arange(latents, device=rows.device).int())
+    token = order // indices.shape[1]
+    weights = values.flatten()[order]
+    return F.embedding_bag(token, rows, starts, per_sample_weights=weights, mode="sum")
+
+
+def rows_dot_table(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
+    """``rows[t] . table[indices[t, k]]`` without a [T, K, D] gather: -> [T, K].
+
+    It is the gradient that torch's own embedding-bag gives its per-sample weights.
+    """
+    tokens, active = indices.shape
+    bag = torch.arange(tokens, device=rows.device)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        rows.contiguous(),
+        table,
+        indices.flatten(),
+        bag * active,
+        bag.repeat_interleave(active),
+        0,  # mode: sum
+    ).view(tokens, active)
+
+
+class _Encode(torch.autograd.Function):
+    """ReLU of the selected entries of ``(x - shift) W + b``, a block of tokens at a time."""
+
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, shift, k, extra_latents, extra_k):
+        table = W_enc.t().contiguous()  # no copy in the layout that SparseAutoencoder keeps
+        block = _CPU_BLOCK if x.device.type == "cpu" else _ACCELERATOR_BLOCK
+        parts = []
+        for tokens in x.split(max(128, block // table.shape[0])):
+            scores = torch.addmm(b_enc, tokens - shift, table.t())
+            # Without a k every positive latent is kept, up to the busiest token of the block.
+            width = k or max(1, int((scores > 0).sum(1).max()))
+            chosen = top_k(scores, width)
+            if extra_latents is not None:
+                extra = scores[:, extra_latents].topk(extra_k, dim=1, sorted=False)
+                chosen = SparseFeatures(
+                    torch.cat([chosen.values, extra.values], 1),
+                    torch.cat([chosen.indices, extra_latents[extra.indices]], 1),
+                )
+            parts.append(chosen)
+        width = max((part.values.shape[1] for part in parts), default=k or 1)
+        values = torch.cat([F.pad(p.values, (0, width - p.values.shape[1])) for p in parts])
+        indices = torch.cat([F.pad(p.indices, (0, width - p.indices.shape[1])) for p in parts])
+        values = values.relu_()
+        ctx.save_for_backward(x, W_enc, shift, values, indices)
+        ctx.mark_non_differentiable(indices)
+        return values, indices
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_values, _):
+        x, W_enc, shift, values, indices = ctx.saved_tensors
+        table = W_enc.t().contiguous()
+        latents = table.shape[0]
+        active = grad_values * (values > 0)
+        needs_x, needs_W, needs_b, needs_shift = ctx.needs_input_grad[:4]
+        grad_x = grad_W = grad_b = grad_shift = None
+        if needs_x:
+            grad_x = sparse_times_table(active, indices, table)
+        if needs_W:
+            grad_W = sparse_transposed_times(active, indices, x - shift, latents).t()
+        if needs_b or needs_shift:
+            grad_b = active.new_zeros(latents)
+            grad_b.index_add_(0, indices.flatten(), active.flatten())
+        if needs_shift:
+            grad_shift = -(grad_b @ table)  # minus grad_x summed over the tokens
+        return grad_x, grad_W, grad_b, grad_shift, None, None, None
+
+
+class _Decode(torch.autograd.Function):
+    """``S @ W``; the gradient of W is projected off its rows when these are unit vectors."""
+
+    @staticmethod
+    def forward(ctx, values, indices, W_dec, unit_rows):
+        ctx.save_for_backward(values, indices, W_dec)
+        ctx.unit_rows = unit_rows
+        return sparse_times_table(values, indices, W_dec.contiguous())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        values, indices, W_dec = ctx.saved_tensors
+        table = W_dec.contiguous()
+        grad_values = grad_W = None
+        if ctx.needs_input_grad[0]:
+            grad_values = rows_dot_table(grad_y, table, indices)
+        if ctx.needs_input_grad[2]:
+            grad_W = sparse_transposed_times(values, indices, grad_y, table.shape[0])
+            if ctx.unit_rows:
+                along = torch.linalg.vecdot(grad_W, table)[:, None]
+                grad_W.addcmul_(along, table, value=-1)
+        return grad_values, None, grad_W, None
+
+
+def sparse_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    shift: Tensor,
+    k: int | None,
+    extra_latents: Tensor | None = None,
+    extra_k: int = 0,
+) -> SparseFeatures:
+    """ReLU(TopK((x - shift) W_enc + b_enc)) and its exact gradient, in O(T K D) backward.
+
+    Neither the [T, N] pre-activations nor a gradient of that size outlive a block of tokens.
+
+    Args:
+        x: [T, D].
+        W_enc: [D, N], quickest when its transpose is contiguous.
+        b_enc: [N].
+        shift: [D], subtracted from every row of x.
+        k: active latents kept per token; None keeps every positive one.
+        extra_latents: [n] latents of which the ``extra_k`` best are appended to every token's
+            features (the auxiliary loss on dead latents); they may repeat the first k.
+        extra_k: how many, at most n.
+
+    Returns:
+        values and indices, [T, K + extra_k]; with no k, K is the largest number of active latents.
+    """
+    return SparseFeatures(*_Encode.apply(x, W_enc, b_enc, shift, k, extra_latents, extra_k))
+
+
+def sparse_decode(features: SparseFeatures, W_dec: Tensor, unit_rows: bool = False) -> Tensor:
+    """Sum of the active decoder rows: features [T, K], W_dec [N, D] -> [T, D].
+
+    Args:
+        features: values and indices, [T, K].
+        W_dec: [N, D].
+        unit_rows: the rows are held at unit length, so the gradient of W_dec is the part of it
+            orthogonal to each row: that of decoding with ``W_dec / |W_dec|``.
+    """
+    return _Decode.apply(features.values, features.indices, W_dec, unit_rows)

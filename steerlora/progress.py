@@ -1,0 +1,333 @@
+"""Progress of long work: bars on a terminal, sparse lines elsewhere, events between processes.
+
+A `Task` counts and hands its counts on a few times a second as events; what becomes of an event is
+the business of the `Progress` that the task belongs to. Events are small and picklable, so that a
+worker's progress is its parent's: `QueueProgress` puts them, the parent emits them again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+EVENT_INTERVAL = 0.2  # seconds between two reports of one task
+LINE_INTERVAL = 10.0  # seconds between two plain lines of one task
+RATE_WINDOW = 15.0  # seconds over which tokens/s and time left are estimated
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A task began; ``done`` steps of it were done before, by an interrupted run."""
+
+    task: str
+    description: str
+    total: int | None
+    unit: str
+    done: int
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """Steps and tokens done since the last report."""
+
+    task: str
+    steps: int
+    tokens: int
+    note: str
+
+
+@dataclass(frozen=True)
+class Closed:
+    """A task ended, by itself or by an exception."""
+
+    task: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Message:
+    """A line for the reader, above the bars."""
+
+    text: str
+
+
+Event = Opened | Advanced | Closed | Message
+
+
+class Progress(ABC):
+    """Where long work reports to. A context manager; ``task`` and ``message`` are for the work."""
+
+    @abstractmethod
+    def emit(self, event: Event) -> None:
+        """Show an event, or pass it on."""
+
+    @contextmanager
+    def task(
+        self, description: str, total: int | None = None, unit: str = "step", done: int = 0
+    ) -> Iterator[Task]:
+        """A counted piece of work: ``with progress.task("SAE", 400) as task: task.advance()``.
+
+        Args:
+            description: what the reader sees.
+            total: steps in all; ``None`` where that is unknown.
+            unit: what a step is, in the singular.
+            done: steps that an interrupted run did before.
+        """
+        task = Task(self, Opened(_new_id(), description, total, unit, done))
+        try:
+            yield task
+        except BaseException:
+            task.close(finished=False)
+            raise
+        task.close(finished=True)
+
+    def message(self, text: str) -> None:
+        """A line for the reader."""
+        self.emit(Message(text))
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+class Task:
+    """Counts steps and tokens; reports at most every `EVENT_INTERVAL` seconds."""
+
+    def __init__(self, progress: Progress, opened: Opened) -> None:
+        self._progress, self._id = progress, opened.task
+        self._steps, self._tokens, self._note = 0, 0, ""
+        self._reported = time.monotonic()
+        progress.emit(opened)
+
+    def advance(self, steps: int = 1, *, tokens: int = 0, note: str | None = None) -> None:
+        """Count ``steps`` done and ``tokens`` processed in them; ``note`` says how it goes."""
+        self._steps += steps
+        self._tokens += tokens
+        self._note = self._note if note is None else note
+        if time.monotonic() - self._reported >= EVENT_INTERVAL:
+            self._report()
+
+    def close(self, finished: bool) -> None:
+        self._report()
+        self._progress.emit(Closed(self._id, finished))
+
+    def _report(self) -> None:
+        self._progress.emit(Advanced(self._id, self._steps, self._tokens, self._note))
+        self._steps, self._tokens, self._reported = 0, 0, time.monotonic()
+
+
+class SilentProgress(Progress):
+    """Shows nothing."""
+
+    def emit(self, event: Event) -> None:
+        pass
+
+
+class Target(Protocol):
+    """A queue of another process, or whatever else has ``put``."""
+
+    def put(self, item: Any) -> None: ...
+
+
+class QueueProgress(Progress):
+    """Puts every event on a queue, for another process to emit."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def emit(self, event: Event) -> None:
+        self._target.put(event)
+
+
+class ConsoleProgress(Progress):
+    """Bars on a terminal; plain lines, without escape codes, on anything else.
+
+    Args:
+        console: where to write; standard output by default.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._console = console or Console()
+        self._clock = clock
+        self._meters: dict[str, Meter] = {}
+        self._display = (_Bars if self._console.is_terminal else _Lines)(self._console)
+        self._lock = threading.Lock()  # tasks may report from several threads
+
+    def __enter__(self) -> ConsoleProgress:
+        self._display.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._display.stop()
+
+    def emit(self, event: Event) -> None:
+        with self._lock:
+            match event:
+                case Message(text):
+                    self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+                case Opened(task):
+                    self._meters[task] = Meter(event, self._clock)
+                    self._display.opened(self._meters[task])
+                case Advanced(task):
+                    self._meters[task].update(event)
+                    self._display.advanced(self._meters[task])
+                case Closed(task, finished):
+                    self._display.closed(self._meters.pop(task), finished)
+
+
+class Meter:
+    """The state of one task and the rates that follow from it."""
+
+    def __init__(self, opened: Opened, clock: Callable[[], float]) -> None:
+        self.opened, self.done, self.tokens, self.note = opened, opened.done, 0, ""
+        self._clock, self.began = clock, clock()
+        self._samples = deque([(self.began, self.done, self.tokens)])
+        self.shown = self.began  # when a line about it was last printed
+
+    def update(self, event: Advanced) -> None:
+        self.done += event.steps
+        self.tokens += event.tokens
+        self.note = event.note
+        self._samples.append((self._clock(), self.done, self.tokens))
+        while len(self._samples) > 2 and self._samples[1][0] < self._clock() - RATE_WINDOW:
+            self._samples.popleft()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the task was opened."""
+        return self._clock() - self.began
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Steps and tokens a second over the last `RATE_WINDOW` seconds."""
+        (then, done, tokens), (now, done_now, tokens_now) = self._samples[0], self._samples[-1]
+        seconds = max(now - then, 1e-9)
+        return (done_now - done) / seconds, (tokens_now - tokens) / seconds
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds left, or ``None`` while there is nothing to tell it from."""
+        speed, _ = self.rates
+        if self.opened.total is None or speed <= 0:
+            return None
+        return max(0, self.opened.total - self.done) / speed
+
+    @property
+    def counted(self) -> str:
+        """``120/400 steps``."""
+        total, unit = self.opened.total, self.opened.unit
+        if total is None:
+            return f"{self.done} {unit}{'' if self.done == 1 else 's'}"
+        return f"{self.done}/{total} {unit}{'' if total == 1 else 's'}"
+
+    def figures(self) -> list[str]:
+        """``120/400 steps``, ``5,120 tokens/s``, ``0:32 left`` and the note, where known."""
+        _, tokens = self.rates
+        figures = [self.counted, f"{tokens:,.0f} tokens/s" if tokens > 0 else ""]
+        figures.append("" if self.remaining is None else f"{clock_time(self.remaining)} left")
+        return [figure for figure in [*figures, self.note] if figure]
+
+
+def clock_time(seconds: float) -> str:
+    """``0:07``, ``12:30``, ``1:02:03``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class _Lines:
+    """A line when a task begins and ends, and every `LINE_INTERVAL` seconds between."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def opened(self, meter: Meter) -> None:
+        done = f" at {meter.counted}" if meter.done else ""
+        self._print(f"{meter.opened.description}: started{done}")
+
+    def advanced(self, meter: Meter) -> None:
+        if meter.began + meter.elapsed - meter.shown >= LINE_INTERVAL:
+            meter.shown = meter.began + meter.elapsed
+            self._print(f"{meter.opened.description}: {', '.join(meter.figures())}")
+
+    def closed(self, meter: Meter, finished: bool) -> None:
+        end = f"{'done,' if finished else 'stopped at'} {meter.counted} in"
+        note = f", {meter.note}" if meter.note else ""
+        self._print(f"{meter.opened.description}: {end} {clock_time(meter.elapsed)}{note}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Bars:
+    """One bar a task, gone when the task ends."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = Bars(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            _Figures(),
+            console=console,
+            refresh_per_second=4,
+        )
+        self._ids: dict[str, TaskID] = {}
+
+    def start(self) -> None:
+        self._bars.start()
+
+    def stop(self) -> None:
+        for bar in self._ids.values():  # of a worker that could not close its own
+            self._bars.remove_task(bar)
+        self._ids.clear()
+        self._bars.stop()
+
+    def opened(self, meter: Meter) -> None:
+        self._ids[meter.opened.task] = self._bars.add_task(
+            meter.opened.description,
+            total=meter.opened.total,
+            completed=meter.done,
+            meter=meter,
+        )
+
+    def advanced(self, meter: Meter) -> None:
+        self._bars.update(self._ids[meter.opened.task], completed=meter.done)
+
+    def closed(self, meter: Meter, finished: bool) -> None:
+        self._bars.remove_task(self._ids.pop(meter.opened.task))
+
+
+class _Figures(ProgressColumn):
+    def render(self, task: Any) -> Text:
+        return Text(" · ".join(task.fields["meter"].figures()), style="cyan")
+
+
+_counter = itertools.count()
+
+
+def _new_id() -> str:
+    """An identifier that no other process uses."""
+    return f"{os.getpid()}.{next(_counter)}"

@@ -1,0 +1,219 @@
+"""From score records to effects with intervals: gains, drops, reductions.
+
+A score record is the JSON object that an evaluation, ablation or sequential stage writes for one
+(model, adapter, seed). Every function here takes a list of them and returns a `Measure`, or None
+where the records that it needs are not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from steerlora.evaluation import statistics
+from steerlora.evaluation.forgetting import (
+    positive_forgetting,
+    positive_forgetting_stderr,
+    score_matrix,
+)
+from steerlora.evaluation.statistics import Interval, Paired, Runs
+from steerlora.reporting.labels import BASE
+
+
+class Measure(NamedTuple):
+    """One effect: what it is of, its interval, and the artifacts it came from."""
+
+    label: str
+    interval: Interval
+    fingerprints: tuple[str, ...]
+
+
+def select(records: Iterable[dict], **where: object) -> list[dict]:
+    """Records whose fields equal the given ones, by seed."""
+    chosen = [r for r in records if all(r[key] == value for key, value in where.items())]
+    return sorted(chosen, key=lambda record: record["seed"])
+
+
+def fingerprints(records: Iterable[dict]) -> tuple[str, ...]:
+    """The distinct fingerprints of some records, in their order."""
+    return tuple(dict.fromkeys(record["fingerprint"] for record in records))
+
+
+def base_pairs(evaluations: list[dict], model: str, adapter: str) -> list[tuple[dict, dict]]:
+    """(base, adapted) evaluations of one model, seed by seed.
+
+    A base model that was evaluated under one seed only stands beside every seed.
+    """
+    bases = select(evaluations, model=model, adapter=BASE)
+    if not bases:
+        return []
+    by_seed = {record["seed"]: record for record in bases}
+    adapted = select(evaluations, model=model, adapter=adapter)
+    return [(by_seed.get(record["seed"], bases[0]), record) for record in adapted]
+
+
+def gain(
+    evaluations: list[dict], model: str, adapter: str, group: str, *, seed: int = 0
+) -> Measure | None:
+    """Average of a task group with the adapter, less the base model's.
+
+    Paired by item where the records say which tasks make up the group (``groups``); else from the
+    averages and their standard errors, as if the two models had been scored on separate items.
+    """
+    pairs = [
+        pair
+        for pair in base_pairs(evaluations, model, adapter)
+        if all(record["averages"].get(group) is not None for record in pair)
+    ]
+    if not pairs:
+        return None
+    used = fingerprints(record for pair in pairs for record in pair)
+    strata = _group_strata(pairs, group)
+    if strata is not None:
+        return Measure(model, statistics.paired_difference(strata, seed=seed), used)
+    runs = [
+        Runs(*(np.array([[pair[side]["averages"][group][key] for pair in pairs]], dtype=float)
+               for key in ("value", "stderr")))
+        for side in (0, 1)
+    ]  # fmt: skip
+    interval = statistics.summary_difference(*runs, items=0, seed=seed)
+    return Measure(model, interval, used)
+
+
+def task_groups(record: dict) -> dict[str, list[str]]:
+    """Which tasks make up each average of an evaluation, as far as the record says."""
+    return {"target": list(record.get("target_tasks", {}).values()), **record.get("groups", {})}
+
+
+def _group_strata(pairs: list[tuple[dict, dict]], group: str) -> list[Paired] | None:
+    """Item scores of every task of a group, or None if the records cannot be paired by item."""
+    tasks = task_groups(pairs[0][1]).get(group)
+    if not tasks:
+        return None
+    strata = []
+    for task in tasks:
+        sides = [[pair[side]["tasks"].get(task, {}).get("per_item") for pair in pairs]
+                 for side in (0, 1)]  # fmt: skip
+        stratum = _stacked(*sides)
+        if stratum is None:
+            return None
+        strata.append(stratum)
+    return strata
+
+
+def _stacked(
+    baseline: Sequence[list[float] | None], treatment: Sequence[list[float] | None]
+) -> Paired | None:
+    """Lists of item scores, one a seed, as [S, I] arrays; None unless all have the same length."""
+    lengths = {len(scores) if scores else 0 for scores in [*baseline, *treatment]}
+    if len(lengths) != 1 or 0 in lengths:
+        return None
+    return Paired(np.array(baseline, dtype=float), np.array(treatment, dtype=float))
+
+
+def ablation_strata(
+    ablations: list[dict], intervention: str, domains: Sequence[str]
+) -> list[Paired] | None:
+    """(intact, intervened) item scores by domain; None where an intervention was not run."""
+    records = [r for r in ablations if {"intact", intervention} <= set(r["interventions"])]
+    strata = []
+    for domain in domains:
+        cells = [
+            [record["interventions"][name].get(domain, {}).get("per_item") for record in records]
+            for name in ("intact", intervention)
+        ]
+        strata.append(_stacked(*cells) if records else None)
+    return None if any(stratum is None for stratum in strata) else strata
+
+
+def drop(
+    ablations: list[dict], intervention: str, domains: Sequence[str], *, seed: int = 0
+) -> Measure | None:
+    """Percentage drop of the mean score over domains under an intervention, against intact.
+
+    Args:
+        ablations: of one model and adapter, one record a seed.
+    """
+    strata = ablation_strata(ablations, intervention, domains)
+    if strata is None:
+        return None
+    interval = statistics.paired_drop(strata, seed=seed)
+    return Measure(intervention, interval, fingerprints(ablations))
+
+
+def drop_advantage(
+    ablations: list[dict],
+    controls: Sequence[str],
+    spared: str,
+    domains: Sequence[str],
+    *,
+    seed: int = 0,
+) -> Measure | None:
+    """How much more the controls cut, on average, than ``spared`` does, in percentage points."""
+    first = [ablation_strata(ablations, control, domains) for control in controls]
+    first = [strata for strata in first if strata is not None]
+    second = ablation_strata(ablations, spared, domains)
+    if not first or second is None:
+        return None
+    interval = statistics.paired_drop_difference(first, second, seed=seed)
+    return Measure(f"controls less {spared}", interval, fingerprints(ablations))
+
+
+def reduction(
+    sequentials: list[dict],
+    adapter: str,
+    baseline: str,
+    keep: Callable[[dict], bool] = lambda record: True,
+    *,
+    seed: int = 0,
+) -> Measure | None:
+    """Percentage by which an adapter lowers mean positive forgetting, over orders and seeds.
+
+    Args:
+        sequentials: of one model.
+        keep: which records (orders) count.
+    """
+    kept = [record for record in sequentials if keep(record)]
+    keys = {name: {(r["order"], r["seed"]) for r in select(kept, adapter=name)}
+            for name in (adapter, baseline)}  # fmt: skip
+    shared = keys[adapter] & keys[baseline]
+    used = [
+        record
+        for record in kept
+        if record["adapter"] in keys and (record["order"], record["seed"]) in shared
+    ]
+    if not shared:
+        return None
+    orders = sorted({order for order, _ in shared})
+    seeds = sorted({seed for _, seed in shared})
+    runs = [_forgetting_runs(select(used, adapter=name), orders, seeds)
+            for name in (baseline, adapter)]  # fmt: skip
+    items = max(record.get("items") or 0 for record in used)
+    interval = statistics.summary_reduction(*runs, items=items, seed=seed)
+    return Measure(f"{adapter} against {baseline}", interval, fingerprints(used))
+
+
+def _forgetting_runs(records: list[dict], orders: list[str], seeds: list[int]) -> Runs:
+    """Positive forgetting and its item error of every (order, seed), NaN where there is none."""
+    values = np.full((len(orders), len(seeds)), np.nan)
+    stderr = np.zeros_like(values)
+    for record in records:
+        scores, errors = ordered(record)
+        cell = orders.index(record["order"]), seeds.index(record["seed"])
+        values[cell] = positive_forgetting(scores)
+        stderr[cell] = positive_forgetting_stderr(scores, errors)
+    return Runs(values, stderr)
+
+
+def ordered(record: dict) -> tuple[np.ndarray, np.ndarray]:
+    """A sequential record's scores and standard errors, columns in the order of learning."""
+    where = {"sequence": record["sequence"], "domains": record["domains"]}
+    stderr = record.get("stderr") or np.zeros_like(np.asarray(record["matrix"], dtype=float))
+    return score_matrix(record["matrix"], **where), np.nan_to_num(score_matrix(stderr, **where))
+
+
+def instruction_first(record: dict) -> bool:
+    """Whether the broad instruction data comes before every narrower domain."""
+    return record["sequence"][0] == "instruction"

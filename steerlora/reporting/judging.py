@@ -1,0 +1,262 @@
+"""How each of the paper's eight claims is measured from score records."""
+
+from __future__ import annotations
+
+from steerlora.evaluation.statistics import Interval, run_difference
+from steerlora.reporting.claims import Claim, meets, verdict
+from steerlora.reporting.effects import (
+    Measure,
+    drop,
+    drop_advantage,
+    fingerprints,
+    gain,
+    instruction_first,
+    reduction,
+    select,
+)
+from steerlora.reporting.tables import interval_text, number
+
+METHOD, DENSE, PLAIN = "sc_lora", "moe_lora", "lora"
+CONTROLS = ("replace_dense", "replace_random_sae", "randomize", "shuffle", "invert")
+SMALLEST_GAIN, LARGEST_GAIN = 0.016, 0.052
+"""The range of C1, which also says what C3's "marginal" can mean."""
+
+
+def judge(
+    evaluations: list[dict], ablations: list[dict], sequentials: list[dict], *, main_model: str
+) -> tuple[Claim, ...]:
+    """All eight claims, C1 to C8.
+
+    Args:
+        evaluations, ablations, sequentials: score records; any may be empty.
+        main_model: the model that ablations and sequences are judged on.
+    """
+    own = select(ablations, model=main_model, adapter=METHOD)
+    orders = select(sequentials, model=main_model)
+    first = [record for record in orders if instruction_first(record)]
+    return (
+        _gain(
+            evaluations,
+            "instruction_following",
+            id="C1",
+            text="Instruction following improves over the base model at every scale",
+            low=SMALLEST_GAIN,
+            high=LARGEST_GAIN,
+        ),
+        _gain(
+            evaluations,
+            "general_knowledge",
+            id="C2",
+            text="General knowledge improves over the base model",
+            low=0.017,
+            high=0.023,
+        ),
+        _marginal(evaluations),
+        _controls(own),
+        _fixed_rank(own),
+        _reduction(
+            reduction(orders, METHOD, PLAIN),
+            id="C6",
+            text="Less positive forgetting in sequential adaptation",
+            figure=13.1,
+            which="all orders",
+        ),
+        _reduction(
+            reduction(first, METHOD, PLAIN),
+            id="C7",
+            text="Much less when broad instruction data comes first",
+            figure=38.3,
+            which="the orders that begin with the instruction domain",
+        ),
+        _collapse(evaluations),
+    )
+
+
+def _gain(
+    evaluations: list[dict], group: str, *, id: str, text: str, low: float, high: float
+) -> Claim:
+    measures = _gains(evaluations, group)
+    intervals = [measure.interval for measure in measures]
+    return Claim(
+        id=id,
+        text=text,
+        paper=f"{number(low, sign=True)} to {number(high, sign=True)}",
+        low=low,
+        high=high,
+        unit="score",
+        definition=(
+            f"Average of the {group.replace('_', ' ')} tasks with {METHOD}, less the base model's; "
+            "mean over seeds, for every model, paired by item."
+        ),
+        measures=measures,
+        verdict=verdict(intervals, agrees=all(meets(i, low, high) for i in intervals)),
+        note="One model only: scale was not tested." if len(measures) == 1 else "",
+    )
+
+
+def _gains(evaluations: list[dict], group: str) -> tuple[Measure, ...]:
+    models = dict.fromkeys(record["model"] for record in evaluations)
+    measures = (gain(evaluations, model, METHOD, group) for model in models)
+    return tuple(measure for measure in measures if measure is not None)
+
+
+def _marginal(evaluations: list[dict]) -> Claim:
+    measures = tuple(
+        measure._replace(label=f"{measure.label}, {name}")
+        for group, name in (("mmlu_pro", "MMLU-Pro"), ("gsm8k", "GSM8K"))
+        for measure in _gains(evaluations, group)
+    )
+    below = [
+        Interval(
+            LARGEST_GAIN - value, LARGEST_GAIN - high, LARGEST_GAIN - low, seeds, items
+        )
+        for value, low, high, seeds, items in (measure.interval for measure in measures)
+    ]  # fmt: skip
+    return Claim(
+        id="C3",
+        text="MMLU-Pro and GSM8K move marginally, or fall for larger models",
+        paper="marginal or negative",
+        low=None,
+        high=SMALLEST_GAIN,
+        unit="score",
+        definition=(
+            f"Gain of {METHOD} over the base model on each set, for every model. The paper gives "
+            f"no figure, so C1's are the yardstick: in range if every interval lies wholly below "
+            f"its smallest gain ({number(SMALLEST_GAIN, sign=True)}), direction reproduced if "
+            f"wholly below its largest ({number(LARGEST_GAIN, sign=True)})."
+        ),
+        measures=measures,
+        verdict=verdict(below, agrees=all(m.interval.high < SMALLEST_GAIN for m in measures)),
+    )
+
+
+def _controls(ablations: list[dict]) -> Claim:
+    low, high = 33.6, 65.6
+    domains = ablations[0]["domains"] if ablations else []
+    found = [drop(ablations, name, domains) for name in CONTROLS] if ablations else []
+    measures = tuple(measure for measure in found if measure is not None)
+    intervals = [measure.interval for measure in measures]
+    missing = [n for n in CONTROLS if n not in [measure.label for measure in measures]]
+    return Claim(
+        id="C4",
+        text="Replacing, randomizing, shuffling or inverting the SAE signal cuts target scores",
+        paper=f"{low} to {high} %",
+        low=low,
+        high=high,
+        unit="percent",
+        definition=(
+            f"Drop of {METHOD}'s mean target-domain score under {', '.join(CONTROLS)} at "
+            "evaluation time, in percent of the intact adapter's; ratio of means over domains "
+            "and seeds."
+        ),
+        measures=measures,
+        verdict=verdict(
+            intervals, agrees=not missing and all(meets(i, low, high) for i in intervals)
+        ),
+        note=f"Not run: {', '.join(missing)}." if measures and missing else "",
+    )
+
+
+def _fixed_rank(ablations: list[dict]) -> Claim:
+    figure = 11.8
+    domains = ablations[0]["domains"] if ablations else []
+    measure = drop(ablations, "fixed_rank", domains) if ablations else None
+    advantage = drop_advantage(ablations, CONTROLS, "fixed_rank", domains) if ablations else None
+    note = ""
+    if measure is not None and advantage is not None:
+        note = (
+            "Mean drop of C4's controls less this one, in points: "
+            f"{interval_text(advantage.interval, 1)}."
+        )
+    return Claim(
+        id="C5",
+        text="Removing dynamic rank alone cuts them far less",
+        paper=f"{figure} %",
+        low=figure,
+        high=figure,
+        unit="percent",
+        definition=(
+            f"Drop of {METHOD}'s mean target-domain score under fixed_rank, as in C4. Direction: "
+            "C4's controls cut more than fixed_rank does, paired by item. In range: the interval "
+            "of the drop also holds the paper's figure."
+        ),
+        measures=(measure,) if measure is not None else (),
+        verdict=verdict(
+            [advantage.interval] if advantage is not None else [],
+            agrees=measure is not None and meets(measure.interval, figure, figure),
+        ),
+        note=note,
+    )
+
+
+def _reduction(measure: Measure | None, *, id: str, text: str, figure: float, which: str) -> Claim:
+    note = ""
+    if measure is not None and not measure.interval.known:
+        note = f"{PLAIN} forgot next to nothing, so a percentage of it means nothing."
+    return Claim(
+        id=id,
+        text=text,
+        paper=f"{figure} %",
+        low=figure,
+        high=figure,
+        unit="percent",
+        definition=(
+            f"Percentage by which {METHOD}'s mean positive forgetting is below that of {PLAIN} "
+            f"with as many parameters, over {which} and seeds; items: those of one domain's score."
+        ),
+        measures=(measure,) if measure is not None else (),
+        verdict=verdict(
+            [measure.interval] if measure is not None else [],
+            agrees=measure is not None and meets(measure.interval, figure, figure),
+        ),
+        note=note,
+    )
+
+
+def _collapse(evaluations: list[dict]) -> Claim:
+    runs = {
+        name: {
+            (record["model"], record["seed"]): record
+            for record in select(evaluations, adapter=name)
+            if record.get("routing")
+        }
+        for name in (METHOD, DENSE)
+    }
+    shared = [key for key in runs[METHOD] if key in runs[DENSE]]
+    measures, note, agrees, interval = (), "", False, []
+    if shared:
+        own, dense = ([runs[name][key]["routing"] for key in shared] for name in (METHOD, DENSE))
+        entropy = run_difference(
+            [routing["usage_entropy"] for routing in dense],
+            [routing["usage_entropy"] for routing in own],
+        )._replace(seeds=len({seed for _, seed in shared}))
+        used = fingerprints(runs[name][key] for name in runs for key in shared)
+        measures, interval = (Measure(f"{METHOD} less {DENSE}", entropy, used),), [entropy]
+        dead_own, dead_dense = (
+            sum(routing["dead_specialists"] > 0 for routing in side) for side in (own, dense)
+        )
+        agrees = dead_own == 0 and 2 * dead_dense >= len(shared)
+        note = (
+            f"Runs with a dead specialist, of {len(shared)}: {METHOD} {dead_own}, {DENSE} "
+            f"{dead_dense}. Largest load: {METHOD} "
+            f"{number(max(routing['max_load'] for routing in own), 2)}, {DENSE} "
+            f"{number(max(routing['max_load'] for routing in dense), 2)}."
+        )
+        if len(shared) == 1:
+            note += " One run a side: no interval."
+    return Claim(
+        id="C8",
+        text="SAE routing prevents the expert collapse of dense-state routing",
+        paper="no collapse, against collapse",
+        low=None,
+        high=None,
+        unit="usage entropy / log E",
+        definition=(
+            f"Usage entropy of {METHOD}'s gates less that of {DENSE}'s, in units of log E, over "
+            "all runs (model, seed) that both have, on the evaluation's tokens. In range: also "
+            f"no run of {METHOD} has a dead specialist and at least half of {DENSE}'s do."
+        ),
+        measures=measures,
+        verdict=verdict(interval, agrees=agrees),
+        note=note,
+    )

@@ -1,0 +1,65 @@
+"""Language-model training: next-token loss on the positions that count, and the base's pretraining.
+
+B batch, S sequence, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from steerlora.data.chat import IGNORED, ChatBatch
+from steerlora.models.decoder import decoder_of
+from steerlora.training.loop import warmup_then_cosine
+
+
+def next_token_loss(model: nn.Module, batch: ChatBatch) -> Tensor:
+    """Mean cross-entropy in nats of the labelled tokens.
+
+    The output head runs on labelled positions only: with V in the hundred thousands it is most of
+    the memory.
+    """
+    hidden = decoder_of(model)(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).last_hidden_state
+    targets = batch.labels[:, 1:]
+    counted = targets != IGNORED
+    logits = model.get_output_embeddings()(hidden[:, :-1][counted]).float()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap:
+        logits = torch.tanh(logits / cap) * cap
+    return F.cross_entropy(logits, targets[counted])
+
+
+class PretrainingModule(L.LightningModule):
+    """A whole model on documents: AdamW, warm-up, cosine.
+
+    Args:
+        model: every weight trains.
+        learning_rate: peak.
+        total_steps: length of the schedule.
+    """
+
+    def __init__(self, model: nn.Module, *, learning_rate: float, total_steps: int) -> None:
+        super().__init__()
+        self.model = model
+        self.learning_rate, self.total_steps = learning_rate, total_steps
+
+    def training_step(self, batch: ChatBatch, index: int) -> dict[str, Any]:
+        loss = next_token_loss(self.model, batch)
+        self.log("train/loss", loss)
+        return {"loss": loss, "tokens": int(batch.attention_mask.sum())}
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        )
+        warmup = max(1, self.total_steps // 20)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_then_cosine(step, self.total_steps, warmup)
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]

@@ -1,0 +1,232 @@
+"""One training loop for every stage that trains: Lightning, our checkpoints, our progress."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import psutil
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from steerlora.config import TrainerConfig
+from steerlora.errors import UserError
+from steerlora.progress import Progress
+
+KEPT_CHECKPOINTS = 2
+
+logger = logging.getLogger(__name__)
+for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """Batches as a function of the step alone: a resumed run sees what an unbroken one would.
+
+    Attributes:
+        batch: the batch of a step, from 0.
+        total: steps.
+        start: the step to begin at, asked for when iteration begins.
+    """
+
+    batch: Callable[[int], Any]
+    total: int
+    start: Callable[[], int]
+
+    def __iter__(self) -> Iterator[Any]:
+        for step in range(self.start(), self.total):
+            yield self.batch(step)
+
+
+def epoch_rows(step: int, batch_size: int, rows: int, seed: int) -> list[int]:
+    """Indices of the rows of one batch, reshuffled every epoch; batches run across epochs."""
+    chosen: list[int] = []
+    position = step * batch_size
+    while len(chosen) < batch_size:
+        epoch, offset = divmod(position + len(chosen), rows)
+        order = _epoch_order(rows, seed, epoch)
+        chosen.extend(order[offset : offset + batch_size - len(chosen)])
+    return chosen
+
+
+def _epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
+    key = (rows, seed, epoch)
+    if key not in _ORDERS:
+        _ORDERS.clear()  # one epoch at a time is ever in use
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        _ORDERS[key] = torch.randperm(rows, generator=generator).tolist()
+    return _ORDERS[key]
+
+
+_ORDERS: dict[tuple[int, int, int], list[int]] = {}
+
+
+def warmup_then_linear(step: int, total: int, warmup: int) -> float:
+    """Factor of the learning rate: rises over ``warmup`` steps, then falls linearly to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return max(0.0, (total - step) / max(1, total - warmup))
+
+
+def warmup_then_cosine(step: int, total: int, warmup: int) -> float:
+    """Factor of the learning rate: rises over ``warmup`` steps, then half a cosine to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+class Watch(Callback):
+    """Progress, throughput and memory of a training, and a stop where its loss is not finite.
+
+    The module's ``training_step`` returns {"loss": ..., "tokens": int}.
+    """
+
+    def __init__(self, progress: Progress, description: str, total: int) -> None:
+        self.progress, self.description, self.total = progress, description, total
+        self.tokens, self.seconds = 0, 0.0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._context = self.progress.task(self.description, self.total, done=trainer.global_step)
+        self._task = self._context.__enter__()
+        self._began = time.monotonic()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        loss = float(outputs["loss"])
+        if not math.isfinite(loss):
+            raise UserError(
+                f"{self.description}: the loss is {loss} at step {trainer.global_step}; the last "
+                "good checkpoint is kept: lower the learning rate, then run again"
+            )
+        self.tokens += outputs["tokens"]
+        self.seconds = time.monotonic() - self._began
+        self._task.advance(tokens=outputs["tokens"], note=f"loss {loss:.3f}")
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            module.log_dict(self.figures(module.device))
+
+    def figures(self, device: torch.device) -> dict[str, float]:
+        """Tokens a second so far, and peak memory in bytes."""
+        peak = (
+            torch.cuda.max_memory_allocated(device)
+            if device.type == "cuda"
+            else psutil.Process(os.getpid()).memory_info().rss
+        )
+        return {
+            "throughput/tokens_per_second": self.tokens / max(self.seconds, 1e-9),
+            "memory/peak_bytes": float(peak),
+        }
+
+    def on_train_end(self, trainer, module) -> None:
+        self._context.__exit__(None, None, None)
+
+    def on_exception(self, trainer, module, exception) -> None:
+        if hasattr(self, "_context"):
+            try:
+                self._context.__exit__(type(exception), exception, None)
+            except BaseException as raised:
+                if raised is not exception:
+                    raise
+
+
+class Checkpoints(Callback):
+    """A checkpoint every so many seconds, written aside and renamed; the newest two are kept."""
+
+    def __init__(self, directory: Path, seconds: float) -> None:
+        self.directory, self.seconds = directory, seconds
+        self._saved = time.monotonic()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if time.monotonic() - self._saved < self.seconds:
+            return
+        self._saved = time.monotonic()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        final = self.directory / f"step-{trainer.global_step:08d}.ckpt"
+        unfinished = final.with_suffix(".tmp")
+        trainer.save_checkpoint(unfinished)
+        unfinished.replace(final)
+        for old in sorted(self.directory.glob("step-*.ckpt"))[:-KEPT_CHECKPOINTS]:
+            old.unlink()
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint that can be read; broken ones are passed over with a warning."""
+    for path in sorted(directory.glob("step-*.ckpt"), reverse=True):
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            logger.warning("checkpoint %s cannot be read (%s): passed over", path, error)
+        else:
+            return path
+    return None
+
+
+def fit(
+    module: L.LightningModule,
+    batch: Callable[[int], Any],
+    steps: int,
+    *,
+    trainer: TrainerConfig,
+    checkpoints: Path,
+    progress: Progress,
+    description: str,
+    run_logger: Any = None,
+) -> dict[str, float]:
+    """Train ``module`` for ``steps`` steps, from the newest good checkpoint if there is one.
+
+    Args:
+        module: returns {"loss", "tokens"} from its training step.
+        batch: the batch of a step; a pure function of the step.
+        steps: optimizer steps in all.
+        trainer: hardware, precision, clipping, time between checkpoints.
+        checkpoints: folder of this training's own checkpoints.
+        progress, description: where and under which name to report.
+        run_logger: a Lightning logger, or None.
+
+    Returns:
+        tokens, seconds, tokens_per_second and peak memory of this attempt.
+
+    Raises:
+        UserError: the loss is not finite.
+        KeyboardInterrupt: the user's; the training resumes from its last checkpoint.
+    """
+    watch = Watch(progress, description, steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine = L.Trainer(
+            max_steps=steps,
+            accelerator=trainer.accelerator,
+            devices=trainer.devices,
+            precision=trainer.precision,
+            gradient_clip_val=trainer.gradient_clip,
+            logger=run_logger or False,
+            log_every_n_steps=10,
+            callbacks=[watch, Checkpoints(checkpoints, trainer.checkpoint_seconds)],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        batches = StepBatches(batch, steps, lambda: engine.global_step)
+        resume = newest_checkpoint(checkpoints)
+        if resume is not None:
+            progress.message(f"{description}: resuming from {resume.stem}")
+        try:
+            engine.fit(module, batches, ckpt_path=resume, weights_only=True)
+        except SystemExit as error:
+            # Lightning turns the user's interrupt into an exit of its own.
+            raise KeyboardInterrupt from error
+    figures = watch.figures(module.device)
+    return {
+        "tokens": watch.tokens,
+        "seconds": watch.seconds,
+        "tokens_per_second": figures["throughput/tokens_per_second"],
+        "peak_memory_bytes": figures["memory/peak_bytes"],
+    }
