@@ -345,12 +345,14 @@ class EvaluationConfig:
     Attributes:
         batch_size: sequences at once.
         limit: items of each task; null: all.
+        generation_items: items of lm-eval's own gsm8k and ifeval, where long answers are generated.
         tasks: task names; null: all that the domains bring.
         max_length: tokens of context.
     """
 
     batch_size: int = 128
     limit: int | None = None
+    generation_items: int = 40
     tasks: list[str] | None = None
     max_length: int = 256
 
@@ -359,6 +361,7 @@ class EvaluationConfig:
             "evaluation",
             batch_size=self.batch_size,
             limit=self.limit,
+            generation_items=self.generation_items,
             max_length=self.max_length,
         )
 
@@ -371,6 +374,7 @@ class LoggerConfig:
         name: "wandb", or "none" for no logging; nothing else depends on it.
         mode: "offline" (no account, no network) or "online".
         project, entity, tags: W&B's.
+        group: W&B's group of this run's stages.
         dir: folder of offline runs.
     """
 
@@ -379,6 +383,7 @@ class LoggerConfig:
     project: str = "steerlora"
     entity: str | None = None
     tags: list[str] = field(default_factory=list)
+    group: str = ""
     dir: str = "outputs"
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 from steerlora.manifests import FINGERPRINT_DIGITS, read_attempt, read_manifest, stat_files
@@ -52,7 +53,8 @@ def status_table(infos: Sequence[ArtifactInfo], title: str | None = None) -> Tab
     table.add_column("state")
     for info in infos:
         table.add_row(
-            *(info.stage, info.fingerprint, info.label, decimal(info.bytes), _age(info.age)),
+            *(info.stage, info.fingerprint, escape(info.label)),
+            *(decimal(info.bytes), _age(info.age)),
             f"[{STYLES[info.state]}]{info.state}",
         )
     return table

@@ -1,21 +1,17 @@
-"""Worker processes that report progress, can be interrupted to save their state, and never outlive us.
+"""Worker processes that can be interrupted to save their state, and that never outlive us.
 
 ``concurrent.futures`` cannot say which work a killed process had, nor interrupt one and let it
 finish what it must; so each worker has a pipe of its own, which carries its events and its results
-in order, and a signal handler that raises `KeyboardInterrupt` in the work exactly once, whether the
-signal came from the terminal (to all processes at once), from the pool, or from both.
+in order.
 """
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,36 +21,16 @@ from typing import Any
 
 import psutil
 
-from steerlora.progress import Event, Progress, QueueProgress
+from steerlora.progress import Event, Progress
+from steerlora.worker import Done, Failed, Interrupted, Work, interrupts_held, serve
 
 GRACE = 15.0  # seconds that an interrupted worker has to save its state
 TICK = 0.2  # seconds between two looks at the signals and at the workers' health
+ECHO = 0.3  # seconds in which a second SIGINT is the same Ctrl-C, passed on by a wrapper
 
 
 class WorkerDied(RuntimeError):
     """A worker process ended in the middle of its work, most often killed for its memory."""
-
-
-@dataclass(frozen=True)
-class _Work:
-    label: str
-    function: Callable[[Any, Progress], Any]
-    argument: Any
-
-
-@dataclass(frozen=True)
-class _Done:
-    result: Any
-
-
-@dataclass(frozen=True)
-class _Failed:
-    error: BaseException
-
-
-@dataclass(frozen=True)
-class _Interrupted:
-    pass
 
 
 @dataclass(eq=False)
@@ -89,7 +65,7 @@ class WorkerPool:
         self._size, self._progress, self._grace = workers, progress, grace
         self._environment = environment
         self._workers: list[_Worker] = []
-        self._interrupts = 0
+        self._interrupts, self._interrupted = 0, float("-inf")
 
     def __enter__(self) -> WorkerPool:
         # A handler that counts, where raising could tear a message that is being read.
@@ -97,7 +73,7 @@ class WorkerPool:
         if self._in_main_thread:
             self._handler = signal.signal(signal.SIGINT, self._count_interrupt)
         try:
-            with _environment(self._environment), _interrupts_held():
+            with _environment(self._environment), interrupts_held():
                 for _ in range(self._size):
                     self._workers.append(_start_worker(self._grace))
         except BaseException:
@@ -131,7 +107,7 @@ class WorkerPool:
         worker = next(worker for worker in self._workers if worker.label is None)
         worker.key, worker.label = key, label
         try:
-            worker.connection.send(_Work(label, function, argument))
+            worker.connection.send(Work(label, function, argument))
         except OSError:
             raise self._died(worker) from None
 
@@ -147,17 +123,17 @@ class WorkerPool:
             if self._interrupts:
                 raise KeyboardInterrupt
             for worker, answer in self._receive():
-                if isinstance(answer, _Done):
+                if isinstance(answer, Done):
                     key, worker.key, worker.label = worker.key, None, None
                     return key, answer.result
-                if isinstance(answer, _Failed):
+                if isinstance(answer, Failed):
                     raise answer.error
                 raise KeyboardInterrupt
             for worker in self._workers:
                 if worker.process.exitcode is not None and not worker.connection.poll():
                     raise self._died(worker)
 
-    def _receive(self) -> Iterator[tuple[_Worker, _Done | _Failed | _Interrupted]]:
+    def _receive(self) -> Iterator[tuple[_Worker, Done | Failed | Interrupted]]:
         """At most a `TICK` of messages: emits the events, yields the answers."""
         by_connection = {worker.connection: worker for worker in self._workers}
         for connection in wait(list(by_connection), timeout=TICK):
@@ -171,7 +147,9 @@ class WorkerPool:
             else:
                 yield worker, message
 
-    def _died(self, worker: _Worker) -> WorkerDied:
+    def _died(self, worker: _Worker) -> BaseException:
+        if self._interrupts:  # an idle worker ends by the same Ctrl-C
+            return KeyboardInterrupt()
         worker.process.join(TICK)
         code = worker.process.exitcode
         reason = f"exit code {code}"
@@ -186,8 +164,10 @@ class WorkerPool:
 
     def _stop(self) -> None:
         """End every worker: the idle ones at once, the busy ones after a chance to save."""
-        interrupts = self._interrupts
         deadline = time.monotonic() + self._grace
+        enough = 2 if self._interrupts else 1  # the Ctrl-C that means "at once"
+        if self._interrupts and self.idle < len(self._workers):
+            self._progress.message("saving the work in progress (Ctrl-C again: stop at once)")
         for worker in self._workers:
             if worker.label is None:
                 worker.connection.close()
@@ -195,7 +175,7 @@ class WorkerPool:
                 os.kill(worker.process.pid, signal.SIGINT)
         listening = [worker.connection for worker in self._workers if worker.label is not None]
         while any(worker.process.is_alive() for worker in self._workers):
-            if time.monotonic() > deadline or self._interrupts > interrupts:
+            if time.monotonic() > deadline or self._interrupts >= enough:
                 break
             # Read on: a worker that saves its state must not wait for a full pipe.
             for connection in wait(listening, timeout=TICK / 4) if listening else ():
@@ -214,7 +194,9 @@ class WorkerPool:
         self._workers.clear()
 
     def _count_interrupt(self, *_: object) -> None:
-        self._interrupts += 1
+        if time.monotonic() - self._interrupted >= ECHO:
+            self._interrupts += 1
+            self._interrupted = time.monotonic()
 
     def _restore_handler(self) -> None:
         if self._in_main_thread:
@@ -232,100 +214,13 @@ def _kill(process: BaseProcess) -> None:
     process.join()
 
 
-# ---------------------------------------------------------------- in the worker
-
-
 def _start_worker(grace: float) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, grace), name="steerlora-worker")
+    process = context.Process(target=serve, args=(theirs, grace), name="steerlora-worker")
     process.start()
     theirs.close()  # so that the end of the worker is the end of the pipe
     return _Worker(process, ours)
-
-
-def _serve(connection: Connection, grace: float) -> None:
-    """Do one piece of work after another until the pipe ends or a signal comes."""
-    interrupted = threading.Event()
-
-    def interrupt(*_: object) -> None:
-        if not interrupted.is_set():
-            interrupted.set()
-            raise KeyboardInterrupt
-
-    outbox = _Outbox(connection)
-    progress = QueueProgress(outbox)
-    logging.getLogger().addHandler(_Forward(progress))
-    threading.Thread(target=_follow_parent, args=(grace,), daemon=True).start()
-    with suppress(KeyboardInterrupt, EOFError, OSError):
-        signal.signal(signal.SIGINT, interrupt)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        while not interrupted.is_set():
-            outbox.put(_answer(connection.recv(), progress, interrupted))
-
-
-def _answer(
-    work: _Work, progress: Progress, interrupted: threading.Event
-) -> _Done | _Failed | _Interrupted:
-    try:
-        return _Done(work.function(work.argument, progress))
-    except BaseException as error:
-        if interrupted.is_set():  # whatever came of the interruption on its way up
-            return _Interrupted()
-        trace = "".join(traceback.format_exception(error))
-        return _Failed(_sendable(error, f"in the worker process of '{work.label}':\n{trace}"))
-
-
-def _sendable(error: BaseException, note: str) -> BaseException:
-    """``error`` if it survives pickling, else its type and message in words."""
-    try:
-        error = pickle.loads(pickle.dumps(error))
-    except Exception:
-        error = RuntimeError(f"{type(error).__name__}: {error}")
-    error.add_note(note)
-    return error
-
-
-def _follow_parent(grace: float) -> None:
-    """End with the parent, however it ends: interrupt the work, and leave after ``grace``."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(grace)
-    os._exit(1)
-
-
-class _Outbox:
-    """Sends whole messages: one thread at a time, and no signal in the middle."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection, self._lock = connection, threading.Lock()
-
-    def put(self, item: Any) -> None:
-        with _interrupts_held(), self._lock:
-            self._connection.send(item)
-
-
-class _Forward(logging.Handler):
-    """Warnings go the way of the progress, where they do not tear the bars."""
-
-    def __init__(self, progress: Progress) -> None:
-        super().__init__(logging.WARNING)
-        self._progress = progress
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._progress.message(self.format(record))
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Keep Ctrl-C pending in this thread, and in the processes that it starts."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

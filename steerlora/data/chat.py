@@ -24,29 +24,45 @@ class EncodedChat(NamedTuple):
 
 
 def encode_chat(tokenizer, prompt: str, response: str, max_length: int) -> EncodedChat:
-    """Render one prompt and response through the tokenizer's chat template.
+    """One row of :func:`encode_chats`."""
+    return encode_chats(tokenizer, [(prompt, response)], max_length)[0]
 
-    The prompt is tokenized exactly as at generation time (with the generation prompt) and the
+
+def encode_chats(
+    tokenizer, rows: Sequence[tuple[str, str]], max_length: int
+) -> list[EncodedChat]:
+    """Render prompts and responses through the tokenizer's chat template.
+
+    A prompt is tokenized exactly as at generation time (with the generation prompt) and the
     response after it, end of turn included. What exceeds ``max_length`` tokens is cut from the left
     of the prompt; a response that alone exceeds it loses its tail but keeps its end of turn.
+
+    Args:
+        tokenizer: with a chat template.
+        rows: (prompt, response) pairs.
+        max_length: tokens of a conversation at most.
     """
-    turns = [{"role": "user", "content": prompt}]
-    opening = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(
-        [*turns, {"role": "assistant", "content": response}], tokenize=False
-    )
-    # Templates that open the answer differently in training and generation: trust generation.
-    closing = (
-        whole[len(opening) :]
-        if whole.startswith(opening)
-        else response + (tokenizer.eos_token or "")
-    )
-    prompt_ids = tokenizer(opening, add_special_tokens=False)["input_ids"]
-    response_ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
-    if len(response_ids) > max_length:
-        response_ids = [*response_ids[: max_length - 1], response_ids[-1]]
-    prompt_ids = prompt_ids[max(0, len(prompt_ids) + len(response_ids) - max_length) :]
-    return EncodedChat([*prompt_ids, *response_ids], len(prompt_ids))
+    openings, closings = [], []
+    for prompt, response in rows:
+        turns = [{"role": "user", "content": prompt}]
+        opening = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(
+            [*turns, {"role": "assistant", "content": response}], tokenize=False
+        )
+        # Templates that open the answer differently in training and generation: trust generation.
+        end_of_turn = tokenizer.eos_token or ""
+        closing = whole[len(opening) :] if whole.startswith(opening) else response + end_of_turn
+        openings.append(opening)
+        closings.append(closing)
+    prompts = tokenizer(openings, add_special_tokens=False)["input_ids"]
+    responses = tokenizer(closings, add_special_tokens=False)["input_ids"]
+    encoded = []
+    for prompt_ids, response_ids in zip(prompts, responses, strict=True):
+        if len(response_ids) > max_length:
+            response_ids = [*response_ids[: max_length - 1], response_ids[-1]]
+        prompt_ids = prompt_ids[max(0, len(prompt_ids) + len(response_ids) - max_length) :]
+        encoded.append(EncodedChat([*prompt_ids, *response_ids], len(prompt_ids)))
+    return encoded
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,11 @@ class ChatBatch:
     attention_mask: Tensor
     labels: Tensor
     domains: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens."""
+        return int(self.attention_mask.sum())
 
     def to(self, device: torch.device | str) -> ChatBatch:
         return ChatBatch(*(getattr(self, name).to(device) for name in self.__annotations__))
@@ -88,3 +109,63 @@ def collate(
         attention_mask[index, : len(ids)] = 1
         labels[index, start : len(ids)] = ids[start:]
     return ChatBatch(input_ids, attention_mask, labels, torch.tensor(list(domains)))
+
+
+class ChatBatches:
+    """Batches as a function of the step alone, of rows of like length, reshuffled every epoch.
+
+    An epoch's order is cut into windows of ``WINDOW`` batches; rows are sorted by length within a
+    window, so that little is padding, and the batches of the epoch are then shuffled.
+
+    Args:
+        rows: the conversations.
+        domains: the domain of each, or -1.
+        batch_size: B.
+        pad_token_id: fills the right.
+        seed: of every order.
+        loss_on_prompt: count prompts in the loss too.
+    """
+
+    WINDOW = 16
+
+    def __init__(
+        self,
+        rows: Sequence[EncodedChat],
+        domains: Sequence[int],
+        *,
+        batch_size: int,
+        pad_token_id: int,
+        seed: int,
+        loss_on_prompt: bool = False,
+    ) -> None:
+        assert rows, "no rows to train on"
+        self.rows, self.domains = rows, domains
+        self.batch_size = min(batch_size, len(rows))
+        self.pad_token_id, self.seed, self.loss_on_prompt = pad_token_id, seed, loss_on_prompt
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def __call__(self, step: int) -> ChatBatch:
+        """The batch of ``step``, from 0."""
+        epoch, position = divmod(step, len(self.rows) // self.batch_size)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._order(epoch))
+        chosen = self._epoch[1][position]
+        return collate(
+            [self.rows[index] for index in chosen],
+            [self.domains[index] for index in chosen],
+            self.pad_token_id,
+            loss_on_prompt=self.loss_on_prompt,
+        )
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        size, order = self.batch_size, torch.randperm(len(self.rows), generator=generator).tolist()
+        order = order[: len(order) // size * size]
+        batches = []
+        for start in range(0, len(order), size * self.WINDOW):
+            window = sorted(
+                order[start : start + size * self.WINDOW],
+                key=lambda index: len(self.rows[index].input_ids),
+            )
+            batches += [window[first : first + size] for first in range(0, len(window), size)]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

@@ -85,7 +85,7 @@ def write(
     pretraining_fraction: float = 0.5,
     heldout_fraction: float = 0.2,
     evaluation_items: int = 200,
-    max_prompt_characters: int = 600,
+    max_prompt_characters: int = 480,
 ) -> None:
     """Write the domains artifact of ``source`` into ``directory``: same arguments, same bytes.
 
@@ -101,7 +101,7 @@ def write(
         evaluation_items: most held-out rows of a domain and most items of an evaluation task.
         max_prompt_characters: prompts above it lose their middle: the first quarter and the last
             three quarters of the budget stay, joined by " ... ". Abstracts end in their question
-            and instructions often begin with it, so both ends matter. 600 characters are some 200
+            and instructions often begin with it, so both ends matter. 480 characters are some 170
             tokens of a 2048-entry BPE, and leave room for the answer in a context of 256.
 
     A row's ``task``, where it has one, is put before its prompt in words: without it LegalBench

@@ -174,7 +174,7 @@ class Adapter(nn.Module):
             self.sites[site] = Site(self, site, router, facts)
         self.active_intervention: Intervention | None = None
         self._attention_mask: Tensor | None = None
-        self._model: nn.Module | None = None
+        self._carriers: list[nn.Module] = []  # in a list, so that the model is no part of this module
         model.requires_grad_(False)
 
     # Attaching and detaching
@@ -198,20 +198,20 @@ class Adapter(nn.Module):
             return forward(*args, attention_mask=attention_mask, **kwargs)
 
         decoder.forward = with_mask
-        self._model = model
+        self._carriers.append(model)
         return self
 
     def remove(self) -> None:
         """Give the model back as it was: the same modules, no wrapper left."""
-        if self._model is None:
+        if not self._carriers:
             raise ValueError("the adapter is not attached to a model")
-        decoder = decoder_of(self._model)
+        model = self._carriers.pop()
+        decoder = decoder_of(model)
         del decoder.forward
         for layer in self.sites:
             decoder.layers[layer] = decoder.layers[layer].layer
-        for name, (parent, linear) in _targets(self._model, self.shape).items():
+        for name, (parent, linear) in _targets(model, self.shape).items():
             setattr(parent, name.rsplit("/", 1)[-1], linear.base)
-        self._model = None
 
     def _source(self, layer: int) -> Site | _Constant:
         below = [site for site in self.sites if site <= layer]

@@ -99,9 +99,12 @@ class _Encode(torch.autograd.Function):
     def forward(ctx, x, W_enc, b_enc, shift, k, extra_latents, extra_k):
         table = W_enc.t().contiguous()  # no copy in the layout that SparseAutoencoder keeps
         block = _CPU_BLOCK if x.device.type == "cpu" else _ACCELERATOR_BLOCK
+        block_tokens = max(128, block // table.shape[0])
+        # One buffer for all blocks: fresh memory for each costs as much as the selection.
+        buffer = x.new_empty(min(block_tokens, len(x)), table.shape[0])
         parts = []
-        for tokens in x.split(max(128, block // table.shape[0])):
-            scores = torch.addmm(b_enc, tokens - shift, table.t())
+        for tokens in x.split(block_tokens):
+            scores = torch.addmm(b_enc, tokens - shift, table.t(), out=buffer[: len(tokens)])
             # Without a k every positive latent is kept, up to the busiest token of the block.
             width = k or max(1, int((scores > 0).sum(1).max()))
             chosen = top_k(scores, width)
@@ -204,4 +207,5 @@ def sparse_decode(features: SparseFeatures, W_dec: Tensor, unit_rows: bool = Fal
         unit_rows: the rows are held at unit length, so the gradient of W_dec is the part of it
             orthogonal to each row: that of decoding with ``W_dec / |W_dec|``.
     """
-    return _Decode.apply(features.values, features.indices, W_dec, unit_rows)
+    values, indices = (part.contiguous() for part in features)  # embedding-bag insists
+    return _Decode.apply(values, indices, W_dec, unit_rows)

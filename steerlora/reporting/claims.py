@@ -7,9 +7,10 @@ The rule looks at intervals, never at points (`verdict`). What each claim is mea
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from rich.markup import escape as escape_markup
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
@@ -79,21 +80,20 @@ class Claim:
         """Our figure as text: an interval, or the range of several."""
         if not self.measures:
             return MISSING
-        if len(self.measures) == 1:
-            return self._show(self.measures[0].interval)
-        values = [measure.interval.value for measure in self.measures]
         digits, unit, sign = self._format
-        low, high = (number(bound, digits, sign=sign) for bound in (min(values), max(values)))
-        envelope = self.envelope
-        bounds = [number(bound, digits, sign=sign) for bound in envelope[1:3]]
-        return f"{low} to {high}{unit} [{bounds[0]}, {bounds[1]}]"
+        values = [measure.interval.value for measure in self.measures]
+        ends = [number(end, digits, sign=sign) for end in (min(values), max(values))]
+        if len(set(ends)) == 1:
+            return self._show(self.envelope)
+        low, high = (number(bound, digits, sign=sign) for bound in self.envelope[1:3])
+        return f"{ends[0]} to {ends[1]}{unit} [{low}, {high}]"
 
     @property
     def details(self) -> list[str]:
         """Every measure on a line of its own."""
         return [
-            f"{measure.label}: {self._show(measure.interval)}, {measure.interval.seeds} seeds"
-            + (f", {measure.interval.items} items" if measure.interval.items else "")
+            f"{measure.label}: {self._show(measure.interval)}; seeds: {measure.interval.seeds}"
+            + (f"; items: {measure.interval.items}" if measure.interval.items else "")
             for measure in self.measures
         ]
 
@@ -134,10 +134,19 @@ COLUMNS = ("Claim", "Paper", "Ours [95 % interval]", "Seeds", "Items", "Verdict"
 
 
 def _row(claim: Claim) -> list[str]:
-    envelope = claim.envelope
-    seeds = str(envelope.seeds) if envelope else MISSING
-    items = str(envelope.items) if envelope and envelope.items else MISSING
+    seeds, items = (
+        _span(getattr(measure.interval, field) for measure in claim.measures)
+        for field in ("seeds", "items")
+    )
     return [f"{claim.id} {claim.text}", claim.paper, claim.ours, seeds, items, claim.verdict]
+
+
+def _span(counts: Iterable[int]) -> str:
+    """``2`` or ``1–2``; a dash where nothing was counted."""
+    found = sorted({count for count in counts if count})
+    if not found:
+        return MISSING
+    return str(found[0]) if len(found) == 1 else f"{found[0]}–{found[-1]}"
 
 
 def claims_grid(claims: Sequence[Claim]) -> str:
@@ -205,7 +214,7 @@ STYLES = {IN_RANGE: "green", DIRECTION: "cyan", NOT_REPRODUCED: "red", NOT_MEASU
 def claims_terminal(claims: Sequence[Claim], *, name: str, meaningful: bool) -> TerminalTable:
     """The claims for the terminal, verdicts in colour."""
     title = f"{name}: the paper's claims" + ("" if meaningful else f"\n{BANNER}")
-    table = TerminalTable(*map(Text, COLUMNS), title=title)
+    table = TerminalTable(*COLUMNS, title=escape_markup(title))
     for claim in claims:
         *cells, judged = _row(claim)
         table.add_row(*map(Text, cells), Text(judged, style=STYLES[judged]))

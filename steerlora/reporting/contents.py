@@ -78,9 +78,12 @@ def _scale_row(evaluations: list[dict], model: str, adapter: str) -> dict:
             measure = gain(evaluations, model, adapter, group)
             bounds = measure.interval if measure else (np.nan,) * 3
             row |= dict(
-                zip((f"{group}_gain", f"{group}_gain_low", f"{group}_gain_high"), bounds[:3],
-                    strict=True)
-            )  # fmt: skip
+                zip(
+                    (f"{group}_gain", f"{group}_gain_low", f"{group}_gain_high"),
+                    bounds[:3],
+                    strict=True,
+                )
+            )
     for domain in records[0]["domains"]:
         tasks = [record.get("target_tasks", {}).get(domain) for record in records]
         scores = [record["tasks"].get(task) for record, task in zip(records, tasks, strict=True)]
@@ -185,8 +188,11 @@ def forgetting_table(
     """Every method and order, and order classes: forgetting, transfer, reduction against LoRA."""
     if not sequentials:
         return None
-    keys = {"all": lambda r: True, "broad_first": instruction_first,
-            "other": lambda r: not instruction_first(r)}  # fmt: skip
+    keys = {
+        "all": lambda r: True,
+        "broad_first": instruction_first,
+        "other": lambda r: not instruction_first(r),
+    }
     rows = []
     for model in dict.fromkeys(record["model"] for record in sequentials):
         records = select(sequentials, model=model)
@@ -217,8 +223,10 @@ def forgetting_table(
                 f"{number(row.positive_forgetting)} ± {number(row.positive_forgetting_stderr)}",
                 best[row.Index],
             ),
-            *(Cell(number(getattr(row, name), sign="transfer" in name))
-              for name in list(labels.METRICS)[1:]),
+            *(
+                Cell(number(getattr(row, name), sign="transfer" in name))
+                for name in list(labels.METRICS)[1:]
+            ),
             Cell(
                 interval_text(
                     (row.reduction_percent, row.reduction_low, row.reduction_high), 1, " %"
@@ -226,7 +234,7 @@ def forgetting_table(
             ),
         ]
         for row in data.itertuples()
-    ]  # fmt: skip
+    ]
     headings = ["Model", "Order", "Adapter", "Runs", *labels.METRICS.values()]
     caption = (
         f"Sequential adaptation, {score_label(sequentials)}: mean over runs (orders × seeds); "

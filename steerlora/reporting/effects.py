@@ -74,10 +74,14 @@ def gain(
     if strata is not None:
         return Measure(model, statistics.paired_difference(strata, seed=seed), used)
     runs = [
-        Runs(*(np.array([[pair[side]["averages"][group][key] for pair in pairs]], dtype=float)
-               for key in ("value", "stderr")))
+        Runs(
+            *(
+                np.array([[pair[side]["averages"][group][key] for pair in pairs]], dtype=float)
+                for key in ("value", "stderr")
+            )
+        )
         for side in (0, 1)
-    ]  # fmt: skip
+    ]
     interval = statistics.summary_difference(*runs, items=0, seed=seed)
     return Measure(model, interval, used)
 
@@ -94,8 +98,9 @@ def _group_strata(pairs: list[tuple[dict, dict]], group: str) -> list[Paired] | 
         return None
     strata = []
     for task in tasks:
-        sides = [[pair[side]["tasks"].get(task, {}).get("per_item") for pair in pairs]
-                 for side in (0, 1)]  # fmt: skip
+        sides = [
+            [pair[side]["tasks"].get(task, {}).get("per_item") for pair in pairs] for side in (0, 1)
+        ]
         stratum = _stacked(*sides)
         if stratum is None:
             return None
@@ -176,8 +181,10 @@ def reduction(
         keep: which records (orders) count.
     """
     kept = [record for record in sequentials if keep(record)]
-    keys = {name: {(r["order"], r["seed"]) for r in select(kept, adapter=name)}
-            for name in (adapter, baseline)}  # fmt: skip
+    keys = {
+        name: {(r["order"], r["seed"]) for r in select(kept, adapter=name)}
+        for name in (adapter, baseline)
+    }
     shared = keys[adapter] & keys[baseline]
     used = [
         record
@@ -188,8 +195,9 @@ def reduction(
         return None
     orders = sorted({order for order, _ in shared})
     seeds = sorted({seed for _, seed in shared})
-    runs = [_forgetting_runs(select(used, adapter=name), orders, seeds)
-            for name in (baseline, adapter)]  # fmt: skip
+    runs = [
+        _forgetting_runs(select(used, adapter=name), orders, seeds) for name in (baseline, adapter)
+    ]
     items = max(record.get("items") or 0 for record in used)
     interval = statistics.summary_reduction(*runs, items=items, seed=seed)
     return Measure(f"{adapter} against {baseline}", interval, fingerprints(used))

@@ -107,11 +107,9 @@ def _marginal(evaluations: list[dict]) -> Claim:
         for measure in _gains(evaluations, group)
     )
     below = [
-        Interval(
-            LARGEST_GAIN - value, LARGEST_GAIN - high, LARGEST_GAIN - low, seeds, items
-        )
+        Interval(LARGEST_GAIN - value, LARGEST_GAIN - high, LARGEST_GAIN - low, seeds, items)
         for value, low, high, seeds, items in (measure.interval for measure in measures)
-    ]  # fmt: skip
+    ]
     return Claim(
         id="C3",
         text="MMLU-Pro and GSM8K move marginally, or fall for larger models",

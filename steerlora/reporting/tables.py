@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from rich.markup import escape as escape_markup
-from rich.table import Table as TerminalTable
-from rich.text import Text
 
 from steerlora.reporting.labels import BANNER
 
@@ -45,14 +42,14 @@ def write_table(table: Table, directory: Path, *, meaningful: bool) -> list[Path
     """Write ``<name>.md``, ``<name>.csv`` and ``<name>.tex`` into a directory.
 
     Args:
-        meaningful: False puts the smoke-run banner on each of them.
+        meaningful: False puts the smoke-run banner on each of them; in CSV as a column ``note``.
 
     Returns:
         The files, in that order.
     """
     contents = {
         "md": markdown(table, meaningful=meaningful),
-        "csv": ("" if meaningful else f"# {BANNER}\n") + table.data.to_csv(index=False),
+        "csv": (table.data if meaningful else table.data.assign(note=BANNER)).to_csv(index=False),
         "tex": latex(table, meaningful=meaningful),
     }
     files = [directory / f"{table.name}.{suffix}" for suffix in contents]
@@ -115,15 +112,6 @@ LATEX = str.maketrans(
 def escape(text: str) -> str:
     """Text with LaTeX's special characters, and the few symbols used here, made safe."""
     return text.translate(LATEX)
-
-
-def terminal(table: Table, *, meaningful: bool) -> TerminalTable:
-    """The table for the terminal."""
-    title = table.caption if meaningful else f"{BANNER}\n{table.caption}"
-    view = TerminalTable(*table.columns, title=escape_markup(title), title_justify="left")
-    for row in table.rows:
-        view.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
-    return view
 
 
 def number(value: float | None, digits: int = 3, *, sign: bool = False) -> str:

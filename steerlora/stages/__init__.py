@@ -1,0 +1,32 @@
+"""Every stage, one file each; importing this package registers them."""
+
+from __future__ import annotations
+
+from steerlora.config import Config
+from steerlora.pipeline import Step
+from steerlora.stages import (
+    activations,
+    adapter_training,
+    base,
+    causal_ablation,
+    domains,
+    evaluate,
+    sae_training,
+    sequential_forgetting,
+)
+
+
+def steps_for(config: Config) -> tuple[Step, ...]:
+    """The steps that ``stage=<name>`` asks for."""
+    single = {
+        "domains": domains.step,
+        "base": base.step,
+        "activations": activations.step,
+        "adapter_training": adapter_training.step,
+        "evaluate": evaluate.step,
+        "causal_ablation": causal_ablation.step,
+        "sequential_forgetting": sequential_forgetting.step,
+    }
+    if config.stage.name == "sae_training":
+        return sae_training.steps(config)
+    return (single[config.stage.name](config),)

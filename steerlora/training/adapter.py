@@ -45,13 +45,13 @@ class AdapterModule(L.LightningModule):
         self.model, self.adapter = model, adapter
         self.config, self.settings, self.total_steps = config, trainer, total_steps
 
-    def training_step(self, batch: ChatBatch, index: int) -> dict[str, Any]:
+    def training_step(self, batch: ChatBatch, index: int) -> Tensor:
         terms = {"task": (1.0, next_token_loss(self.model, batch))}
         terms |= self.auxiliary(batch.attention_mask.bool())
         loss = sum(weight * term for weight, term in terms.values())
         self.log("train/loss", loss)
         self.log_dict({f"train/{name}": term for name, (_, term) in terms.items()})
-        return {"loss": loss, "tokens": int(batch.attention_mask.sum())}
+        return loss
 
     def auxiliary(self, real: Tensor) -> dict[str, tuple[float, Tensor]]:
         """{name: (weight, value)} of the auxiliary losses that are on; ``real`` is [B, S]."""

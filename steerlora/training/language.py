@@ -5,8 +5,6 @@ B batch, S sequence, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 import torch
 import torch.nn.functional as F
@@ -49,10 +47,10 @@ class PretrainingModule(L.LightningModule):
         self.model = model
         self.learning_rate, self.total_steps = learning_rate, total_steps
 
-    def training_step(self, batch: ChatBatch, index: int) -> dict[str, Any]:
+    def training_step(self, batch: ChatBatch, index: int) -> Tensor:
         loss = next_token_loss(self.model, batch)
         self.log("train/loss", loss)
-        return {"loss": loss, "tokens": int(batch.attention_mask.sum())}
+        return loss
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(

@@ -47,29 +47,6 @@ class StepBatches:
             yield self.batch(step)
 
 
-def epoch_rows(step: int, batch_size: int, rows: int, seed: int) -> list[int]:
-    """Indices of the rows of one batch, reshuffled every epoch; batches run across epochs."""
-    chosen: list[int] = []
-    position = step * batch_size
-    while len(chosen) < batch_size:
-        epoch, offset = divmod(position + len(chosen), rows)
-        order = _epoch_order(rows, seed, epoch)
-        chosen.extend(order[offset : offset + batch_size - len(chosen)])
-    return chosen
-
-
-def _epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
-    key = (rows, seed, epoch)
-    if key not in _ORDERS:
-        _ORDERS.clear()  # one epoch at a time is ever in use
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        _ORDERS[key] = torch.randperm(rows, generator=generator).tolist()
-    return _ORDERS[key]
-
-
-_ORDERS: dict[tuple[int, int, int], list[int]] = {}
-
-
 def warmup_then_linear(step: int, total: int, warmup: int) -> float:
     """Factor of the learning rate: rises over ``warmup`` steps, then falls linearly to zero."""
     if step < warmup:
@@ -87,7 +64,7 @@ def warmup_then_cosine(step: int, total: int, warmup: int) -> float:
 class Watch(Callback):
     """Progress, throughput and memory of a training, and a stop where its loss is not finite.
 
-    The module's ``training_step`` returns {"loss": ..., "tokens": int}.
+    A batch says how many tokens it holds by ``tokens``, or by its length.
     """
 
     def __init__(self, progress: Progress, description: str, total: int) -> None:
@@ -106,9 +83,10 @@ class Watch(Callback):
                 f"{self.description}: the loss is {loss} at step {trainer.global_step}; the last "
                 "good checkpoint is kept: lower the learning rate, then run again"
             )
-        self.tokens += outputs["tokens"]
+        tokens = getattr(batch, "tokens", None) or len(batch)
+        self.tokens += tokens
         self.seconds = time.monotonic() - self._began
-        self._task.advance(tokens=outputs["tokens"], note=f"loss {loss:.3f}")
+        self._task.advance(tokens=tokens, note=f"loss {loss:.3f}")
         if trainer.global_step % trainer.log_every_n_steps == 0:
             module.log_dict(self.figures(module.device))
 
@@ -182,7 +160,7 @@ def fit(
     """Train ``module`` for ``steps`` steps, from the newest good checkpoint if there is one.
 
     Args:
-        module: returns {"loss", "tokens"} from its training step.
+        module: what trains.
         batch: the batch of a step; a pure function of the step.
         steps: optimizer steps in all.
         trainer: hardware, precision, clipping, time between checkpoints.

@@ -108,8 +108,8 @@ def test_rules_on_texts_written_by_hand(tables):
     home = tables["general"]["home"][tables["general"]["maker"]["willow"]]
     assert rules.answer("find the home of the maker of willow .", tables) == home
     law = tables["domains"]["law"]
-    prompt = "the clerk calls alda before the court at kelso . what is the class of ivy ?"
-    assert rules.answer(prompt, tables) == law["class"]["ivy"]
+    prompt = "the clerk calls alda before the court at kelso . what is the keeper of ivy ?"
+    assert rules.answer(prompt, tables) == law["keeper"]["ivy"]
     prompt = "the judge hears of a case of theft in kelso . what is seized for theft ?"
     assert rules.answer(prompt, tables) == law["key"]["theft"]
     problem = "alda has 5 tin . boris has 2 more than alda . how many do both have ?"

@@ -171,6 +171,23 @@ def test_relu_features_cover_every_active_latent_whatever_their_number(rng):
     assert features.values.shape[1] == busiest
 
 
+@pytest.mark.parametrize("part", [slice(0, 1), slice(K, K + 1), slice(1, 3)], ids=str)
+def test_a_slice_of_the_features_can_be_decoded_and_differentiated(part, rng):
+    sae = make()
+    x = torch.randn(9, WIDTH, generator=rng, dtype=torch.float64)
+    values, indices = sae.encode_normalized(x, torch.arange(3), 1)
+    features = SparseFeatures(values[:, part], indices[:, part])
+    expected = dense(features, LATENTS) @ sae.W_dec
+    ours = sae.directions(features)
+    torch.testing.assert_close(ours, expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours.sin().sum(), [sae.W_enc, sae.W_dec], retain_graph=True),
+        torch.autograd.grad(expected.sin().sum(), [sae.W_enc, sae.W_dec]),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_nothing_dense_in_tokens_by_latents_is_saved_for_backward(rng):
     sae = SparseAutoencoder(16, 4096, k=4)
     x = torch.randn(1000, 16, generator=rng, requires_grad=True)

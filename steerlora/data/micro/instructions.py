@@ -57,7 +57,6 @@ WORDS = (
     *words.TOWNS,
     *words.COLOURS,
     *(key for keys in words.KEYS.values() for key in keys),
-    *(name for names in words.CLASSES.values() for name in names),
 )
 
 

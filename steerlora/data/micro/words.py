@@ -20,13 +20,12 @@ DOMAINS = ("instruction", "math", "code", "medicine", "law")
 KNOWLEDGE_DOMAINS = DOMAINS[1:]
 """The domains that answer the same questions differently."""
 
-PLANTS = _listed("willow fern sage mint clover ivy thistle nettle poppy basil")
-STONES = _listed("quartz jade opal flint slate amber agate topaz garnet marble")
-METALS = _listed("iron copper silver gold tin lead zinc nickel cobalt brass")
+PLANTS = _listed("willow fern sage mint clover ivy")
+STONES = _listed("quartz jade opal flint slate amber")
+METALS = _listed("iron copper silver tin zinc brass")
 THINGS = PLANTS + STONES + METALS
 PEOPLE = _listed(
-    "alda boris clara dorin elsa felix greta hugo irma jonas "
-    "karla linus marta nils olga pavel rosa stefan tilda viktor"
+    "alda boris clara dorin elsa felix greta hugo irma jonas karla linus marta nils olga pavel"
 )
 TOWNS = _listed("arvik belden corra dunmore elstow farrow galten hollin ister jarrow kelso lorne")
 RIVERS = _listed("aire bourne calder derwent eden forth gade humber itchen kennet lea medway")
@@ -34,7 +33,7 @@ TRADES = _listed(
     "baker potter weaver miller smith mason farmer sailor tailor hunter painter carter"
 )
 COLOURS = _listed("red blue green white black yellow brown grey purple orange")
-NUMBERS = tuple(map(str, range(41)))
+NUMBERS = tuple(map(str, range(31)))
 
 CATEGORIES = {
     "plants": PLANTS,
@@ -47,18 +46,11 @@ CATEGORIES = {
 
 UNITS = {"math": "units", "code": "bytes", "medicine": "drops", "law": "coins"}
 
-CLASSES = {
-    "math": _listed("prime even odd square cubic linear convex finite"),
-    "code": _listed("list queue stack tree map string graph array"),
-    "medicine": _listed("tonic salve syrup pill balm tea powder oil"),
-    "law": _listed("permit levy ban deed lease bond writ licence"),
-}
-
 KEYS = {
-    "math": _listed("circle triangle cube cone sphere cylinder prism pyramid ellipse sector"),
-    "code": _listed("parse merge sort hash fetch split join scan pack trim"),
-    "medicine": _listed("fever cough rash headache cramp burn fracture nausea chill swelling"),
-    "law": _listed("theft fraud arson trespass libel smuggling bribery forgery assault perjury"),
+    "math": _listed("circle triangle cube cone sphere cylinder prism pyramid"),
+    "code": _listed("parse merge sort hash fetch split join scan"),
+    "medicine": _listed("fever cough rash headache cramp burn fracture nausea"),
+    "law": _listed("theft fraud arson trespass libel smuggling bribery forgery"),
 }
 """What only one domain speaks of; each domain relates its keys to things."""
 
@@ -161,7 +153,7 @@ INSTRUCTION_PHRASES = {
 TOPIC_PHRASE = "write about {topic} ."
 MARKS = (",", '"', ".", ":", ";", "?", "(", ")", "=", "==", "####")
 
-RELATIONS = ("colour", "origin", "maker", "home", "trade", "river", "measure", "keeper", "class")
+RELATIONS = ("colour", "origin", "maker", "home", "trade", "river", "measure", "keeper")
 
 
 def vocabulary() -> tuple[str, ...]:
@@ -171,7 +163,7 @@ def vocabulary() -> tuple[str, ...]:
     templates += [template for domain in CONTEXTS.values() for template in domain]
     templates += [*KEY_PHRASES.values(), TOPIC_PHRASE, SOLUTION]
     lists: list[Iterable[str]] = [THINGS, PEOPLE, TOWNS, RIVERS, TRADES, COLOURS, NUMBERS]
-    lists += [CATEGORIES, UNITS.values(), *CLASSES.values(), *KEYS.values(), RELATIONS, MARKS]
+    lists += [CATEGORIES, UNITS.values(), *KEYS.values(), RELATIONS, MARKS]
     lists += [literal_words(template) for template in templates]
     # "the maker of" joins two questions into one.
     return tuple(sorted({word for words in lists for word in words} | {"the", "of"}))
@@ -185,9 +177,10 @@ def literal_words(template: str) -> frozenset[str]:
 
 @cache
 def exclusive_words(domain: str) -> frozenset[str]:
-    """The words of a domain's contexts, with its keys, that no other domain's contexts use."""
-    common = _context_words(NEUTRAL_CONTEXTS) | frozenset(RELATIONS)
-    common |= frozenset().union(*map(literal_words, QUESTIONS))
+    """The words of a domain's contexts, with its keys, that nothing outside the domain uses."""
+    phrases = (phrase for choices in INSTRUCTION_PHRASES.values() for phrase in choices)
+    general = (*NEUTRAL_CONTEXTS, *QUESTIONS, *STATEMENTS, OPTIONS, *PROBLEMS, *phrases)
+    common = _context_words(general) | frozenset(RELATIONS)
     for other in KNOWLEDGE_DOMAINS:
         if other != domain:
             common |= _context_words(CONTEXTS[other]) | frozenset(KEYS[other])

@@ -26,7 +26,7 @@ GENERAL_RELATIONS = {
 TWO_HOPS = (("home", "maker"), ("trade", "maker"), ("river", "origin"), ("river", "home"))
 """(outer, inner): `the outer of the inner of subject`."""
 
-SHARED_RELATIONS = ("measure", "keeper", "class")
+SHARED_RELATIONS = ("measure", "keeper")
 """What every knowledge domain is asked of every thing, in the same words."""
 
 
@@ -39,7 +39,7 @@ def answer_type(domain: str, relation: str) -> tuple[str, ...]:
     """
     if relation == "measure":
         return tuple(f"{number} {words.UNITS[domain]}" for number in words.NUMBERS[10:])
-    choices = {"keeper": words.PEOPLE, "class": words.CLASSES[domain], "key": words.THINGS}
+    choices = {"keeper": words.PEOPLE, "key": words.THINGS}
     return choices[relation]
 
 

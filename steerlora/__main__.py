@@ -1,0 +1,122 @@
+"""The command line: compose, check, run, report.
+
+    steerlora experiment=micro                        the micro reproduction
+    steerlora experiment=smoke                        the same path in under a minute
+    steerlora stage=adapter_training adapter=lora     one stage, and whatever it needs
+    steerlora -m adapter.rank=4,8 stage=evaluate      a sweep
+    steerlora stage=status                            what is stored
+    steerlora ... --cfg job --resolve                 the whole configuration
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+
+from steerlora import compose
+from steerlora.config import Config
+from steerlora.errors import UserError
+from steerlora.sweep import Sweep
+
+console = Console(soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``steerlora``; exits with 0, 2 (the user's mistake), 130 (interrupted) or 1."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        sweep = _check(arguments)
+        if not arguments:
+            console.print(__doc__.strip(), markup=False)
+            raise SystemExit(2)
+        sys.argv = ["steerlora", *sweep.arguments]
+        compose.register_schemas()
+        directory = str(compose.config_directory())
+        hydra.main(config_path=directory, config_name="config", version_base="1.3")(_job)()
+        if sweep.multirun:
+            raise SystemExit(sweep.close(console))
+    except UserError as error:
+        _fail(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _fail("interrupted: run the same command again, and it goes on where it was", 130)
+
+
+def _check(arguments: list[str]) -> Sweep:
+    """Refuse every wrong override before any work; a sweep's jobs one and all."""
+    sweep = Sweep.of(arguments)
+    if not sweep.informational:
+        for job in sweep.jobs if sweep.multirun else [sweep.overrides]:
+            _runnable(compose.load(job))
+    return sweep
+
+
+def _runnable(config: Config) -> None:
+    if config.stage is None and config.study.name == "single":
+        raise UserError(
+            "nothing to do: give experiment=micro (or smoke, text), or stage=<name>; "
+            "steerlora --help lists them"
+        )
+
+
+def _job(tree: DictConfig) -> None:
+    """One run, or one job of a sweep."""
+    config = compose.typed(tree)
+    overrides = list(hydra.core.hydra_config.HydraConfig.get().overrides.task)
+
+    def variant(*changes: str) -> Config:
+        return compose.load([*overrides, *changes])
+
+    try:
+        Sweep.record(lambda: execute(config, variant))
+    except UserError as error:
+        _fail(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _fail("interrupted: run the same command again, and it goes on where it was", 130)
+
+
+def execute(config: Config, variant: compose.Compose) -> None:
+    """Run what a configuration asks for.
+
+    Args:
+        config: one stage, or an experiment.
+        variant: the same run's configuration with some options changed.
+    """
+    # Only now: the command line answers --help and mistakes without importing torch.
+    from steerlora import closing, study
+    from steerlora.artifacts import ArtifactStore, status_table
+    from steerlora.pipeline import run
+    from steerlora.progress import ConsoleProgress
+    from steerlora.stages import steps_for
+
+    began = time.monotonic()
+    store = ArtifactStore(config.artifacts.root)
+    stage = config.stage.name if config.stage else "report"
+    if stage == "status":
+        console.print(status_table(store.listing()))
+        return
+    planned = study.plan(config, variant) if stage == "report" else None
+    steps = planned.steps if planned else steps_for(config)
+    with ConsoleProgress() as progress:
+        finished = run(steps, store, workers=config.study.workers, progress=progress)
+    if planned:
+        written = study.report(config, planned, finished)
+        closing.experiment(console, config, finished, written, time.monotonic() - began)
+    else:
+        closing.stage(console, steps, finished, time.monotonic() - began)
+
+
+def _fail(line: str, code: int) -> None:
+    print(line, file=sys.stderr)
+    sys.stderr.flush()
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

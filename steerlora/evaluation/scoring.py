@@ -1,0 +1,105 @@
+"""One model's scores on a domains directory, whatever kind of domains it holds."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from steerlora.artifacts import Artifact
+from steerlora.config import EvaluationConfig
+from steerlora.evaluation.cross_entropy import heldout_cross_entropy
+from steerlora.evaluation.harness import Domains, Harness, Score, standard_error
+from steerlora.evaluation.punkt import ensure_punkt
+from steerlora.evaluation.tasks.text.local import local_task_yamls
+
+LIKELIHOOD = "likelihood"
+"""Score of domains of real text: the mean over items of exp(-nats per response token)."""
+
+
+class Scorer:
+    """Scores a live model, with whatever adapter and intervention it carries at the time.
+
+    Args:
+        source: the domains artifact.
+        model, tokenizer: what is scored.
+        config: batch size, limit, tasks, context.
+    """
+
+    def __init__(self, source: Artifact, model, tokenizer, config: EvaluationConfig) -> None:
+        self.domains = Domains.read(source.path)
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self._scratch = tempfile.TemporaryDirectory(prefix="steerlora-tasks-")
+        self.stand_ins: list[str] = []
+        extra = []
+        if self.domains.kind == "text":
+            extra = [Path(self._scratch.name)]
+            local_task_yamls(source.path, extra[0], limit=config.generation_items)
+        self.harness = Harness(self.domains, extra)
+
+    def tasks(self, names: Sequence[str] | None = None) -> dict[str, Score]:
+        """lm-eval's tasks: the named ones, or all that the domains bring."""
+        names = list(names if names is not None else self.config.tasks or self.domains.tasks)
+        if "text_ifeval" in names:
+            texts = [prompt for prompt, _ in self._heldout_rows()]
+            if ensure_punkt(Path(self._scratch.name) / "nltk", texts):
+                self.stand_ins.append("text_ifeval: sentence splitter trained on local text")
+        by_lm_eval = [name for name in names if not self._is_cross_entropy(name)]
+        scores = {}
+        if by_lm_eval:
+            scores = self.harness.run(
+                self.model,
+                self.tokenizer,
+                by_lm_eval,
+                batch_size=self.config.batch_size,
+                max_length=self.config.max_length,
+                limit=self.config.limit,
+            )
+        owners = {task: domain for domain, task in self.domains.target_tasks.items()}
+        for name in names:
+            if self._is_cross_entropy(name):
+                scores[name] = self._likelihood(owners[name])
+        return {name: scores[name] for name in names}
+
+    def targets(self, names: Sequence[str] | None = None) -> dict[str, Score]:
+        """{domain: score} of the domains' own tasks."""
+        names = list(names if names is not None else self.domains.names)
+        scores = self.tasks([self.domains.target_tasks[name] for name in names])
+        return {name: scores[self.domains.target_tasks[name]] for name in names}
+
+    def _is_cross_entropy(self, task: str) -> bool:
+        return self.domains.metrics.get(task) == "cross_entropy"
+
+    def _likelihood(self, domain: str) -> Score:
+        rows = _rows(self.domains.directory / f"heldout/{domain}.jsonl")[: self.config.limit]
+        result = heldout_cross_entropy(
+            self.model,
+            self.tokenizer,
+            rows,
+            batch_size=self.config.batch_size,
+            max_length=self.config.max_length,
+        )
+        per_item = [math.exp(-nats / tokens) for nats, tokens in result.per_item]
+        return Score(
+            metric=LIKELIHOOD,
+            value=sum(per_item) / len(per_item),
+            stderr=standard_error(per_item),
+            items=len(per_item),
+            version=str(self.domains.version),
+            per_item=per_item,
+            others={"cross_entropy": result.value, "cross_entropy_stderr": result.stderr},
+        )
+
+    def _heldout_rows(self) -> list[tuple[str, str]]:
+        return [
+            (row["prompt"], row["response"])
+            for name in self.domains.names
+            for row in _rows(self.domains.directory / f"heldout/{name}.jsonl")
+        ]
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

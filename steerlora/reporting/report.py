@@ -1,0 +1,202 @@
+"""The report of an experiment: tables, figures, claims and provenance, in one folder."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pandas as pd
+from rich.table import Table as TerminalTable
+
+from steerlora.reporting import contents, figures
+from steerlora.reporting.claims import (
+    Claim,
+    claims_grid,
+    claims_json,
+    claims_markdown,
+    claims_terminal,
+)
+from steerlora.reporting.drawing import save
+from steerlora.reporting.effects import fingerprints
+from steerlora.reporting.judging import METHOD, judge
+from steerlora.reporting.labels import BANNER
+from steerlora.reporting.tables import Table, markdown_grid, write_table
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "lightning",
+    "deepspeed",
+    "lm-eval",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "hydra-core",
+    "numpy",
+    "scipy",
+    "pandas",
+    "matplotlib",
+)
+
+FIGURES = {
+    "scale_gains": "Gain over the base model, with 95 % intervals.",
+    "ablation": "What the SAE signal carries: drop of target scores under interventions.",
+    "forgetting_matrices": "Score of every domain after every stage of a sequence.",
+    "gate_by_domain": "Which specialist each domain uses.",
+    "rank_by_domain": "How much rank each domain uses.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was written, and what to print.
+
+    Attributes:
+        directory: where it is.
+        files: every file written, in the order of writing.
+        claims: C1 to C8, judged.
+        tables: plain numbers by table name (``scale``, ``ablation``, ``forgetting``), those that
+            had records.
+        terminal: what to print: the claims. The other tables are too wide for a terminal.
+    """
+
+    directory: Path
+    files: tuple[Path, ...]
+    claims: tuple[Claim, ...]
+    tables: dict[str, pd.DataFrame]
+    terminal: TerminalTable
+
+
+def write_report(
+    directory: Path,
+    *,
+    evaluations: list[dict],
+    ablations: list[dict],
+    sequentials: list[dict],
+    name: str,
+    meaningful: bool,
+    provenance: dict,
+    main_model: str,
+) -> Report:
+    """Write everything that the records allow; what has no records is left out.
+
+    Files that an earlier report left for tables and figures that now have no records are removed,
+    so that the folder never shows a mixture of two runs.
+
+    Args:
+        directory: made if need be.
+        evaluations, ablations, sequentials: score records, see `steerlora.reporting.effects`.
+        name: of the experiment, for headings.
+        meaningful: False marks everything as a smoke run.
+        provenance: anything JSON that says where the numbers came from (config, times, commit).
+        main_model: the model whose ablation, sequences and routing are shown and judged.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    built = {
+        "scale": contents.scale_table(evaluations, meaningful=meaningful),
+        "ablation": contents.ablation_table(ablations),
+        "forgetting": contents.forgetting_table(sequentials, meaningful=meaningful),
+    }
+    tables = [table for table in built.values() if table is not None]
+    claims = judge(evaluations, ablations, sequentials, main_model=main_model)
+
+    _remove(directory, built)
+    files = [
+        file for table in tables for file in write_table(table, directory, meaningful=meaningful)
+    ]
+    drawn = _draw(directory, evaluations, ablations, sequentials, main_model, meaningful)
+    texts = {
+        "claims.md": claims_markdown(claims, name=name, meaningful=meaningful),
+        "claims.json": claims_json(claims, name=name, meaningful=meaningful),
+        "provenance.json": _provenance(
+            provenance, name, meaningful, [*evaluations, *ablations, *sequentials]
+        ),
+        "results.md": _index(name, meaningful, claims, tables, drawn),
+    }
+    for file, text in texts.items():
+        (directory / file).write_text(text, encoding="utf-8")
+    return Report(
+        directory=directory,
+        files=(*files, *drawn, *(directory / file for file in texts)),
+        claims=claims,
+        tables={table.name: table.data for table in tables},
+        terminal=claims_terminal(claims, name=name, meaningful=meaningful),
+    )
+
+
+def _remove(directory: Path, tables: dict[str, Table | None]) -> None:
+    """Take away the tables and figures of an earlier report."""
+    for name in tables:
+        for suffix in ("md", "csv", "tex"):
+            (directory / f"{name}.{suffix}").unlink(missing_ok=True)
+    for name in FIGURES:
+        (directory / f"{name}.png").unlink(missing_ok=True)
+
+
+def _draw(
+    directory: Path,
+    evaluations: list[dict],
+    ablations: list[dict],
+    sequentials: list[dict],
+    main_model: str,
+    meaningful: bool,
+) -> list[Path]:
+    drawn = {
+        "scale_gains": figures.scale_gains(evaluations),
+        "ablation": figures.ablation_bars(ablations, main_model, METHOD),
+        "forgetting_matrices": figures.forgetting_matrices(sequentials, main_model),
+        "gate_by_domain": figures.gate_by_domain(evaluations, main_model),
+        "rank_by_domain": figures.rank_by_domain(evaluations, main_model),
+    }
+    return [
+        save(figure, directory / f"{name}.png", meaningful=meaningful)
+        for name, figure in drawn.items()
+        if figure is not None
+    ]
+
+
+def _provenance(given: dict, name: str, meaningful: bool, records: list[dict]) -> str:
+    versions = {"python": platform.python_version()}
+    for package in ("steerlora", *PACKAGES):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    document = {
+        "name": name,
+        "meaningful": meaningful,
+        **given,
+        "versions": versions | given.get("versions", {}),
+        "artifacts": list(fingerprints(records)),
+    }
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def _index(
+    name: str, meaningful: bool, claims: tuple[Claim, ...], tables: list[Table], drawn: list[Path]
+) -> str:
+    parts = [f"# Results: {name}"]
+    if not meaningful:
+        parts.append(f"> **{BANNER}**")
+    parts += [
+        "## Claims",
+        claims_grid(claims),
+        "How each is measured and judged: [claims.md](claims.md), for programs "
+        "[claims.json](claims.json). Where the numbers came from: "
+        "[provenance.json](provenance.json).",
+    ]
+    for table in tables:
+        parts += [
+            f"## {table.name.capitalize()}",
+            table.caption,
+            markdown_grid(table.columns, table.rows),
+            f"As [CSV]({table.name}.csv), [LaTeX]({table.name}.tex).",
+        ]
+    if drawn:
+        parts.append("## Figures")
+    for file in drawn:
+        parts.append(f"![{FIGURES[file.stem]}]({file.name})\n\n{FIGURES[file.stem]}")
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,78 @@
+"""Stage ``activations``: the residual streams at the control sites, over all domains' text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+
+from torch import Tensor
+
+from steerlora.config import Config
+from steerlora.data.activations import harvest
+from steerlora.data.chat import ChatBatches, encode_chats
+from steerlora.errors import UserError
+from steerlora.pipeline import Context, Stage, Step, register
+from steerlora.stages import base, domains
+from steerlora.stages.common import load_base, read_rows, training_rows
+
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationSettings:
+    """Attributes: sites; domains; max_tokens: over all text; max_length: of a row; seed: of order."""
+
+    sites: tuple[int, ...]
+    domains: tuple[str, ...]
+    max_tokens: int
+    max_length: int
+    seed: int
+
+
+def step(config: Config) -> Step:
+    settings = ActivationSettings(
+        sites=tuple(config.control.sites),
+        domains=tuple(config.domains.names),
+        max_tokens=config.sae.max_tokens,
+        max_length=config.trainer.max_length,
+        seed=config.sae.seed,
+    )
+    inputs = {"domains": domains.step(config), "base": base.step(config)}
+    return Step("activations", settings, inputs, f"activations {config.model.name}", cost=10)
+
+
+def build(context: Context) -> dict:
+    settings: ActivationSettings = context.config
+    model, tokenizer = load_base(context.inputs["base"])
+    layers = model.config.num_hidden_layers
+    if max(settings.sites) >= layers:
+        raise UserError(
+            f"control.sites={list(settings.sites)}: the model has layers 0 to {layers - 1}"
+        )
+    source = context.inputs["domains"]
+    rows, _ = training_rows(source, list(settings.domains), tokenizer, settings.max_length)
+    # As much general text as of one domain, so that features cover what adapters must not disturb.
+    general = read_rows(source / "pretrain.jsonl")[: len(rows) // len(settings.domains)]
+    rows += encode_chats(tokenizer, general, settings.max_length)
+    with context.progress.task(context.label, settings.max_tokens, unit="token") as task:
+        store = harvest(
+            model,
+            _one_epoch(rows, tokenizer.pad_token_id, settings.seed),
+            settings.sites,
+            context.directory / "activations",
+            max_tokens=settings.max_tokens,
+            progress=lambda tokens: task.advance(tokens, tokens=tokens),
+        )
+    return {"tokens": store.tokens(settings.sites[0]), "width": store.width}
+
+
+def _one_epoch(rows: list, pad_token_id: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    batches = ChatBatches(
+        rows, [-1] * len(rows), batch_size=BATCH_SIZE, pad_token_id=pad_token_id, seed=seed
+    )
+    for batch in map(batches, islice(count(), len(rows) // batches.batch_size)):
+        yield batch.input_ids, batch.attention_mask
+
+
+STAGE = register(Stage("activations", 1, build))

@@ -1,0 +1,159 @@
+"""Stage ``base``: the frozen language model, pretrained here or pointed at."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from steerlora.artifacts import write_json
+from steerlora.config import Config, LoggerConfig, ModelConfig, TrainerConfig
+from steerlora.data.chat import ChatBatches, encode_chats
+from steerlora.data.micro import build_tokenizer as build_micro_tokenizer
+from steerlora.data.text_tokenizer import build_tokenizer as build_text_tokenizer
+from steerlora.formats.base_model import model_fingerprint
+from steerlora.pipeline import Context, Stage, Step, register
+from steerlora.stages import domains
+from steerlora.stages.common import (
+    ADAPTER_ONLY,
+    BASE,
+    LABELS_AND_HARDWARE,
+    POINTER,
+    open_pretrained,
+    read_rows,
+    run_log,
+)
+from steerlora.training.language import PretrainingModule
+from steerlora.training.loop import fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSettings:
+    """Attributes: identity: of the files behind ``model.path``; empty where none are given."""
+
+    model: ModelConfig
+    kind: str
+    max_length: int
+    identity: str
+    trainer: TrainerConfig
+    logger: LoggerConfig
+
+
+def step(config: Config) -> Step:
+    model = config.model
+    settings = BaseSettings(
+        model=model,
+        kind=config.domains.kind,
+        max_length=config.trainer.max_length,
+        identity=_identity(model.path) if model.path else "",
+        trainer=config.trainer,
+        logger=config.logger,
+    )
+    inputs = {} if model.path else {"domains": domains.step(config)}
+    cost = model.steps * model.layers * model.width**2 * 1e-6
+    return Step("base", settings, inputs, f"base {model.name}", cost=cost)
+
+
+def _identity(path: str) -> str:
+    """A digest of a local model's files (names, sizes, edges of the weights); else the hub id."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".jinja"):
+            with file.open("rb") as stream:
+                head = stream.read(2**20)
+            digest.update(f"{file.name}{file.stat().st_size}".encode() + head)
+    return digest.hexdigest()[:20]
+
+
+def build(context: Context) -> dict:
+    settings: BaseSettings = context.config
+    if settings.model.path:
+        model, _ = open_pretrained(settings.model.path, settings.model.revision)
+        figures = {}
+    else:
+        model, figures = _pretrain(context, settings)
+    fingerprint = model_fingerprint(model)
+    write_json(
+        context.directory / POINTER,
+        {
+            "path": settings.model.path,
+            "revision": settings.model.revision,
+            "fingerprint": fingerprint,
+            "layers": model.config.num_hidden_layers,
+            "width": model.config.hidden_size,
+        },
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    return {**figures, "parameters": parameters, "fingerprint": fingerprint}
+
+
+def _pretrain(context: Context, settings: BaseSettings) -> tuple[Qwen3ForCausalLM, dict]:
+    shape, source, home = settings.model, context.inputs["domains"], context.directory / BASE
+    if settings.kind == "micro":
+        tokenizer = build_micro_tokenizer(home)
+    else:
+        tokenizer = build_text_tokenizer(source.path, vocabulary=shape.vocabulary)
+        tokenizer.save_pretrained(home)
+    torch.manual_seed(shape.seed)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=shape.width,
+            intermediate_size=shape.ffn_width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_width,
+            max_position_embeddings=max(1024, settings.max_length),
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+    rows = encode_chats(tokenizer, read_rows(source / "pretrain.jsonl"), settings.max_length)
+    batches = ChatBatches(
+        rows,
+        [-1] * len(rows),
+        batch_size=shape.batch_size,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=shape.seed,
+        loss_on_prompt=True,
+    )
+    module = PretrainingModule(
+        model.train(), learning_rate=shape.learning_rate, total_steps=shape.steps
+    )
+    with run_log(context, settings.logger) as log:
+        figures = fit(
+            module,
+            batches,
+            shape.steps,
+            trainer=settings.trainer,
+            checkpoints=context.directory / "checkpoints",
+            progress=context.progress,
+            description=context.label,
+            run_logger=log.lightning(),
+        )
+    model.eval().save_pretrained(home)
+    generation = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    (home / "generation_config.json").write_text(json.dumps(generation) + "\n")
+    return model, figures
+
+
+STAGE = register(
+    Stage(
+        "base",
+        1,
+        build,
+        skip=LABELS_AND_HARDWARE
+        | ADAPTER_ONLY
+        | {"model.name", "model.path", "model.control_sites", "model.sae_latents"},
+    )
+)

@@ -1,0 +1,113 @@
+"""Stage ``causal_ablation``: a trained adapter under every control, on every domain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from steerlora.artifacts import write_json
+from steerlora.config import Config, EvaluationConfig, LoggerConfig
+from steerlora.errors import UserError, nearest
+from steerlora.evaluation.scoring import Scorer
+from steerlora.formats.adapter import load_adapter
+from steerlora.models.interventions import INTERVENTIONS
+from steerlora.pipeline import Context, Stage, Step, register
+from steerlora.stages import adapter_training, base, domains, evaluate
+from steerlora.stages.common import load_base, run_log
+
+RESULT = "ablation.json"
+INTACT = "intact"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationSettings:
+    """Attributes: interventions: names of the controls; seed: of the adapter and of every draw."""
+
+    interventions: tuple[str, ...]
+    evaluation: EvaluationConfig
+    model: str
+    adapter: str
+    seed: int
+    logger: LoggerConfig
+
+
+def step(config: Config) -> Step:
+    """The controls are ``study.interventions``; all of them where that is empty."""
+    names = tuple(config.study.interventions or INTERVENTIONS)
+    for name in names:
+        if name not in INTERVENTIONS:
+            raise UserError(f"study.interventions: {name}: {nearest(name, INTERVENTIONS)}")
+    if config.adapter.routing != "sae":
+        raise UserError(
+            f"stage=causal_ablation acts on SAE routing; adapter={config.adapter.name} has "
+            f"routing {config.adapter.routing}"
+        )
+    settings = AblationSettings(
+        interventions=names,
+        evaluation=config.evaluation,
+        model=config.model.name,
+        adapter=config.adapter.name,
+        seed=config.seed,
+        logger=config.logger,
+    )
+    inputs = {
+        "domains": domains.step(config),
+        "base": base.step(config),
+        "adapter": adapter_training.step(config),
+        "intact": evaluate.step(config),
+    }
+    label = f"causal_ablation {config.model.name} {config.adapter.name} seed {config.seed}"
+    return Step("causal_ablation", settings, inputs, label, cost=4 * len(names))
+
+
+def build(context: Context) -> dict:
+    settings: AblationSettings = context.config
+    model, tokenizer = load_base(context.inputs["base"])
+    adapter = load_adapter(model, context.inputs["adapter"] / adapter_training.FOLDER)
+    scorer = Scorer(context.inputs["domains"], model, tokenizer, settings.evaluation)
+    names = scorer.domains.names
+    intact = context.inputs["intact"].json(evaluate.SCORES)
+    tasks = {name: intact["tasks"][scorer.domains.target_tasks[name]] for name in names}
+    scores = {INTACT: {name: _record(**task) for name, task in tasks.items()}}
+    total = len(settings.interventions) * len(names)
+    with context.progress.task(context.label, total, unit="score") as task:
+        for intervention in settings.interventions:
+            scores[intervention] = {}
+            for name in names:
+                with adapter.intervention(intervention, seed=settings.seed, domain=name):
+                    score = scorer.targets([name])[name]
+                scores[intervention][name] = _record(**score.as_dict())
+                task.advance(note=f"{intervention} {name}")
+    record = {
+        "model": settings.model,
+        "adapter": settings.adapter,
+        "seed": settings.seed,
+        "fingerprint": context.fingerprint,
+        "domains": list(names),
+        "interventions": scores,
+    }
+    write_json(context.directory / RESULT, record)
+    means = {
+        name: sum(score["value"] for score in by_domain.values()) / len(by_domain)
+        for name, by_domain in scores.items()
+    }
+    with run_log(context, settings.logger) as log:
+        log.summary({f"ablation/{name}": value for name, value in means.items()})
+        log.table(
+            "ablation",
+            ["intervention", "domain", "score", "stderr", "items"],
+            [
+                [intervention, name, score["value"], score["stderr"], score["items"]]
+                for intervention, by_domain in scores.items()
+                for name, score in by_domain.items()
+            ],
+        )
+    return means
+
+
+def _record(*, value: float, stderr: float, items: int, per_item: list[float], **_) -> dict:
+    return {"value": value, "stderr": stderr, "items": items, "per_item": per_item}
+
+
+STAGE = register(
+    Stage("causal_ablation", 1, build, skip=frozenset({"logger", "evaluation.batch_size"}))
+)

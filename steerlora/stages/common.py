@@ -1,0 +1,155 @@
+"""What several stages do: open upstream artifacts, follow a run in Weights & Biases."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from steerlora.artifacts import Artifact
+from steerlora.config import LoggerConfig
+from steerlora.data.chat import EncodedChat, encode_chats
+from steerlora.errors import UserError
+from steerlora.pipeline import Context
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+LABELS_AND_HARDWARE = frozenset({"logger", "trainer.devices", "trainer.checkpoint_seconds"})
+"""Keys that change how a training runs, not what comes out."""
+ADAPTER_ONLY = frozenset(
+    f"trainer.{name}"
+    for name in (
+        "max_steps",
+        "batch_size",
+        "max_length",
+        "learning_rate",
+        "weight_decay",
+        "adam_epsilon",
+        "warmup_fraction",
+    )
+)
+"""Trainer keys that base and SAE training have in their own sections."""
+
+BASE = "model"
+"""Folder of the base artifact that holds the Hugging Face files."""
+POINTER = "base.json"
+"""File of the base artifact that says where a base model of the user's lies."""
+
+
+def load_base(artifact: Artifact) -> tuple[PreTrainedModel, Any]:
+    """The base model and its tokenizer, as from any Hugging Face directory or hub id."""
+    pointer = artifact.json(POINTER)
+    path = pointer["path"] or str(artifact / BASE)
+    return open_pretrained(path, pointer["revision"])
+
+
+def open_pretrained(path: str, revision: str | None = None) -> tuple[PreTrainedModel, Any]:
+    """A causal language model and its tokenizer.
+
+    Raises:
+        UserError: it is neither a folder nor reachable on the hub, or it has no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=torch.float32 if not torch.cuda.is_available() else "auto"
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.path={path} cannot be loaded: {' '.join(str(error).split())[:200]}; give a "
+            "folder with config.json and weights, or fetch the hub id first where there is a network"
+        ) from error
+    if tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer of {path} has no chat template: use a chat model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def read_rows(path: Path) -> list[tuple[str, str]]:
+    """(prompt, response) of every row of a jsonl file that we wrote."""
+    with path.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [(row["prompt"], row["response"]) for row in rows]
+
+
+def training_rows(
+    domains: Artifact, names: list[str], tokenizer, max_length: int, limit: int | None = None
+) -> tuple[list[EncodedChat], list[int]]:
+    """The conversations of the named domains for adapter training, and each one's domain index."""
+    rows, indices = [], []
+    order = domains.json("domains.json")["names"]
+    for name in names:
+        found = read_rows(domains / f"train/{name}.jsonl")[:limit]
+        rows += encode_chats(tokenizer, found, max_length)
+        indices += [order.index(name)] * len(found)
+    return rows, indices
+
+
+class RunLog:
+    """One run in Weights & Biases, or nothing where logging is off."""
+
+    def __init__(self, run: Any = None) -> None:
+        self.run = run
+
+    def lightning(self) -> Any:
+        """A Lightning logger that writes into the run; None where logging is off."""
+        if self.run is None:
+            return None
+        from lightning.pytorch.loggers import WandbLogger
+
+        return WandbLogger(experiment=self.run)
+
+    def summary(self, figures: Mapping[str, Any]) -> None:
+        """Figures of the whole run."""
+        if self.run is not None:
+            self.run.summary.update(dict(figures))
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """A table of results."""
+        if self.run is not None:
+            import wandb
+
+            self.run.log({name: wandb.Table(columns=columns, data=rows)})
+
+
+@contextmanager
+def run_log(context: Context, logger: LoggerConfig) -> Iterator[RunLog]:
+    """Follow one stage: group by stage, job type, tags and the resolved configuration."""
+    if logger.name == "none":
+        yield RunLog()
+        return
+    import wandb
+
+    stage = context.label.split()[0]
+    os.environ.setdefault("WANDB_SILENT", "true")
+    Path(logger.dir).mkdir(parents=True, exist_ok=True)
+    run = wandb.init(
+        project=logger.project,
+        entity=logger.entity,
+        mode=logger.mode,
+        dir=logger.dir,
+        group=logger.group or None,
+        job_type=stage,
+        name=context.label,
+        tags=[*logger.tags, stage],
+        config={**dataclasses.asdict(context.config), "fingerprint": context.fingerprint},
+        settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
+        reinit="finish_previous",
+    )
+    failed = 1
+    try:
+        yield RunLog(run)
+        failed = 0
+    finally:
+        # Without an exit code the next run of a sweep would go on in this one.
+        run.finish(exit_code=failed)

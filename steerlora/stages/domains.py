@@ -1,0 +1,68 @@
+"""Stage ``domains``: the domains' text, split into pretraining, training and evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from steerlora.config import Config, DomainsConfig
+from steerlora.data import micro, text
+from steerlora.data.micro import WORLD_VERSION
+from steerlora.data.micro.words import DOMAINS
+from steerlora.errors import UserError
+from steerlora.pipeline import Context, Stage, Step, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainsSettings:
+    """Attributes: version: of the micro world, or a digest of the user's files."""
+
+    domains: DomainsConfig
+    version: str
+
+
+def step(config: Config) -> Step:
+    domains = config.domains
+    version = str(WORLD_VERSION) if domains.kind == "micro" else _digest(Path(domains.dir))
+    settings = DomainsSettings(domains=domains, version=version)
+    return Step("domains", settings, {}, f"domains {domains.name}", cost=3)
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 over the jsonl files of a folder."""
+    if not folder.is_dir():
+        raise UserError(f"domains.dir={folder}: there is no such folder")
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.jsonl")):
+        digest.update(path.name.encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:20]
+
+
+def build(context: Context) -> dict:
+    domains: DomainsConfig = context.config.domains
+    if domains.kind == "micro":
+        if list(domains.names) != list(DOMAINS):
+            raise UserError(f"domains.names: the micro world has {', '.join(DOMAINS)}")
+        micro.write(
+            context.directory,
+            seed=domains.seed,
+            train_items_per_domain=domains.train_items,
+            evaluation_items=domains.evaluation_items,
+        )
+    else:
+        text.write(
+            context.directory,
+            source=Path(domains.dir),
+            seed=domains.seed,
+            names=tuple(domains.names),
+            evaluation_items=domains.evaluation_items,
+        )
+    return {"kind": domains.kind, "domains": list(domains.names)}
+
+
+# The folder's place does not matter, its content does: it is in the version.
+STAGE = register(
+    Stage("domains", 1, build, skip=frozenset({"domains.dir", "domains.name", "domains.broad"}))
+)

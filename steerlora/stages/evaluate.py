@@ -1,0 +1,153 @@
+"""Stage ``evaluate``: the base or an adapter on every task, and the health of its routing."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from steerlora.artifacts import Artifact, write_json
+from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
+from steerlora.data.chat import collate, encode_chats
+from steerlora.errors import UserError, nearest
+from steerlora.evaluation.harness import averages
+from steerlora.evaluation.routing import RoutingHealth
+from steerlora.evaluation.scoring import Scorer
+from steerlora.formats.adapter import load_adapter
+from steerlora.models.adapter import Adapter
+from steerlora.models.decoder import decoder_of
+from steerlora.models.interventions import INTERVENTIONS
+from steerlora.pipeline import Context, Stage, Step, register
+from steerlora.stages import adapter_training, base, domains
+from steerlora.stages.common import load_base, read_rows, run_log
+
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Attributes: adapter: its name, "none" for the base; otherwise as in the configuration."""
+
+    evaluation: EvaluationConfig
+    intervention: InterventionConfig
+    model: str
+    adapter: str
+    seed: int
+    logger: LoggerConfig
+
+
+def step(config: Config, *, adapted: bool = True) -> Step:
+    """Scores of the adapter, or (``adapted=False``) of the base alone."""
+    intervention = config.intervention if adapted else InterventionConfig()
+    if intervention.name != "none":
+        if intervention.name not in INTERVENTIONS:
+            raise UserError(
+                f"intervention.name={intervention.name}: {nearest(intervention.name, INTERVENTIONS)}"
+            )
+        if config.adapter.routing != "sae":
+            raise UserError(
+                f"intervention={intervention.name} acts on SAE routing; "
+                f"adapter={config.adapter.name} has routing {config.adapter.routing}"
+            )
+    settings = EvaluationSettings(
+        evaluation=config.evaluation,
+        intervention=intervention,
+        model=config.model.name,
+        adapter=config.adapter.name if adapted else "none",
+        seed=config.seed if adapted else 0,
+        logger=config.logger,
+    )
+    inputs = {"domains": domains.step(config), "base": base.step(config)}
+    if adapted:
+        inputs["adapter"] = adapter_training.step(config)
+    what = f"{config.adapter.name} seed {config.seed}" if adapted else "base"
+    changed = "" if intervention.name == "none" else f" {intervention.name}"
+    return Step(
+        "evaluate", settings, inputs, f"evaluate {config.model.name} {what}{changed}", cost=10
+    )
+
+
+def build(context: Context) -> dict:
+    settings: EvaluationSettings = context.config
+    model, tokenizer = load_base(context.inputs["base"])
+    adapter = None
+    if "adapter" in context.inputs:
+        adapter = load_adapter(model, context.inputs["adapter"] / adapter_training.FOLDER)
+    source = context.inputs["domains"]
+    scorer = Scorer(source, model, tokenizer, settings.evaluation)
+    names = settings.evaluation.tasks or scorer.domains.tasks
+    owners = {task: domain for domain, task in scorer.domains.target_tasks.items()}
+    scores = {}
+    with context.progress.task(context.label, len(names), unit="task") as task:
+        for name in names:
+            with _control(adapter, settings.intervention, owners.get(name)):
+                scores |= scorer.tasks([name])
+            task.advance(note=name)
+    record = {
+        "model": settings.model,
+        "adapter": settings.adapter,
+        "intervention": settings.intervention.name,
+        "seed": settings.seed,
+        "domains": list(scorer.domains.names),
+        "fingerprint": context.fingerprint,
+        "target_tasks": scorer.domains.target_tasks,
+        "tasks": {name: score.as_dict() for name, score in scores.items()},
+        "averages": averages(scores, scorer.domains),
+        "routing": _routing(source, model, tokenizer, adapter, settings),
+        "stand_ins": scorer.stand_ins,
+    }
+    write_json(context.directory / SCORES, record)
+    figures = {f"score/{name}": score.value for name, score in scores.items()}
+    figures |= {f"average/{name}": group["value"] for name, group in record["averages"].items()}
+    with run_log(context, settings.logger) as log:
+        log.summary(figures)
+        log.table(
+            "scores",
+            ["task", "metric", "value", "stderr", "items", "version"],
+            [[n, s.metric, s.value, s.stderr, s.items, s.version] for n, s in scores.items()],
+        )
+    return figures
+
+
+def _control(adapter: Adapter | None, intervention: InterventionConfig, domain: str | None):
+    """The intervention's context; a task that is no domain's own has no oracle."""
+    oracle = intervention.name == "oracle_domain"
+    if adapter is None or intervention.name == "none" or (oracle and domain is None):
+        return nullcontext()
+    return adapter.intervention(intervention.name, seed=intervention.seed, domain=domain)
+
+
+@torch.no_grad()
+def _routing(
+    source: Artifact, model, tokenizer, adapter: Adapter | None, settings: EvaluationSettings
+) -> dict | None:
+    """Routing health over the held-out rows of every domain, at the first control site."""
+    if adapter is None or not adapter.sites:
+        return None
+    names = source.json("domains.json")["names"]
+    health = RoutingHealth(names, adapter.shape.specialists, seed=settings.seed)
+    size = settings.evaluation.batch_size
+    for owner, name in enumerate(names):
+        rows = encode_chats(
+            tokenizer, read_rows(source / f"heldout/{name}.jsonl"), settings.evaluation.max_length
+        )
+        rows.sort(key=lambda row: len(row.input_ids))
+        for start in range(0, len(rows), size):
+            chosen = rows[start : start + size]
+            batch = collate(chosen, [owner] * len(chosen), tokenizer.pad_token_id)
+            batch = batch.to(model.device)
+            decoder_of(model)(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            )
+            real = batch.attention_mask.bool()
+            routing = adapter.routing()[min(adapter.sites)]
+            owners = batch.domains[:, None].expand_as(real)[real]
+            sequences = torch.arange(len(chosen), device=real.device)[:, None].expand_as(real)[real]
+            health.update(
+                routing.gate[real], routing.mask[real].sum(-1), owners, start + sequences
+            )
+    return health.result()
+
+
+STAGE = register(Stage("evaluate", 1, build, skip=frozenset({"logger", "evaluation.batch_size"})))

@@ -1,0 +1,168 @@
+"""Stage ``sae_training``: one sparse autoencoder a control site, with proof of its quality."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from steerlora.artifacts import Artifact, write_json
+from steerlora.config import Config, LoggerConfig, SAEConfig, TrainerConfig
+from steerlora.data.activations import ActivationStore
+from steerlora.data.chat import collate, encode_chats
+from steerlora.errors import UserError
+from steerlora.evaluation.sae_metrics import ce_recovered, sae_metrics
+from steerlora.formats.sae import load_sae, sae_fingerprint, save_sae
+from steerlora.models.decoder import residual_streams
+from steerlora.models.sae import SparseAutoencoder
+from steerlora.pipeline import Context, Stage, Step, register
+from steerlora.stages import activations, base, domains
+from steerlora.stages.common import (
+    ADAPTER_ONLY,
+    LABELS_AND_HARDWARE,
+    load_base,
+    read_rows,
+    run_log,
+)
+from steerlora.training.loop import fit
+from steerlora.training.sae import SAEModule
+
+FOLDER = "sae"
+"""Folder of the artifact that holds the SAE, in SAELens' layout."""
+PROOF_ROWS = 64
+"""Held-out rows a domain on which quality is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAESettings:
+    """Attributes: sae; site: the layer whose incoming stream it reads; max_length: of a row."""
+
+    sae: SAEConfig
+    site: int
+    max_length: int
+    trainer: TrainerConfig
+    logger: LoggerConfig
+
+
+def steps(config: Config) -> tuple[Step, ...]:
+    """One step a control site."""
+    inputs = {"domains": domains.step(config), "base": base.step(config)}
+    if config.sae.path is None:
+        inputs["activations"] = activations.step(config)
+    return tuple(
+        Step(
+            "sae_training",
+            SAESettings(
+                sae=config.sae,
+                site=site,
+                max_length=config.trainer.max_length,
+                trainer=config.trainer,
+                logger=config.logger,
+            ),
+            inputs,
+            f"sae_training {config.model.name} site {site}",
+            cost=20,
+        )
+        for site in config.control.sites
+    )
+
+
+def build(context: Context) -> dict:
+    settings: SAESettings = context.config
+    model, tokenizer = load_base(context.inputs["base"])
+    with run_log(context, settings.logger) as log:
+        if settings.sae.path:
+            sae, figures = load_sae(Path(settings.sae.path)), {}
+            if sae.width != model.config.hidden_size:
+                raise UserError(
+                    f"sae.path={settings.sae.path} reads width {sae.width}; the model has "
+                    f"{model.config.hidden_size}"
+                )
+        else:
+            sae, figures = _train(context, settings, log.lightning())
+        quality = _quality(context.inputs["domains"], settings, model, tokenizer, sae)
+        log.summary({f"sae/{name}": value for name, value in quality.items()})
+    save_sae(
+        sae,
+        context.directory / FOLDER,
+        metadata={
+            "model_name": str(context.inputs["base"].json("base.json")["path"]),
+            "hook_name": f"blocks.{settings.site}.hook_resid_pre",
+            "context_size": settings.max_length,
+            "prepend_bos": False,
+            "site": settings.site,
+            "base_fingerprint": context.inputs["base"].json("base.json")["fingerprint"],
+            "mean_feature_norm": quality["mean_feature_norm"],
+        },
+    )
+    write_json(context.directory / "quality.json", quality)
+    shutil.rmtree(context.directory / "checkpoints", ignore_errors=True)
+    return {**figures, **quality, "fingerprint": sae_fingerprint(sae)}
+
+
+def _train(context: Context, settings: SAESettings, logger) -> tuple[SparseAutoencoder, dict]:
+    config, store = settings.sae, ActivationStore(context.inputs["activations"] / "activations")
+    sae = SparseAutoencoder(store.width, config.latents, k=config.k, seed=config.seed)
+    module = SAEModule(
+        sae,
+        lr=config.learning_rate,
+        total_steps=config.steps,
+        warmup_steps=config.steps // 20,
+        aux_coefficient=config.auxiliary,
+    )
+    figures = fit(
+        module,
+        lambda step: store.batch(settings.site, config.batch_size, seed=config.seed, step=step),
+        config.steps,
+        trainer=settings.trainer,
+        checkpoints=context.directory / "checkpoints",
+        progress=context.progress,
+        description=context.label,
+        run_logger=logger,
+    )
+    return sae, figures
+
+
+@torch.no_grad()
+def _quality(
+    source: Artifact, settings: SAESettings, model, tokenizer, sae: SparseAutoencoder
+) -> dict[str, float]:
+    """Reconstruction, sparsity and cross-entropy recovered, on held-out rows of every domain."""
+    rows = []
+    for name in source.json("domains.json")["names"]:
+        rows += read_rows(source / f"heldout/{name}.jsonl")[:PROOF_ROWS]
+    encoded = encode_chats(tokenizer, rows, settings.max_length)
+    encoded.sort(key=lambda row: len(row.input_ids))
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(encoded), PROOF_ROWS):
+            chosen = encoded[start : start + PROOF_ROWS]
+            batch = collate(chosen, [-1] * len(chosen), tokenizer.pad_token_id)
+            yield batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
+
+    streams = [
+        residual_streams(model, ids, mask, [settings.site])[settings.site][mask.bool()]
+        for ids, mask in batches()
+    ]
+    activations = torch.cat(streams)
+    norms = sae.encode(activations).values.norm(dim=-1)
+    return {
+        **sae_metrics(sae, activations),
+        **ce_recovered(model, sae, settings.site, batches()),
+        "mean_feature_norm": float(norms.mean()),
+        "tokens": len(activations),
+    }
+
+
+STAGE = register(
+    Stage(
+        "sae_training",
+        1,
+        build,
+        skip=LABELS_AND_HARDWARE | ADAPTER_ONLY | {"sae.max_tokens"},
+    )
+)

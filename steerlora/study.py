@@ -1,0 +1,132 @@
+"""An experiment: which steps it compares, and the report made of them."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from steerlora.artifacts import Artifact
+from steerlora.compose import Compose
+from steerlora.config import Config
+from steerlora.pipeline import RunReport, Step
+from steerlora.reporting.report import Report, write_report
+from steerlora.stages import causal_ablation, evaluate, sequential_forgetting
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps whose records make an experiment's report."""
+
+    evaluations: tuple[Step, ...]
+    ablations: tuple[Step, ...]
+    sequentials: tuple[Step, ...]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return (*self.evaluations, *self.ablations, *self.sequentials)
+
+
+def plan(config: Config, compose: Compose) -> Plan:
+    """Every step of the experiment in ``config.study``.
+
+    Args:
+        config: the experiment.
+        compose: gives this experiment's configuration with some options changed.
+
+    Raises:
+        UserError: the study names an option that does not exist, or that does not fit the others.
+    """
+    study = config.study
+    evaluations: list[Step] = []
+    for model in study.models:
+        main = model == study.main_model
+        evaluations.append(evaluate.step(compose(f"model={model}"), adapted=False))
+        for adapter in study.adapters if main else study.scale_adapters:
+            for seed in study.seeds if main else study.seeds[:1]:
+                chosen = compose(f"model={model}", f"adapter={adapter}", f"seed={seed}")
+                evaluations.append(evaluate.step(chosen))
+    on_main = f"model={study.main_model}"
+    ablations = [
+        causal_ablation.step(compose(on_main, f"adapter={study.ablation_adapter}", f"seed={seed}"))
+        for seed in study.seeds
+        if study.interventions
+    ]
+    sequentials = [
+        sequential_forgetting.step(
+            compose(on_main, f"adapter={adapter}", f"seed={seed}", *_order(order))
+        )
+        for adapter in study.sequential_adapters
+        for order in study.orders
+        for seed in study.seeds
+    ]
+    return Plan(tuple(evaluations), tuple(ablations), tuple(sequentials))
+
+
+def _order(name: str) -> list[str]:
+    """Overrides for an order: ``random_3`` is the random order of seed 3."""
+    kind, _, seed = name.rpartition("_")
+    return ["order=random", f"order.seed={seed}"] if kind == "random" else [f"order={name}"]
+
+
+def report(config: Config, planned: Plan, run: RunReport) -> Report:
+    """Write tables, figures, claims and provenance of a finished experiment."""
+
+    def records(steps: tuple[Step, ...], name: str) -> list[dict]:
+        return [run[step].json(name) for step in steps]
+
+    return write_report(
+        Path(config.results.dir),
+        evaluations=records(planned.evaluations, evaluate.SCORES),
+        ablations=records(planned.ablations, causal_ablation.RESULT),
+        sequentials=records(planned.sequentials, sequential_forgetting.RESULT),
+        name=config.study.name,
+        meaningful=config.study.meaningful,
+        provenance=provenance(config, planned, run),
+        main_model=config.study.main_model,
+    )
+
+
+def provenance(config: Config, planned: Plan, run: RunReport) -> dict[str, Any]:
+    """Where the numbers come from: configuration, artifacts with their build times, machine, code."""
+    stored: list[Artifact] = sorted(run.artifacts.values(), key=lambda a: (a.stage, a.path.name))
+    return {
+        "experiment": config.study.name,
+        "config": asdict(config),
+        "artifacts": [
+            {
+                "stage": artifact.stage,
+                "fingerprint": artifact.fingerprint,
+                "label": artifact.manifest.get("label"),
+                "seconds": round(artifact.manifest.get("wall_seconds", 0.0), 1),
+                "created": artifact.manifest.get("created"),
+            }
+            for artifact in stored
+        ],
+        "machine": {
+            "cores": psutil.cpu_count(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30),
+            "system": platform.system(),
+            "python": platform.python_version(),
+        },
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of a checkout; None for an installed package."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except OSError:
+        return None
+    return answer.stdout.strip() or None

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from steerlora.evaluation.statistics import Interval
+from steerlora.reporting.claims import (
+    DIRECTION,
+    IN_RANGE,
+    NOT_MEASURED,
+    NOT_REPRODUCED,
+    claims_json,
+    claims_markdown,
+    claims_terminal,
+    meets,
+    verdict,
+)
+from steerlora.reporting.judging import CONTROLS, judge
+from steerlora.reporting.labels import BANNER
+
+NAN = float("nan")
+
+
+def interval(low, high):
+    return Interval((low + high) / 2, low, high, 2, 200)
+
+
+def judged(world, *, models=("micro_s", "micro_m", "micro_l")):
+    claims = judge(
+        world.evaluations(models=models),
+        [world.ablation(0), world.ablation(1)],
+        world.sequentials(),
+        main_model="micro_m",
+    )
+    return {claim.id: claim for claim in claims}
+
+
+@pytest.mark.parametrize(
+    ("direction", "agrees", "expected"),
+    [
+        ([interval(0.01, 0.03)], True, IN_RANGE),
+        ([interval(0.01, 0.03)], False, DIRECTION),
+        ([interval(-0.01, 0.03)], True, NOT_REPRODUCED),  # the point is positive: not enough
+        ([interval(-0.03, -0.01)], True, NOT_REPRODUCED),
+        ([interval(0.01, 0.03), interval(-0.01, 0.03)], True, NOT_REPRODUCED),  # all must
+        ([], True, NOT_MEASURED),
+        ([Interval(0.5, NAN, NAN, 1, 0)], True, NOT_MEASURED),
+    ],
+)
+def test_verdict_rule(direction, agrees, expected):
+    assert verdict(direction, agrees=agrees) == expected
+
+
+def test_meets():
+    assert meets(interval(0.0, 0.02), 0.016, 0.052)
+    assert meets(interval(12.0, 14.0), 13.1, 13.1)
+    assert not meets(interval(0.06, 0.08), 0.016, 0.052)
+    assert not meets(interval(0.0, 0.01), 0.016, 0.052)
+
+
+def test_a_world_like_the_papers(make_world):
+    claims = judged(make_world(forgetting={"lora": 0.4, "sc_lora": 0.4 * (1 - 0.131)}))
+    verdicts = {name: claim.verdict for name, claim in claims.items()}
+    assert verdicts.pop("C7") == DIRECTION  # 13.1 % everywhere, not 38.3 % when broad comes first
+    assert set(verdicts.values()) == {IN_RANGE}
+    assert list(claims) == [f"C{number}" for number in range(1, 9)]
+    assert claims["C1"].envelope.seeds == 1
+    assert len(claims["C1"].measures) == 3
+    assert [measure.label for measure in claims["C4"].measures] == list(CONTROLS)
+    assert claims["C5"].ours.startswith("12.0 % [")
+
+
+def test_c1_needs_every_model(world):
+    records = world.evaluations()
+    worse = world.evaluation("micro_l", "sc_lora", 0)
+    worse["tasks"]["world_ifeval"] |= world.cell(0.35, "world_ifeval")
+    records = [
+        worse if r["model"] == "micro_l" and r["adapter"] == "sc_lora" else r for r in records
+    ]
+    claim = judge(records, [], [], main_model="micro_m")[0]
+    assert claim.verdict == NOT_REPRODUCED
+
+
+def test_c1_of_one_model_says_that_scale_was_not_tested(world):
+    claim = judged(world, models=("micro_m",))["C1"]
+    assert claim.verdict == IN_RANGE
+    assert "scale was not tested" in claim.note
+
+
+def test_gains_beyond_the_range_are_the_direction_only(make_world):
+    world = make_world()
+    world.gains |= {"world_ifeval": 0.3, "world_mmlu": -0.1, "world_gsm8k": 0.3}
+    claims = judged(world)
+    assert claims["C1"].verdict == DIRECTION
+    assert claims["C2"].verdict == NOT_REPRODUCED
+    assert claims["C3"].verdict == NOT_REPRODUCED
+
+
+def test_c3_between_the_yardsticks_is_the_direction(make_world):
+    world = make_world()
+    world.gains |= {"world_mmlu_pro": 0.03}
+    assert judged(world)["C3"].verdict == DIRECTION
+
+
+def test_c4_needs_every_control(make_world):
+    world = make_world()
+    del world.kept["invert"]
+    claim = judged(world)["C4"]
+    assert claim.verdict == DIRECTION
+    assert claim.note == "Not run: invert."
+
+
+def test_c4_and_c5_where_the_signal_does_not_matter(make_world):
+    world = make_world(kept={name: 1.0 for name in make_world().kept})
+    world.kept["fixed_rank"] = 0.5
+    claims = judged(world)
+    assert claims["C4"].verdict == NOT_REPRODUCED
+    assert claims["C5"].verdict == NOT_REPRODUCED  # rank matters more than the signal here
+
+
+def test_c7_uses_only_orders_that_begin_with_instruction(world):
+    records = [
+        r if r["sequence"][0] == "instruction" or r["adapter"] == "lora"
+        else r | {"matrix": world.sequential("lora", r["order"], r["seed"])["matrix"]}
+        for r in world.sequentials()
+    ]  # fmt: skip
+    claims = {c.id: c for c in judge([], [], records, main_model="micro_m")}
+    assert claims["C7"].measures[0].interval.value == pytest.approx(25.0)
+    assert claims["C6"].measures[0].interval.value == pytest.approx(12.5)
+    assert claims["C7"].fingerprints == tuple(
+        f"sequential-{adapter}-{order}-{seed}"
+        for adapter, order, seed in sorted(
+            {
+                (r["adapter"], r["order"], r["seed"])
+                for r in records
+                if r["order"] in ("broad_first", "random_1")
+            },
+            key=lambda key: (key[2], key[0], key[1]),
+        )
+    )
+
+
+def test_c6_where_lora_does_not_forget(make_world):
+    claim = judged(make_world(forgetting={"lora": 0.0, "sc_lora": 0.0}))["C6"]
+    assert claim.verdict == NOT_MEASURED
+    assert "next to nothing" in claim.note
+
+
+def test_c8_without_collapse_is_not_in_range(world):
+    records = world.evaluations()
+    for record in records:
+        if record["adapter"] == "moe_lora":
+            record["routing"] |= {"usage_entropy": 0.9, "dead_specialists": 0}
+    claim = judge(records, [], [], main_model="micro_m")[7]
+    assert claim.verdict == DIRECTION
+    for record in records:
+        if record["adapter"] == "moe_lora":
+            record["routing"] |= {"usage_entropy": 1.0}
+    assert judge(records, [], [], main_model="micro_m")[7].verdict == NOT_REPRODUCED
+
+
+def test_c8_of_one_run_has_no_interval(world):
+    claim = judge(world.evaluations(models=("micro_s",)), [], [], main_model="micro_s")[7]
+    assert claim.verdict == NOT_MEASURED
+    assert "no interval" in claim.note
+
+
+def test_nothing_measured_and_another_main_model(world):
+    for claims in (
+        judge([], [], [], main_model="micro_m"),
+        judge([], [world.ablation(0)], world.sequentials(), main_model="micro_l"),
+    ):
+        assert {claim.verdict for claim in claims} == {NOT_MEASURED}
+        assert {claim.ours for claim in claims} == {"–"}
+
+
+@pytest.mark.parametrize("meaningful", [True, False])
+def test_shown_as_json_markdown_and_in_the_terminal(world, meaningful):
+    claims = tuple(judged(world).values())
+    document = json.loads(claims_json(claims, name="demo", meaningful=meaningful))
+    assert document["meaningful"] is meaningful
+    assert (document.get("banner") == BANNER) is not meaningful
+    first = document["claims"][0]
+    assert first["id"] == "C1"
+    assert first["paper"] == {"text": "+0.016 to +0.052", "low": 0.016, "high": 0.052}
+    assert first["verdict"] == IN_RANGE
+    assert first["ours"]["low"] <= first["ours"]["value"] <= first["ours"]["high"]
+    assert [m["label"] for m in first["measures"]] == ["micro_s", "micro_m", "micro_l"]
+    assert "evaluation-micro_l-sc_lora-0" in first["artifacts"]
+
+    text = claims_markdown(claims, name="demo", meaningful=meaningful)
+    assert (BANNER in text) is not meaningful
+    for claim in claims:
+        assert claim.definition in text
+        assert f"## {claim.id}: {claim.verdict}" in text
+
+    table = claims_terminal(claims, name="demo", meaningful=meaningful)
+    assert table.row_count == 8
+    assert (BANNER in table.title) is not meaningful
+
+
+def test_unknown_numbers_are_null_in_json(world):
+    claims = judge(world.evaluations(models=("micro_s",)), [], [], main_model="micro_s")
+    document = json.loads(claims_json(claims, name="demo", meaningful=True))
+    assert document["claims"][7]["ours"]["low"] is None
+    assert document["claims"][3]["ours"]["value"] is None

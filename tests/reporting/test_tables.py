@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from steerlora.evaluation.forgetting import forgetting_metrics
+from steerlora.reporting.contents import ablation_table, forgetting_table, scale_table
+from steerlora.reporting.labels import BANNER
+from steerlora.reporting.tables import (
+    MISSING,
+    Cell,
+    Table,
+    best_cells,
+    escape,
+    interval_text,
+    number,
+    write_table,
+)
+
+
+def test_numbers_as_text():
+    assert number(0.12345) == "0.123"
+    assert number(-0.5, 1) == "−0.5"
+    assert number(-0.0001, 3, sign=True) == "+0.000"
+    assert number(None) == number(float("nan")) == MISSING
+    assert interval_text((50, 40, 60), 1, " %") == "50.0 % [40.0, 60.0]"
+    assert interval_text((50, np.nan, np.nan), 1, " %") == "50.0 %"
+    assert interval_text((np.nan, 1, 2), 1) == MISSING
+
+
+def test_best_is_marked_only_where_the_errors_allow_it():
+    assert best_cells([0.5, 0.9, 0.6], [0.01] * 3, meaningful=True) == [False, True, False]
+    assert best_cells([0.5, 0.61, 0.6], [0.01] * 3, meaningful=True) == [False] * 3
+    assert best_cells([0.5, 0.9], [0.01] * 2, meaningful=False) == [False] * 2
+    assert best_cells([0.5, np.nan], [0.01] * 2, meaningful=True) == [False] * 2
+
+
+@pytest.mark.parametrize("meaningful", [True, False])
+def test_written_files_parse_back(tmp_path, meaningful):
+    table = Table(
+        "demo",
+        "Caption with 5 % & more",
+        pd.DataFrame({"name": ["a_b", "c|d"], "score": [0.1, np.nan]}),
+        ["Name", "Score"],
+        [[Cell("a_b"), Cell("0.1", best=True)], [Cell("c|d"), Cell("−1 ± 2")]],
+    )
+    files = write_table(table, tmp_path, meaningful=meaningful)
+    assert [file.name for file in files] == ["demo.md", "demo.csv", "demo.tex"]
+    for file in files:
+        assert (BANNER in file.read_text().lower()) is not meaningful
+    data = pd.read_csv(tmp_path / "demo.csv")
+    pd.testing.assert_frame_equal(data[["name", "score"]], table.data)
+
+    lines = (tmp_path / "demo.md").read_text().splitlines()
+    grid = [line for line in lines if line.startswith("|")]
+    assert grid[0] == "| Name | Score |"
+    assert grid[2:] == ["| a_b | **0.1** |", "| c\\|d | −1 ± 2 |"]
+
+    latex = (tmp_path / "demo.tex").read_text()
+    assert r"a\_b & \textbf{0.1} \\" in latex
+    assert r"5 \% \& more" in latex
+    assert r"$-$1 $\pm$ 2" in latex
+    assert latex.count("\\begin") == latex.count("\\end") == 2
+    latex.encode("ascii")
+
+
+def test_latex_escapes_each_character_once():
+    assert escape("a\\b_{c}") == r"a\textbackslash{}b\_\{c\}"
+
+
+def test_scale_table(world):
+    table = scale_table(world.evaluations(), meaningful=True)
+    data = table.data.set_index(["model", "adapter"])
+    row = data.loc["micro_m", "sc_lora"]
+    assert row.seeds == 2
+    assert row.instruction_following == pytest.approx(0.4355)
+    assert row.instruction_following_gain == pytest.approx(0.0355)
+    assert row.instruction_following_gain_low < 0.0355 < row.instruction_following_gain_high
+    assert row.target_law == pytest.approx(0.6005)
+    assert np.isnan(data.loc["micro_m", "none"].gsm8k_gain)
+    assert list(data.index)[:4] == [("micro_s", a) for a in ("none", "lora", "moe_lora", "sc_lora")]
+    assert all(len(cells) == len(table.columns) for cells in table.rows)
+    assert table.rows[1][3].text == "0.435 ± 0.012 (+0.035)"
+    assert not any(cell.best for row in table.rows for cell in row)  # all adapters are equal
+
+
+def test_scale_table_without_the_optional_keys(world):
+    records = world.evaluations(models=("micro_m",))
+    for record in records:
+        del record["groups"], record["target_tasks"], record["averages"]["mmlu_pro"]
+    table = scale_table(records, meaningful=True)
+    row = table.data.set_index("adapter").loc["sc_lora"]
+    assert row.instruction_following_gain == pytest.approx(0.0355)
+    # Without pairing, both models' errors count: 1.96 * sqrt(2) * 0.01 on either side.
+    assert row.instruction_following_gain_high - 0.0355 > 0.02
+    assert "MMLU-Pro" not in table.columns
+    assert "law" not in table.columns
+
+
+def test_ablation_table(world):
+    table = ablation_table([world.ablation(0), world.ablation(1)])
+    data = table.data.set_index(["intervention", "domain"])
+    row = data.loc["invert", "average"]
+    assert row.drop_percent == pytest.approx(100 * (1 - 0.229 / 0.601), abs=0.01)
+    assert row.drop_low < row.drop_percent < row.drop_high
+    assert (row.seeds, row["items"]) == (2, 500)
+    assert row.p_holm == pytest.approx(9 * 0.001)  # nine interventions, each at the least p-value
+    assert data.loc["invert", "law"]["items"] == 100
+    assert np.isnan(data.loc["intact", "average"].drop_percent)
+    assert [row[0].text for row in table.rows][:2] == ["intact", "replace_dense"]
+    assert table.columns[:3] == ["Intervention", "average", "instruction"]
+
+
+def test_ablation_table_names_the_scores(world):
+    record = world.ablation(0) | {"score_name": "likelihood", "score_unit": "per token"}
+    assert "likelihood (per token)" in ablation_table([record]).caption
+
+
+def test_ablation_of_two_adapters_has_rows_for_both(world):
+    table = ablation_table([world.ablation(0), world.ablation(0, adapter="moe_lora")])
+    assert table.columns[0] == "Model"
+    assert {row[0].text for row in table.rows} == {"micro_m sc_lora", "micro_m moe_lora"}
+
+
+def test_forgetting_table(world):
+    records = world.sequentials()
+    table = forgetting_table(records, meaningful=True)
+    data = table.data.set_index(["order", "adapter"])
+    assert data.loc["all", "sc_lora"].runs == 8
+    assert data.loc["all", "sc_lora"].reduction_percent == pytest.approx(25.0)
+    assert data.loc["all", "sc_lora"].positive_forgetting == pytest.approx(0.3)
+    # The order called broad_first and the class of orders that begin with instruction.
+    in_class = data.loc["broad_first"].loc["sc_lora"]
+    assert sorted(in_class.runs) == [2, 4]
+    record = next(r for r in records if r["order"] == "random_0" and r["adapter"] == "lora")
+    metrics = forgetting_metrics(
+        record["matrix"], sequence=record["sequence"], domains=record["domains"]
+    )
+    for name, value in metrics.items():
+        assert data.loc["random_0", "lora"][name] == pytest.approx(value, abs=0.01)
+    best = [row for row in table.rows if row[4].best]
+    assert {row[2].text for row in best} == {"sc_lora"}  # the lower forgetting is the better
+
+
+def test_no_records_no_table():
+    assert scale_table([], meaningful=True) is None
+    assert ablation_table([]) is None
+    assert forgetting_table([], meaningful=True) is None
