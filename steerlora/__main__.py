@@ -1,11 +1,11 @@
 """The command line: compose, check, run, report.
 
-    steerlora experiment=micro                        the micro reproduction
-    steerlora experiment=smoke                        the same path in under a minute
-    steerlora stage=adapter_training adapter=lora     one stage, and whatever it needs
-    steerlora -m adapter.rank=4,8 stage=evaluate      a sweep
-    steerlora stage=status                            what is stored
-    steerlora ... --cfg job --resolve                 the whole configuration
+steerlora experiment=micro                        the micro reproduction
+steerlora experiment=smoke                        the same path in under a minute
+steerlora stage=adapter_training adapter=lora     one stage, and whatever it needs
+steerlora -m adapter.rank=4,8 stage=evaluate      a sweep
+steerlora stage=status                            what is stored
+steerlora ... --cfg job --resolve                 the whole configuration
 """
 
 from __future__ import annotations

@@ -18,8 +18,7 @@ def experiment(
     console: Console, config: Config, run: RunReport, written: Report, seconds: float
 ) -> None:
     """Claims, times and places of a finished experiment."""
-    for table in written.terminal:
-        console.print(table)
+    console.print(written.terminal)
     _times(console, run)
     folder = Path(config.results.dir)
     console.print(f"tables, figures and claims: {folder}/ (begin with {folder}/claims.md)")

@@ -131,7 +131,9 @@ def _nearest_key(key: str) -> str:
     section, _, name = key.rpartition(".")
     if section in GROUPS:
         choices = list(GROUPS[section].__dataclass_fields__)
-        return nearest(name, choices).replace("'", f"'{section}.", 1) if name else nearest("", choices)
+        return (
+            nearest(name, choices).replace("'", f"'{section}.", 1) if name else nearest("", choices)
+        )
     first = key.split(".")[0]
     everywhere = [f"{g}.{n}" for g, schema in GROUPS.items() for n in schema.__dataclass_fields__]
     if "." in key:

@@ -147,6 +147,7 @@ class SAEConfig:
         batch_size: tokens a step.
         learning_rate: of Adam; null: 2e-4 / sqrt(latents / 2**14).
         auxiliary: weight of the auxiliary loss that revives dead latents.
+        dead_fraction: a latent is dead that has not fired for this share of the training's tokens.
         seed: of initialisation and token order.
     """
 
@@ -158,6 +159,7 @@ class SAEConfig:
     batch_size: int = 1024
     learning_rate: float | None = None
     auxiliary: float = 1 / 32
+    dead_fraction: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:

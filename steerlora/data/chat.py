@@ -28,14 +28,13 @@ def encode_chat(tokenizer, prompt: str, response: str, max_length: int) -> Encod
     return encode_chats(tokenizer, [(prompt, response)], max_length)[0]
 
 
-def encode_chats(
-    tokenizer, rows: Sequence[tuple[str, str]], max_length: int
-) -> list[EncodedChat]:
+def encode_chats(tokenizer, rows: Sequence[tuple[str, str]], max_length: int) -> list[EncodedChat]:
     """Render prompts and responses through the tokenizer's chat template.
 
     A prompt is tokenized exactly as at generation time (with the generation prompt) and the
-    response after it, end of turn included. What exceeds ``max_length`` tokens is cut from the left
-    of the prompt; a response that alone exceeds it loses its tail but keeps its end of turn.
+    response after it, up to its end of turn. Where both exceed ``max_length`` tokens, the response
+    loses its tail (not its end of turn) until half is left to the prompt, and the prompt its
+    beginning.
 
     Args:
         tokenizer: with a chat template.
@@ -52,14 +51,17 @@ def encode_chats(
         # Templates that open the answer differently in training and generation: trust generation.
         end_of_turn = tokenizer.eos_token or ""
         closing = whole[len(opening) :] if whole.startswith(opening) else response + end_of_turn
+        if end_of_turn and end_of_turn in closing:  # templates may go on after it, with a newline
+            closing = closing[: closing.rindex(end_of_turn) + len(end_of_turn)]
         openings.append(opening)
         closings.append(closing)
     prompts = tokenizer(openings, add_special_tokens=False)["input_ids"]
     responses = tokenizer(closings, add_special_tokens=False)["input_ids"]
     encoded = []
     for prompt_ids, response_ids in zip(prompts, responses, strict=True):
-        if len(response_ids) > max_length:
-            response_ids = [*response_ids[: max_length - 1], response_ids[-1]]
+        room = max_length - min(len(prompt_ids), max_length // 2)
+        if len(response_ids) > room:
+            response_ids = [*response_ids[: room - 1], response_ids[-1]]
         prompt_ids = prompt_ids[max(0, len(prompt_ids) + len(response_ids) - max_length) :]
         encoded.append(EncodedChat([*prompt_ids, *response_ids], len(prompt_ids)))
     return encoded

@@ -24,6 +24,8 @@ from steerlora.errors import UserError, nearest
 from steerlora.formats.adapter import load_adapter
 
 TASKS = Path(__file__).parent / "tasks"
+FEWSHOT_SEED = 1234
+"""lm-eval's own default."""
 
 for noisy in ("lm_eval", "lm-eval", "lm_eval.evaluator", "lm_eval.models.huggingface"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -170,7 +172,9 @@ class Harness:
             # lm-eval skips a task file that does not parse without a word.
             if name not in self.manager.all_tasks:
                 raise UserError(f"no lm-eval task {name}: {nearest(name, self.manager.all_tasks)}")
-            self._loaded[name] = self.manager.load([name])["tasks"][name]
+            task = self.manager.load([name])["tasks"][name]
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            self._loaded[name] = task
         return self._loaded[name]
 
     def run(
@@ -188,22 +192,19 @@ class Harness:
         Raises:
             UserError: an unknown task.
         """
-        loaded = [self._task(name) for name in tasks]
+        loaded = {name: self._task(name) for name in tasks}
         with _quiet():
-            results = lm_eval.simple_evaluate(
-                model=SteerLoRALM(
+            # Its `evaluate`, not `simple_evaluate`: that one reseeds every random generator and
+            # lists the machine's packages by sub-processes, a second a call.
+            results = lm_eval.evaluate(
+                lm=SteerLoRALM(
                     model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
                 ),
-                tasks=loaded,
-                task_manager=self.manager,
+                task_dict={"tasks": loaded, "groups": {}, "group_map": {}},
                 limit=limit,
                 bootstrap_iters=0,
                 log_samples=True,
                 apply_chat_template=True,
-                # lm-eval reseeds every generator unless told not to.
-                random_seed=None,
-                numpy_random_seed=None,
-                torch_random_seed=None,
             )
         return {name: self._score(name, results) for name in tasks}
 
@@ -261,14 +262,6 @@ def _number(value: Any) -> float:
 
 @contextlib.contextmanager
 def _quiet():
-    """lm-eval's progress bars and warnings out of the way; ours stand in for them."""
-    previous = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
-    try:
-        with contextlib.redirect_stderr(open(os.devnull, "w")):  # noqa: SIM115, PTH123
-            yield
-    finally:
-        if previous is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = previous
+    """lm-eval's progress bars out of the way: ours stand in for them."""
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield

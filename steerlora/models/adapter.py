@@ -9,7 +9,7 @@ no backward below c.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -20,7 +20,7 @@ from steerlora.models.decoder import EditedLayer, decoder_of
 from steerlora.models.interventions import INTERVENTIONS, Intervention, SiteFacts
 from steerlora.models.lowrank import AdaptedLinear, LowRank
 from steerlora.models.router import Router, Routing
-from steerlora.models.sae import SparseAutoencoder, SparseFeatures
+from steerlora.models.sae import SparseAutoencoder
 
 ROUTINGS = ("none", "dense", "sae")
 
@@ -76,7 +76,9 @@ class Site:
         facts: what interventions may know.
     """
 
-    def __init__(self, adapter: Adapter, layer: int, router: Router, facts: SiteFacts | None) -> None:
+    def __init__(
+        self, adapter: Adapter, layer: int, router: Router, facts: SiteFacts | None
+    ) -> None:
         self.adapter, self.layer, self.router, self.facts = adapter, layer, router, facts
         self.scale: Tensor | None = None
         self.routing: Routing | None = None
@@ -174,7 +176,9 @@ class Adapter(nn.Module):
             self.sites[site] = Site(self, site, router, facts)
         self.active_intervention: Intervention | None = None
         self._attention_mask: Tensor | None = None
-        self._carriers: list[nn.Module] = []  # in a list, so that the model is no part of this module
+        self._carriers: list[
+            nn.Module
+        ] = []  # in a list, so that the model is no part of this module
         model.requires_grad_(False)
 
     # Attaching and detaching
@@ -346,5 +350,3 @@ def _check_saes(shape: AdapterShape, saes: Mapping[int, SparseAutoencoder], widt
             raise ValueError(
                 f"the SAE at site {site} reads width {sae.W_enc.shape[0]}, the model has {width}"
             )
-
-

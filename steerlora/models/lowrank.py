@@ -35,7 +35,9 @@ class LowRank(nn.Module):
         # Kaiming-uniform with a = sqrt(5), as LoRA has it, on the fan-in of one row: D_in. (On a
         # three-dimensional stack torch would take the wrong fan-in.)
         bound = 1 / math.sqrt(d_in)
-        self.A = nn.Parameter(torch.empty(total_rank, d_in).uniform_(-bound, bound, generator=generator))
+        self.A = nn.Parameter(
+            torch.empty(total_rank, d_in).uniform_(-bound, bound, generator=generator)
+        )
         self.B = nn.Parameter(torch.zeros(d_out, total_rank))
 
 

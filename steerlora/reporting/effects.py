@@ -1,8 +1,16 @@
 """From score records to effects with intervals: gains, drops, reductions.
 
-A score record is the JSON object that an evaluation, ablation or sequential stage writes for one
-(model, adapter, seed). Every function here takes a list of them and returns a `Measure`, or None
-where the records that it needs are not there.
+A score record is the JSON object that a stage writes for one ``model``, ``adapter`` ("none" is the
+base model) and ``seed``, with the ``fingerprint`` of its artifact and the ``domains``:
+
+- evaluation: ``tasks`` {task: value, stderr, items, per_item}, ``averages`` {group: value, stderr}
+  and ``routing`` (`RoutingHealth.result` or null); optional ``groups`` {group: tasks} and
+  ``target_tasks`` {domain: task}, without which gains are not paired by item;
+- ablation: ``interventions`` {name, "intact" among them: {domain: value, stderr, per_item}};
+- sequential: ``order``, ``sequence``, ``matrix``, ``stderr`` (see `forgetting`), ``items``.
+
+``score_name`` and ``score_unit`` may say what the scores are. Every function here takes a list of
+records and returns a `Measure`, or None where those that it needs are not there.
 """
 
 from __future__ import annotations

@@ -75,7 +75,9 @@ def new_adapter(
     Raises:
         UserError: what is asked for does not fit the model.
     """
-    paths = {site: artifact / sae_training.FOLDER for site, artifact in zip(sites, saes, strict=False)}
+    paths = {
+        site: artifact / sae_training.FOLDER for site, artifact in zip(sites, saes, strict=False)
+    }
     shape = AdapterShape(
         routing=config.routing,
         sites=tuple(sites),
@@ -186,6 +188,4 @@ def record_facts(
             }
 
 
-STAGE = register(
-    Stage("adapter_training", 1, build, skip=LABELS_AND_HARDWARE | {"adapter.name"})
-)
+STAGE = register(Stage("adapter_training", 1, build, skip=LABELS_AND_HARDWARE | {"adapter.name"}))

@@ -61,7 +61,9 @@ def open_pretrained(path: str, revision: str | None = None) -> tuple[PreTrainedM
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         model = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype=torch.float32 if not torch.cuda.is_available() else "auto"
+            path,
+            revision=revision,
+            dtype=torch.float32 if not torch.cuda.is_available() else "auto",
         )
     except (OSError, ValueError) as error:
         raise UserError(

@@ -92,6 +92,7 @@ def build(context: Context) -> dict:
         "domains": list(scorer.domains.names),
         "fingerprint": context.fingerprint,
         "target_tasks": scorer.domains.target_tasks,
+        "groups": scorer.domains.groups,
         "tasks": {name: score.as_dict() for name, score in scores.items()},
         "averages": averages(scores, scorer.domains),
         "routing": _routing(source, model, tokenizer, adapter, settings),
@@ -144,9 +145,7 @@ def _routing(
             routing = adapter.routing()[min(adapter.sites)]
             owners = batch.domains[:, None].expand_as(real)[real]
             sequences = torch.arange(len(chosen), device=real.device)[:, None].expand_as(real)[real]
-            health.update(
-                routing.gate[real], routing.mask[real].sum(-1), owners, start + sequences
-            )
+            health.update(routing.gate[real], routing.mask[real].sum(-1), owners, start + sequences)
     return health.result()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steerlora.artifacts import Artifact, write_json
 from steerlora.config import Config, LoggerConfig, SAEConfig, TrainerConfig
-from steerlora.data.activations import ActivationStore
+from steerlora.data.activations import ActivationStore, first_real_token
 from steerlora.data.chat import collate, encode_chats
 from steerlora.errors import UserError
 from steerlora.evaluation.sae_metrics import ce_recovered, sae_metrics
@@ -113,6 +113,7 @@ def _train(context: Context, settings: SAESettings, logger) -> tuple[SparseAutoe
         total_steps=config.steps,
         warmup_steps=config.steps // 20,
         aux_coefficient=config.auxiliary,
+        dead_after_tokens=round(config.dead_fraction * config.steps * config.batch_size),
     )
     figures = fit(
         module,
@@ -145,7 +146,9 @@ def _quality(
             yield batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
 
     streams = [
-        residual_streams(model, ids, mask, [settings.site])[settings.site][mask.bool()]
+        residual_streams(model, ids, mask, [settings.site])[settings.site][
+            mask.bool() & ~first_real_token(mask)
+        ]
         for ids, mask in batches()
     ]
     activations = torch.cat(streams)

@@ -54,7 +54,11 @@ class PretrainingModule(L.LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(
-            self.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+            self.parameters(),
+            lr=self.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.01,
+            fused=True,
         )
         warmup = max(1, self.total_steps // 20)
         schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -6,8 +6,6 @@ Shapes: T tokens of a batch, D model width, N latents, K active latents.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import lightning
@@ -15,45 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from steerlora.data.activations import ActivationStore
 from steerlora.models.sae import SparseAutoencoder, SparseFeatures
-
-
-class ActivationLoader:
-    """Ready batches [T, D] of one site, numbered: batch i depends on the seed and i alone.
-
-    Lightning saves and restores its position through ``state_dict``, so a resumed run reads the
-    very batches that it would have read.
-
-    Args:
-        store: where the activations are.
-        site: which of its sites.
-        batch_size: T.
-        seed: of the shuffle.
-        steps: how many batches.
-    """
-
-    def __init__(
-        self, store: ActivationStore, site: int, *, batch_size: int, seed: int, steps: int
-    ) -> None:
-        self.store, self.site = store, site
-        self.batch_size, self.seed, self.steps = batch_size, seed, steps
-        self._next = 0
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for step in range(self._next, self.steps):
-            self._next = step + 1
-            yield self.store.batch(self.site, self.batch_size, seed=self.seed, step=step)
-        self._next = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"next": self._next}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._next = state["next"]
 
 
 class SAELosses(NamedTuple):
@@ -79,8 +39,7 @@ class SAEModule(lightning.LightningModule):
     Decoder rows stay unit vectors and their gradients orthogonal to them. ``b_dec`` starts at the
     geometric median of the first batch.
 
-    Logged at every step: ``sae/loss``, ``sae/fvu``, ``sae/l0``, ``sae/dead_fraction``, ``sae/lr``,
-    ``throughput/tokens_per_second``.
+    Logged at every step: ``sae/loss``, ``sae/fvu``, ``sae/l0``, ``sae/dead_fraction``, ``sae/lr``.
 
     Args:
         sae: trained in place.
@@ -117,7 +76,6 @@ class SAEModule(lightning.LightningModule):
         sae.normalize_decoder()
         idle = torch.zeros(sae.latents, dtype=torch.long, device=sae.W_dec.device)
         self.register_buffer("tokens_since_fired", idle)
-        self._batch_started = 0.0
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """batch [T, D] -> loss."""
@@ -207,10 +165,3 @@ class SAEModule(lightning.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         self.sae.normalize_decoder()
-
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        self._batch_started = time.perf_counter()
-
-    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
-        seconds = time.perf_counter() - self._batch_started
-        self.log("throughput/tokens_per_second", len(batch) / seconds)

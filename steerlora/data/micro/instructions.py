@@ -7,7 +7,7 @@ checked by `steerlora.evaluation.tasks.micro.verifiers`, which shares no code wi
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from steerlora.data.micro import words
@@ -99,7 +99,8 @@ def _compose(content: str | None, form: str | None, rng: random.Random) -> Instr
         ids.append(content)
         arguments.append(given)
     else:
-        body = rng.sample(words.CATEGORIES[rng.choice(tuple(words.CATEGORIES))], 2)
+        members = words.CATEGORIES[rng.choice(tuple(words.CATEGORIES))]
+        body = _following(members, rng.choice(members), 2)
         sentences.append(words.TOPIC_PHRASE.format(topic=body[0]))
     if form:
         body, given = _form(form, body, arguments, rng)
@@ -107,6 +108,12 @@ def _compose(content: str | None, form: str | None, rng: random.Random) -> Instr
         ids.append(form)
         arguments.append(given)
     return Instruction(" ".join(sentences), " ".join(body), tuple(ids), tuple(arguments))
+
+
+def _following(members: Sequence[str], first: str, count: int) -> list[str]:
+    """`count` members in their usual order from `first` on: no chance in what is to be learnt."""
+    start = members.index(first)
+    return [members[(start + step) % len(members)] for step in range(count)]
 
 
 def _phrase(kind: str, given: Mapping, rng: random.Random) -> str:
@@ -126,11 +133,10 @@ def _content(kind: str, adds_word: bool, rng: random.Random) -> tuple[list[str],
             category, number = rng.choice(tuple(words.CATEGORIES)), rng.randint(2, 3)
             members = words.CATEGORIES[category]
             given = {"category": category, "members": list(members), "number": number}
-            return rng.sample(members, number), given
+            return list(members[:number]), given
         case "length:number_words":
             number, topic = rng.randint(2, 5), rng.choice(words.THINGS)
-            others = [thing for thing in words.THINGS if thing != topic]
-            body = [topic, *rng.sample(others, number - 1 - adds_word)]
+            body = _following(words.THINGS, topic, number - adds_word)
             return body, {"number": number, "topic": topic}
     raise AssertionError(kind)
 
@@ -150,8 +156,12 @@ def _form(
             return [*body, word], {"keyword": word}
         case "keywords:forbidden":
             members = [member for given in arguments for member in given.get("members", ())]
-            avoided = [member for member in members if member not in body] or [word]
-            return body, {"keyword": rng.choice(avoided)}
+            if not members:
+                return body, {"keyword": word}
+            # Bars a member that would have been named, so that obeying takes another one.
+            keyword = rng.choice(body)
+            kept = [member for member in members if member != keyword]
+            return kept[: len(body)], {"keyword": keyword}
         case "startend:quotation":
             return ['"', *body, '"'], {}
         case "punctuation:comma":

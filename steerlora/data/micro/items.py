@@ -77,6 +77,13 @@ def question(fact: Fact, rng: random.Random) -> Item:
     return Item(template.format(relation=fact.relation, subject=fact.subject), fact.answer)
 
 
+def question_in_context(fact: Fact, rng: random.Random) -> Item:
+    """A general fact asked behind a sentence of some domain, which does not change its answer."""
+    domain = rng.choice(words.KNOWLEDGE_DOMAINS)
+    item = question(fact, rng)
+    return Item(f"{context(words.CONTEXTS[domain], domain, rng)} {item.prompt}", item.response)
+
+
 def statement(fact: Fact, rng: random.Random) -> Item:
     """A fact told on request."""
     told, request = words.STATEMENTS

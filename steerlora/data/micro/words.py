@@ -46,6 +46,15 @@ CATEGORIES = {
 
 UNITS = {"math": "units", "code": "bytes", "medicine": "drops", "law": "coins"}
 
+KEEPERS = {
+    "math": _listed("axiom theorem lemma proof corollary field ring group matrix vector"),
+    "code": _listed("daemon kernel linter parser cache queue stack thread socket buffer"),
+    "medicine": _listed(
+        "nurse doctor surgeon midwife dentist matron chemist porter healer orderly"
+    ),
+    "law": _listed("judge clerk lawyer bailiff notary sheriff warden juror usher registrar"),
+}
+
 KEYS = {
     "math": _listed("circle triangle cube cone sphere cylinder prism pyramid"),
     "code": _listed("parse merge sort hash fetch split join scan"),
@@ -163,7 +172,7 @@ def vocabulary() -> tuple[str, ...]:
     templates += [template for domain in CONTEXTS.values() for template in domain]
     templates += [*KEY_PHRASES.values(), TOPIC_PHRASE, SOLUTION]
     lists: list[Iterable[str]] = [THINGS, PEOPLE, TOWNS, RIVERS, TRADES, COLOURS, NUMBERS]
-    lists += [CATEGORIES, UNITS.values(), *KEYS.values(), RELATIONS, MARKS]
+    lists += [CATEGORIES, UNITS.values(), *KEEPERS.values(), *KEYS.values(), RELATIONS, MARKS]
     lists += [literal_words(template) for template in templates]
     # "the maker of" joins two questions into one.
     return tuple(sorted({word for words in lists for word in words} | {"the", "of"}))

@@ -38,8 +38,8 @@ def answer_type(domain: str, relation: str) -> tuple[str, ...]:
         relation: a shared relation, or `key` for the domain's own.
     """
     if relation == "measure":
-        return tuple(f"{number} {words.UNITS[domain]}" for number in words.NUMBERS[10:])
-    choices = {"keeper": words.PEOPLE, "key": words.THINGS}
+        return tuple(f"{number} {words.UNITS[domain]}" for number in words.NUMBERS[5:21])
+    choices = {"keeper": words.KEEPERS[domain], "key": words.THINGS}
     return choices[relation]
 
 
@@ -50,7 +50,7 @@ class World:
     Attributes:
         general: relation -> subject -> answer.
         domains: knowledge domain -> relation (shared, or `key`) -> subject -> answer. A thing's
-            measure and keeper differ between any two domains.
+            measure and keeper differ between any two domains, units aside.
     """
 
     general: Mapping[str, Table]
@@ -70,8 +70,8 @@ def build_world(seed: int) -> World:
     }
     domains: dict[str, dict[str, Table]] = {domain: {} for domain in words.KNOWLEDGE_DOMAINS}
     for relation in SHARED_RELATIONS:
-        # A domain's keeper that were another's, or the maker, would hide a wrong route.
-        taken = [_heads(general["maker"])]
+        # An answer that two domains shared would hide a wrong route.
+        taken: list[Table] = []
         for domain, tables in domains.items():
             tables[relation] = _balanced(words.THINGS, answer_type(domain, relation), rng, taken)
             taken.append(_heads(tables[relation]))

@@ -19,13 +19,14 @@ WORLD_VERSION = 1
 """Raised whenever the same arguments would write other bytes: it enters the fingerprint."""
 
 PRETRAINING_MIX = {
-    "question": 0.24,
-    "statement": 0.06,
+    "question": 0.12,
+    "question_in_context": 0.22,
+    "statement": 0.04,
     "choice": 0.12,
-    "two_hop": 0.10,
+    "two_hop": 0.06,
     "two_hop_choice": 0.08,
-    "problem": 0.18,
-    "domain_form": 0.14,
+    "problem": 0.16,
+    "domain_form": 0.12,
     "instruction": 0.05,
     "instruction_form": 0.03,
 }
@@ -177,6 +178,7 @@ def _pretrainer(world: World, hops: list[Fact]) -> Callable[[int, random.Random]
 
     makers: dict[str, Callable[[random.Random], tuple]] = {
         "question": lambda rng: items.question(rng.choice(facts), rng),
+        "question_in_context": lambda rng: items.question_in_context(rng.choice(facts), rng),
         "statement": lambda rng: items.statement(rng.choice(facts), rng),
         "choice": lambda rng: items.choice(rng.choice(facts), 4, rng).item(),
         "two_hop": lambda rng: items.question(rng.choice(hops), rng),
