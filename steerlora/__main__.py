@@ -28,7 +28,7 @@ console = Console(soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``steerlora``; exits with 0, 2 (the user's mistake), 130 (interrupted) or 1."""
+    """``steerlora``: exits with 0, 2 (the user's mistake), 130 (interrupted) or 1."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         sweep = _check(arguments)

@@ -92,7 +92,7 @@ def report(config: Config, planned: Plan, run: RunReport) -> Report:
 
 
 def provenance(config: Config, planned: Plan, run: RunReport) -> dict[str, Any]:
-    """Where the numbers come from: configuration, artifacts with their build times, machine, code."""
+    """Where the numbers come from: configuration, artifacts and their times, machine, code."""
     stored: list[Artifact] = sorted(run.artifacts.values(), key=lambda a: (a.stage, a.path.name))
     return {
         "experiment": config.study.name,

@@ -66,7 +66,7 @@ class Sweep:
 
     @staticmethod
     def record(work: Callable[[], None]) -> None:
-        """Do one job; in a sweep, note how it ended, so that one failure does not stop the others."""
+        """Do one job; in a sweep, note how it ended: one failure does not stop the others."""
         hydra = HydraConfig.get()
         if hydra.mode != RunMode.MULTIRUN:
             work()

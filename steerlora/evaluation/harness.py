@@ -1,4 +1,4 @@
-"""lm-eval's side: adapted models as its models, a domains directory as its tasks, its scores as ours."""
+"""lm-eval and us: our models as its models, domains as its tasks, its scores as ours."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SteerLoRALM(HFLM):
         pretrained: directory or hub id of the base, or a live model.
         adapter: folder of a saved adapter; None scores the base (or what a live model carries).
         sae: folder of its SAE, where it is not at the recorded place.
-        intervention: a control that acts during every request; see ``steerlora.models.interventions``.
+        intervention: a control that acts during every request (``steerlora.models.interventions``).
         intervention_seed, intervention_domain: its seed, and the true domain for ``oracle_domain``.
         kwargs: HFLM's own.
     """
@@ -241,7 +241,7 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def averages(scores: dict[str, Score], domains: Domains) -> dict[str, dict[str, float]]:
-    """{group: {"value", "stderr"}}: the unweighted mean over a group's tasks, and over the targets."""
+    """{group: {"value", "stderr"}}: unweighted means over a group's tasks, and the targets."""
     groups = {**domains.groups, "target": list(domains.target_tasks.values())}
     found = {}
     for name, tasks in groups.items():

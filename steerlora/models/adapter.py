@@ -71,7 +71,7 @@ class Site:
     """One control site at work: reads the stream, routes it, and holds the result for its layers.
 
     Attributes:
-        scale: [B, S, E*R] of the current forward, (alpha / R) * gate outer mask; None for plain LoRA.
+        scale: [B, S, E*R] of the current forward: (alpha / R) * gate outer mask.
         routing: the current forward's gate and mask, with gradient in training.
         facts: what interventions may know.
     """
@@ -92,14 +92,15 @@ class Site:
             routing = intervention.routing(routing, self.facts)
             intervention.ran = True
         shape = self.adapter.shape
-        pairs = routing.gate.unsqueeze(-1) * routing.mask.unsqueeze(-2)
-        self.scale = (pairs.flatten(-2) * (shape.alpha / shape.rank)).to(stream.dtype)
+        gate = routing.gate * (shape.alpha / shape.rank)
+        pairs = gate.unsqueeze(-1) * routing.mask.unsqueeze(-2)
+        self.scale = pairs.flatten(-2).to(stream.dtype)
         self.routing = routing
         return stream
 
     def _logits(self, stream: Tensor, intervention: Intervention | None) -> Tensor:
         if self.facts is None:
-            normed = stream.float()
+            normed = stream.to(torch.promote_types(stream.dtype, torch.float32))
             normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + 1e-6)
             return self.router.logits_dense(normed)
         with torch.no_grad():
@@ -122,13 +123,13 @@ class Adapter(nn.Module):
     Args:
         model: the base model; it is frozen here, and attached to by :meth:`attach`.
         shape: what to build.
-        saes: {site: SAE} for routing "sae", else empty. Frozen.
+        saes: {site: SAE} for routing "sae", else unused. Frozen; they keep their own type.
         feature_scales: {site: mean L2 norm of the features}; 1 where absent.
         seed: of the initial weights.
 
     Raises:
-        ValueError: a site beyond the last layer, a missing SAE or one of another width, no module
-            of the given names.
+        ValueError: a site beyond the last layer, a missing SAE or one of another width, a name
+            that no module has, a model that carries an adapter already.
     """
 
     def __init__(
@@ -141,7 +142,8 @@ class Adapter(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        saes = dict(saes or {})
+        saes = dict(saes or {}) if shape.routing == "sae" else {}
+        _refuse_adapted(model)
         generator = torch.Generator().manual_seed(seed)
         targets = _targets(model, shape)
         width = decoder_of(model).config.hidden_size
@@ -186,8 +188,7 @@ class Adapter(nn.Module):
     def attach(self, model: nn.Module) -> Adapter:
         """Put the adapter into ``model``, in place; :meth:`remove` undoes it exactly."""
         decoder = decoder_of(model)
-        if "forward" in vars(decoder):
-            raise ValueError("the model already carries an adapter: call its remove() first")
+        _refuse_adapted(model)
         for name, (parent, linear) in _targets(model, self.shape).items():
             source = self._source(int(name.split(":")[0]))
             scale = self.shape.alpha / self.shape.rank
@@ -197,9 +198,9 @@ class Adapter(nn.Module):
             decoder.layers[layer] = EditedLayer(decoder.layers[layer], site.edit)
         forward = decoder.forward
 
-        def with_mask(*args, attention_mask=None, **kwargs):
+        def with_mask(input_ids=None, attention_mask=None, *args, **kwargs):
             self._attention_mask = attention_mask
-            return forward(*args, attention_mask=attention_mask, **kwargs)
+            return forward(input_ids, attention_mask, *args, **kwargs)
 
         decoder.forward = with_mask
         self._carriers.append(model)
@@ -228,7 +229,7 @@ class Adapter(nn.Module):
         return self.scales[str(site)]
 
     def real_tokens(self, stream: Tensor) -> Tensor:
-        """True on real tokens of the current forward, [B, S]; a KV cache sends the last S columns."""
+        """True on real tokens of this forward, [B, S]; with a KV cache, the mask's end."""
         mask = self._attention_mask
         batch, length = stream.shape[:2]
         if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -249,15 +250,20 @@ class Adapter(nn.Module):
             domain: the tokens' true domain, for ``oracle_domain``.
 
         Raises:
-            ValueError: an unknown name, or an adapter that is not routed by an SAE.
+            ValueError: an unknown name, an adapter that is not routed by an SAE, or an intervention
+                inside another.
             RuntimeError: the context ended and no control site had run inside it.
         """
         if name not in INTERVENTIONS:
             raise ValueError(f"no intervention {name!r}: choose from {', '.join(INTERVENTIONS)}")
         if self.shape.routing != "sae":
             raise ValueError(
-                f"interventions act on SAE routing; this adapter's routing is {self.shape.routing!r}"
+                "interventions act on SAE routing; this adapter's routing is "
+                f"{self.shape.routing!r}"
             )
+        if self.active_intervention is not None:
+            running = type(self.active_intervention).__name__
+            raise ValueError(f"intervention {name!r} inside another ({running}): run one at a time")
         self.active_intervention = INTERVENTIONS[name](seed=seed, domain=domain)
         try:
             yield self.active_intervention
@@ -280,8 +286,10 @@ class Adapter(nn.Module):
 
     def _apply(self, function, *args, **kwargs):
         super()._apply(function, *args, **kwargs)
+        # The SAEs follow to another device; in another type their features would not be the same.
+        device = next(self.parameters()).device
         for sae in self.saes.values():
-            sae._apply(function, *args, **kwargs)
+            sae.to(device)
         return self
 
 
@@ -322,19 +330,24 @@ def _targets(model: nn.Module, shape: AdapterShape) -> dict[str, tuple[nn.Module
             if (adapted or plain) and path.rsplit(".", 1)[-1] in shape.target_modules:
                 parent = layer.get_submodule(path.rsplit(".", 1)[0]) if "." in path else layer
                 found[f"{index}:{path.replace('.', '/')}"] = (parent, module)
-    if not found:
-        linears = sorted(
-            {
-                path.rsplit(".", 1)[-1]
-                for path, module in layers[0].named_modules()
-                if isinstance(module, nn.Linear)
-            }
-        )
+    adapted_names = {name.replace(":", "/").rsplit("/", 1)[-1] for name in found}
+    unknown = [name for name in shape.target_modules if name not in adapted_names]
+    if unknown or not found:
+        linears = {
+            path.rsplit(".", 1)[-1]: None
+            for path, module in layers[min(shape.sites)].named_modules()
+            if isinstance(module, nn.Linear)
+        }
         raise ValueError(
-            f"no module named {', '.join(shape.target_modules)}; the layers' linear modules are "
-            f"{', '.join(linears)}"
+            f"no linear module named {', '.join(unknown) or 'at all'}; the layers' linear modules "
+            f"are {', '.join(linears)}"
         )
     return found
+
+
+def _refuse_adapted(model: nn.Module) -> None:
+    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+        raise ValueError("the model already carries an adapter: call its remove() first")
 
 
 def _check_saes(shape: AdapterShape, saes: Mapping[int, SparseAutoencoder], width: int) -> None:

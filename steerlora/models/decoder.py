@@ -35,7 +35,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
 class EditedLayer(nn.Module):
     """A decoder layer whose incoming stream first passes through ``edit``.
 
-    ``edit`` maps the stream [B, S, D] to one of the same shape: it may record, replace or only look.
+    ``edit`` maps the stream [B, S, D] to one of the same shape: it may look, record or replace.
     It runs outside the layer, so a recomputation of the layer (activation checkpointing) does not
     run it again.
     """
@@ -77,6 +77,7 @@ def layer_range(model: nn.Module, start: int, stop: int) -> nn.Module:
     """
     decoder = decoder_of(model)
     part = copy.copy(decoder)
+    vars(part).pop("forward", None)  # an attached adapter's: it is bound to the whole decoder
     part._modules = dict(decoder._modules)
     part.layers = nn.ModuleList(decoder.layers[start:stop])
     part.norm = nn.Identity()
@@ -128,6 +129,6 @@ def spliced_logits(
     site: int,
     edit: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Logits [B, S, V] of ``model`` with the stream entering layer ``site`` replaced by ``edit`` of it."""
+    """Logits [B, S, V] with ``edit`` applied to the stream entering layer ``site``."""
     with edited(model, {site: edit}):
         return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits

@@ -52,7 +52,7 @@ class Intervention:
     def features(
         self, features: SparseFeatures, stream: Tensor, real: Tensor, site: SiteFacts
     ) -> SparseFeatures:
-        """The signal put in place of ``features`` ([B, S, K]); ``real`` [B, S] is True on tokens."""
+        """The signal in place of ``features`` [B, S, K]; ``real`` [B, S] is True on tokens."""
         return features
 
     def routing(self, routing: Routing, site: SiteFacts) -> Routing:

@@ -25,7 +25,7 @@ def rank_budget(mask: Tensor) -> Tensor:
 
 
 def load_balance(gate: Tensor) -> Tensor:
-    """Squared distance of mean usage from uniform, [T, E] -> scalar: sum_e (mean_t g_te - 1/E)^2."""
+    """Mean usage's squared distance from uniform, [T, E] -> sum_e (mean_t g_te - 1/E)^2."""
     return (gate.mean(0) - 1 / gate.shape[-1]).square().sum()
 
 

@@ -71,12 +71,14 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D_in] -> [..., D_out]."""
-        output = self.base(x)
-        hidden = F.linear(x, self.low_rank.A.to(x.dtype))
+        # Flat throughout: in-place accumulation into a view would cost a copy in the backward.
+        flat = x.reshape(-1, x.shape[-1])
+        output = self.base(flat)
+        hidden = F.linear(flat, self.low_rank.A.to(x.dtype))
         scale = self.source.scale
-        hidden = hidden * (self.constant_scale if scale is None else scale.to(hidden.dtype))
-        update = self.low_rank.B.to(x.dtype).t()
-        flat = torch.addmm(
-            output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), update
-        )
-        return flat.view(output.shape)
+        if scale is None:
+            hidden = hidden * self.constant_scale
+        else:
+            hidden = hidden * scale.flatten(0, -2).to(hidden.dtype)
+        output.addmm_(hidden, self.low_rank.B.to(output.dtype).t())
+        return output.view(*x.shape[:-1], -1)

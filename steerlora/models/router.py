@@ -43,7 +43,7 @@ def top_k_gate(logits: Tensor, top_k: int, temperature: float) -> Tensor:
 
 
 def monotone_mask(logits: Tensor) -> Tensor:
-    """m_j = prod_{i <= j} sigmoid(logits_i), each factor at least ``MASK_FLOOR``: [..., R] -> [..., R]."""
+    """m_j = prod_{i <= j} max(sigmoid(logits_i), ``MASK_FLOOR``): [..., R] -> [..., R]."""
     return torch.sigmoid(logits).clamp_min(MASK_FLOOR).cumprod(-1)
 
 

@@ -21,7 +21,7 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationSettings:
-    """Attributes: sites; domains; max_tokens: over all text; max_length: of a row; seed: of order."""
+    """Attributes: max_tokens: over all text; max_length: of a row; seed: of the order of rows."""
 
     sites: tuple[int, ...]
     domains: tuple[str, ...]

@@ -166,7 +166,7 @@ def record_facts(
     names: list[str],
     pad_token_id: int,
 ) -> None:
-    """Record what interventions need: mean rank and each domain's specialist, over training rows."""
+    """Record, over training rows, what interventions need: mean rank, each domain's specialist."""
     model.eval()
     usage: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in adapter.sites}
     ranks: dict[int, list[torch.Tensor]] = {layer: [] for layer in adapter.sites}

@@ -67,8 +67,8 @@ def open_pretrained(path: str, revision: str | None = None) -> tuple[PreTrainedM
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.path={path} cannot be loaded: {' '.join(str(error).split())[:200]}; give a "
-            "folder with config.json and weights, or fetch the hub id first where there is a network"
+            f"model.path={path} cannot be loaded: {' '.join(str(error).split())[:200]}; "
+            "give a folder with config.json and weights, or fetch the hub id beforehand"
         ) from error
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {path} has no chat template: use a chat model")

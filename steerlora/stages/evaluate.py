@@ -43,7 +43,8 @@ def step(config: Config, *, adapted: bool = True) -> Step:
     if intervention.name != "none":
         if intervention.name not in INTERVENTIONS:
             raise UserError(
-                f"intervention.name={intervention.name}: {nearest(intervention.name, INTERVENTIONS)}"
+                f"intervention.name={intervention.name}: "
+                + nearest(intervention.name, INTERVENTIONS)
             )
         if config.adapter.routing != "sae":
             raise UserError(

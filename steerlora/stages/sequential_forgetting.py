@@ -36,7 +36,7 @@ WEIGHTS = "adapter_so_far.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceSettings:
-    """Attributes: sequence: the domains in the order they come; otherwise as in the configuration."""
+    """Attributes: sequence: the domains as they come; otherwise as in the configuration."""
 
     adapter: AdapterConfig
     control: ControlConfig

@@ -25,10 +25,10 @@ PRETRAINING_MIX = {
     "choice": 0.12,
     "two_hop": 0.06,
     "two_hop_choice": 0.08,
-    "problem": 0.16,
-    "domain_form": 0.12,
-    "instruction": 0.05,
-    "instruction_form": 0.03,
+    "problem": 0.14,
+    "domain_form": 0.11,
+    "instruction": 0.09,
+    "instruction_form": 0.02,
 }
 """Share of each kind of pretraining document."""
 

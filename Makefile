@@ -1,0 +1,37 @@
+# `make help` lists the targets. Each sets up .venv first, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test lint bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/ \t/'
+
+setup: $(READY) ## make the environment in .venv
+
+# torch first and alone: resolved together with the rest, pip may pick another build of it.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,text,launchers]'
+	touch $@
+
+reproduce: setup ## the paper's tables in the micro world, into results/micro
+	$(BIN)/steerlora experiment=micro
+
+test: setup ## the tests
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+lint: setup ## style and common mistakes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup ## a training step beside PEFT LoRA, an SAE step beside dense autograd
+	$(BIN)/python scripts/bench_adapter.py
+	$(BIN)/python scripts/bench_sae.py
+
+clean: ## remove artifacts and logs, keep results and the environment
+	rm -rf artifacts outputs wandb .pytest_cache .ruff_cache
