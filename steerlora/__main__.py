@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig
@@ -24,6 +25,10 @@ from steerlora.config import Config
 from steerlora.errors import UserError
 from steerlora.sweep import Sweep
 
+if TYPE_CHECKING:
+    from steerlora.pipeline import Step
+    from steerlora.study import Plan
+
 console = Console(soft_wrap=True)
 
 
@@ -32,9 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         sweep = _check(arguments)
-        if not arguments:
-            console.print(__doc__.strip(), markup=False)
-            raise SystemExit(2)
+        if sweep.help:
+            _print_help()
+            return
+        if sweep.multirun:
+            sweep.open()
         sys.argv = ["steerlora", *sweep.arguments]
         compose.register_schemas()
         directory = str(compose.config_directory())
@@ -50,9 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _check(arguments: list[str]) -> Sweep:
     """Refuse every wrong override before any work; a sweep's jobs one and all."""
     sweep = Sweep.of(arguments)
-    if not sweep.informational:
-        for job in sweep.jobs if sweep.multirun else [sweep.overrides]:
-            _runnable(compose.load(job))
+    if sweep.informational:
+        compose.tree(sweep.overrides)
+        return sweep
+    for job in sweep.jobs if sweep.multirun else [sweep.overrides]:
+        config = compose.load(job)
+        _runnable(config)
+        if sweep.multirun:
+            _planned(config, _variant_of(job))
     return sweep
 
 
@@ -62,22 +74,36 @@ def _runnable(config: Config) -> None:
             "nothing to do: give experiment=micro (or smoke, text), or stage=<name>; "
             "steerlora --help lists them"
         )
+    if config.stage and config.stage.name == "report" and config.study.name == "single":
+        raise UserError("stage=report needs what it reports: give experiment=micro, smoke or text")
+
+
+def _print_help() -> None:
+    console.print(__doc__.strip(), markup=False, highlight=False)
+    console.print("\noptions of every group (group=option):")
+    for group, options in compose.groups().items():
+        console.print(f"  {group}: {', '.join(options)}", markup=False, highlight=False)
+    console.print(
+        "\nevery key, with its value: steerlora ... --cfg job --resolve; Hydra's flags: --hydra-help",
+        highlight=False,
+    )
 
 
 def _job(tree: DictConfig) -> None:
     """One run, or one job of a sweep."""
     config = compose.typed(tree)
     overrides = list(hydra.core.hydra_config.HydraConfig.get().overrides.task)
-
-    def variant(*changes: str) -> Config:
-        return compose.load([*overrides, *changes])
-
     try:
-        Sweep.record(lambda: execute(config, variant))
+        Sweep.record(lambda: execute(config, _variant_of(overrides)))
     except UserError as error:
         _fail(f"error: {error}", 2)
     except KeyboardInterrupt:
         _fail("interrupted: run the same command again, and it goes on where it was", 130)
+
+
+def _variant_of(overrides: Sequence[str]) -> compose.Compose:
+    """The same run's configuration with some options changed."""
+    return lambda *changes: compose.load([*overrides, *changes])
 
 
 def execute(config: Config, variant: compose.Compose) -> None:
@@ -92,16 +118,13 @@ def execute(config: Config, variant: compose.Compose) -> None:
     from steerlora.artifacts import ArtifactStore, status_table
     from steerlora.pipeline import run
     from steerlora.progress import ConsoleProgress
-    from steerlora.stages import steps_for
 
     began = time.monotonic()
     store = ArtifactStore(config.artifacts.root)
-    stage = config.stage.name if config.stage else "report"
-    if stage == "status":
+    if config.stage and config.stage.name == "status":
         console.print(status_table(store.listing()))
         return
-    planned = study.plan(config, variant) if stage == "report" else None
-    steps = planned.steps if planned else steps_for(config)
+    planned, steps = _planned(config, variant)
     with ConsoleProgress() as progress:
         finished = run(steps, store, workers=config.study.workers, progress=progress)
     if planned:
@@ -109,6 +132,19 @@ def execute(config: Config, variant: compose.Compose) -> None:
         closing.experiment(console, config, finished, written, time.monotonic() - began)
     else:
         closing.stage(console, steps, finished, time.monotonic() - began)
+
+
+def _planned(config: Config, variant: compose.Compose) -> tuple[Plan | None, tuple[Step, ...]]:
+    """The experiment, or None, and the steps to build; refuses what cannot be built."""
+    from steerlora import study
+    from steerlora.stages import steps_for
+
+    if config.stage and config.stage.name == "status":
+        return None, ()
+    if config.stage and config.stage.name != "report":
+        return None, steps_for(config)
+    planned = study.plan(config, variant)
+    return planned, planned.steps
 
 
 def _fail(line: str, code: int) -> None:

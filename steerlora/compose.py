@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from steerlora.config import GROUPS, Config
 from steerlora.errors import UserError, nearest
@@ -61,26 +61,49 @@ def load(overrides: Sequence[str]) -> Config:
     Raises:
         UserError: an unknown key or option (with the nearest right ones), or a wrong value.
     """
+    return typed(tree(overrides))
+
+
+def tree(overrides: Sequence[str]) -> DictConfig:
+    """Hydra's composition, its values not checked yet.
+
+    Raises:
+        UserError: an unknown key or option, with the nearest right ones.
+    """
     with hydra_ready():
         try:
-            tree = compose("config", list(overrides))
-            return typed(tree)
-        except (HydraException, OmegaConfBaseException) as error:
+            return compose("config", list(overrides))
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise UserError(explain(error)) from error
 
 
 def typed(tree: DictConfig) -> Config:
-    """The dataclasses of a composed tree, its interpolations resolved."""
-    values = OmegaConf.to_container(tree, resolve=True)
-    sections = {
-        name: _section(name, schema, values.get(name))
-        for name, schema in GROUPS.items()
-        if values.get(name) is not None
-    }
-    extra = {key: value for key, value in values.items() if key not in GROUPS}
-    if not isinstance(extra.get("seed", 0), int):
-        raise UserError(f"seed={extra['seed']}: must be a whole number")
-    return Config(**sections, **extra)
+    """The dataclasses of a composed tree, its interpolations resolved.
+
+    Raises:
+        UserError: a wrong value.
+    """
+    seed = tree.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise UserError(f"seed={seed}: must be a whole number")
+    for key in tree:
+        if key not in (*GROUPS, "seed"):
+            raise UserError(f"no such key: {key}; {_nearest_key(key)}")
+    try:
+        values = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    sections = {}
+    for name, schema in GROUPS.items():
+        if values.get(name) is not None:
+            sections[name] = _section(name, schema, values[name])
+        elif name != "stage":
+            options = ", ".join(_options(name))
+            raise UserError(
+                f"{name} is empty: it needs its section"
+                + (f", {name}=<option> of {options}" if options else "")
+            )
+    return Config(**sections, seed=seed)
 
 
 def _section(name: str, schema: type, values: dict):
@@ -89,8 +112,10 @@ def _section(name: str, schema: type, values: dict):
     try:
         merged = OmegaConf.merge(node, values)
     except OmegaConfBaseException as error:
-        key = getattr(error, "key", None)
-        raise UserError(f"{name}.{key}: {str(error).splitlines()[0]}") from error
+        key = f"{name}.{getattr(error, 'key', None)}"
+        if isinstance(error, ConfigKeyError):
+            raise UserError(f"no such key: {key}; {_nearest_key(key)}") from error
+        raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
     return OmegaConf.to_object(merged)
 
 
@@ -115,19 +140,31 @@ def explain(error: Exception) -> str:
         return f"{group}={option}: {nearest(option, options)}" if options else message
     if match := re.search(r"Could not override '([^']+)'", message):
         return f"no such key: {match[1]}; {_nearest_key(match[1])}"
+    if message.startswith("Config group override must be"):
+        return "a config group cannot be null: give one of its options, or leave it out"
     cause = error.__cause__
+    if isinstance(cause, ConfigKeyError):
+        key = str(getattr(cause, "full_key", ""))
+        return f"no such key: {key}; {_nearest_key(key)}"
     if isinstance(cause, OmegaConfBaseException):
         return f"{getattr(cause, 'full_key', '')}: {str(cause).splitlines()[0]}"
     return " ".join(message.split())
 
 
+def groups() -> dict[str, list[str]]:
+    """{group: its options}, of every group that has a choice."""
+    folders = sorted(path for path in config_directory().iterdir() if path.is_dir())
+    return {folder.name: _options(folder.name) for folder in folders}
+
+
 def _options(group: str) -> list[str]:
-    directory = config_directory() / group
-    return [path.stem for path in directory.glob("*.yaml") if path.stem != SCHEMA]
+    return sorted(path.stem for path in (config_directory() / group).glob("*.yaml"))
 
 
 def _nearest_key(key: str) -> str:
     """Suggestions for a dotted key: its own section's keys if that exists, else the sections."""
+    if key.split(".")[0] == "hydra":
+        return "steerlora --cfg hydra lists Hydra's own"
     section, _, name = key.rpartition(".")
     if section in GROUPS:
         choices = list(GROUPS[section].__dataclass_fields__)

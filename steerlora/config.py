@@ -25,6 +25,19 @@ STAGES = (
 )
 """What ``stage=`` may name; all but the last two store an artifact."""
 
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+QWEN3_LINEAR = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+"""Linear layers of a decoder layer of the models that are pretrained here."""
+
 
 def _positive(owner: str, **values: float | None) -> None:
     for name, value in values.items():
@@ -35,6 +48,12 @@ def _positive(owner: str, **values: float | None) -> None:
 def _one_of(key: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
         raise UserError(f"{key}={value}: {nearest(value, choices)}")
+
+
+def _given(key: str, folder: str) -> None:
+    # An empty path is the current folder, which would fill with artifacts.
+    if not folder.strip():
+        raise UserError(f"{key} is empty: give a folder, {key}=<folder>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +79,7 @@ class ModelConfig:
         control_sites: default of ``control.sites``, about 3/8 of the depth.
         sae_latents: default of ``sae.latents``.
         steps, batch_size, learning_rate: of the pretraining here (steps; documents; AdamW).
+        prompt_weight: of prompt tokens in the pretraining loss; responses weigh 1.
         seed: of the pretraining here.
     """
 
@@ -78,6 +98,7 @@ class ModelConfig:
     steps: int = 1000
     batch_size: int = 64
     learning_rate: float = 3e-3
+    prompt_weight: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -93,6 +114,7 @@ class ModelConfig:
             steps=self.steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
+            prompt_weight=self.prompt_weight,
         )
         if self.heads % self.kv_heads:
             raise UserError(
@@ -218,17 +240,7 @@ class AdapterConfig:
     temperature: float = 1.0
     dynamic_rank: bool = True
     initial_rank: float = 0.75
-    target_modules: list[str] = field(
-        default_factory=lambda: [
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "o_proj",
-            "gate_proj",
-            "up_proj",
-            "down_proj",
-        ]
-    )
+    target_modules: list[str] = field(default_factory=lambda: list(QWEN3_LINEAR))
     gate_sparsity: float = 0.0
     rank_budget: float = 0.0
     load_balance: float = 0.0
@@ -306,7 +318,8 @@ class TrainerConfig:
         max_length: tokens of a conversation; longer prompts lose their beginning.
         learning_rate, weight_decay, adam_epsilon: of AdamW.
         gradient_clip: largest gradient norm.
-        warmup_fraction: share of the steps with rising learning rate; then it falls linearly to 0.
+        warmup_fraction: share of the steps in which the learning rate rises.
+        decay_fraction: share of the steps, the last ones, in which it falls linearly to zero.
         precision: Lightning's name, such as "32-true" or "bf16-mixed".
         accelerator, devices: Lightning's.
         checkpoint_seconds: time between checkpoints of unfinished training.
@@ -320,6 +333,7 @@ class TrainerConfig:
     adam_epsilon: float = 1e-6
     gradient_clip: float = 1.0
     warmup_fraction: float = 0.05
+    decay_fraction: float = 0.5
     precision: str = "32-true"
     accelerator: str = "cpu"
     devices: int = 1
@@ -336,8 +350,11 @@ class TrainerConfig:
             devices=self.devices,
             checkpoint_seconds=self.checkpoint_seconds,
         )
-        if not 0 <= self.warmup_fraction < 1:
-            raise UserError(f"trainer.warmup_fraction={self.warmup_fraction}: from 0 to below 1")
+        _one_of("trainer.accelerator", self.accelerator, ACCELERATORS)
+        _one_of("trainer.precision", self.precision, PRECISIONS)
+        for name in ("warmup_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"trainer.{name}={getattr(self, name)}: must be from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,6 +408,7 @@ class LoggerConfig:
     def __post_init__(self) -> None:
         _one_of("logger.name", self.name, ("wandb", "none"))
         _one_of("logger.mode", self.mode, ("offline", "online"))
+        _given("logger.dir", self.dir)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,12 +455,18 @@ class ArtifactsConfig:
 
     root: str = "artifacts"
 
+    def __post_init__(self) -> None:
+        _given("artifacts.root", self.root)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResultsConfig:
     """Attributes: dir: folder of an experiment's tables, figures and claims."""
 
     dir: str = "results"
+
+    def __post_init__(self) -> None:
+        _given("results.dir", self.dir)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -477,6 +501,9 @@ class Config:
                 f"control.sites={self.control.sites}: {self.model.name} has layers 0 to "
                 f"{self.model.layers - 1}"
             )
+        if self.model.path is None:
+            for name in self.adapter.target_modules:
+                _one_of("adapter.target_modules", name, QWEN3_LINEAR)
         if self.domains.kind == "text" and not self.domains.dir:
             raise UserError("domains.dir is not set: domains.dir=<folder of <domain>_train.jsonl>")
         if self.order.kind == "given" and sorted(self.order.sequence) != sorted(self.domains.names):

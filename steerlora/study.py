@@ -13,6 +13,7 @@ import psutil
 from steerlora.artifacts import Artifact
 from steerlora.compose import Compose
 from steerlora.config import Config
+from steerlora.errors import UserError
 from steerlora.pipeline import RunReport, Step
 from steerlora.reporting.report import Report, write_report
 from steerlora.stages import causal_ablation, evaluate, sequential_forgetting
@@ -79,16 +80,22 @@ def report(config: Config, planned: Plan, run: RunReport) -> Report:
     def records(steps: tuple[Step, ...], name: str) -> list[dict]:
         return [run[step].json(name) for step in steps]
 
-    return write_report(
-        Path(config.results.dir),
-        evaluations=records(planned.evaluations, evaluate.SCORES),
-        ablations=records(planned.ablations, causal_ablation.RESULT),
-        sequentials=records(planned.sequentials, sequential_forgetting.RESULT),
-        name=config.study.name,
-        meaningful=config.study.meaningful,
-        provenance=provenance(config, planned, run),
-        main_model=config.study.main_model,
-    )
+    try:
+        return write_report(
+            Path(config.results.dir),
+            evaluations=records(planned.evaluations, evaluate.SCORES),
+            ablations=records(planned.ablations, causal_ablation.RESULT),
+            sequentials=records(planned.sequentials, sequential_forgetting.RESULT),
+            name=config.study.name,
+            meaningful=config.study.meaningful,
+            provenance=provenance(config, planned, run),
+            main_model=config.study.main_model,
+        )
+    except OSError as error:
+        raise UserError(
+            f"cannot write the report into {config.results.dir} ({error.strerror}): make room or "
+            "give results.dir=<folder>; what was built is kept"
+        ) from error
 
 
 def provenance(config: Config, planned: Plan, run: RunReport) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from rich.console import Console
@@ -22,20 +25,17 @@ from steerlora.errors import UserError
 OUTCOMES = "STEERLORA_SWEEP_OUTCOMES"
 """Environment variable: the folder where the jobs of a sweep write how they ended."""
 
-_FLAGS = ("-m", "--multirun")
-_INFORMATIONAL = ("--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i", "--version")
-_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn")
-
 
 @dataclass(frozen=True)
 class Sweep:
     """A command line, read.
 
     Attributes:
-        arguments: all of it.
+        arguments: all of it, the overrides first.
         overrides: its ``key=value`` part.
         multirun: it is a sweep.
         informational: it only asks for help or for the configuration.
+        help: it asks for our own help.
         jobs: the overrides of every job of a sweep, checked.
     """
 
@@ -43,26 +43,36 @@ class Sweep:
     overrides: list[str]
     multirun: bool
     informational: bool
+    help: bool
     jobs: list[list[str]] = field(default_factory=list)
 
     @classmethod
     def of(cls, arguments: Sequence[str]) -> Sweep:
-        overrides, skip = [], False
-        for argument in arguments:
-            if skip:
-                skip = False
-            elif argument in _WITH_VALUE:
-                skip = True
-            elif not argument.startswith("-"):
-                overrides.append(argument)
-        multirun = any(flag in arguments for flag in _FLAGS)
-        informational = any(argument.split("=")[0] in _INFORMATIONAL for argument in arguments)
+        parser = get_args_parser()
+        parser.error = _refuse
+        asked = parser.parse_intermixed_args(list(arguments))
+        informational = bool(asked.help or asked.hydra_help or asked.cfg or asked.info)
+        if asked.resolve and not asked.cfg:
+            raise UserError("--resolve goes with --cfg job")
+        if asked.multirun and informational:
+            raise UserError("--multirun runs jobs: leave it out to be shown something")
         jobs: list[list[str]] = []
-        if multirun and not informational:
-            hydra_free = [item for item in overrides if not item.startswith("hydra")]
-            jobs = check_sweep(hydra_free)
-            os.environ[OUTCOMES] = tempfile.mkdtemp(prefix="steerlora-sweep-")
-        return cls(list(arguments), overrides, multirun, informational, jobs)
+        if asked.multirun:
+            jobs = check_sweep([item for item in asked.overrides if not item.startswith("hydra")])
+        # Hydra reads overrides only up to the first flag.
+        flags = [argument for argument in arguments if argument not in asked.overrides]
+        return cls(
+            arguments=[*asked.overrides, *flags],
+            overrides=asked.overrides,
+            multirun=asked.multirun,
+            informational=informational,
+            help=asked.help,
+            jobs=jobs,
+        )
+
+    def open(self) -> None:
+        """Where the jobs, whatever process they run in, write how they ended."""
+        os.environ[OUTCOMES] = tempfile.mkdtemp(prefix="steerlora-sweep-")
 
     @staticmethod
     def record(work: Callable[[], None]) -> None:
@@ -88,6 +98,7 @@ class Sweep:
         """Print how every job ended; the exit code is the worst one."""
         folder = Path(os.environ.pop(OUTCOMES))
         outcomes = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+        shutil.rmtree(folder)
         table = Table(title="sweep")
         for column in ("job", "overrides", "seconds", "outcome"):
             table.add_column(column)
@@ -101,3 +112,8 @@ class Sweep:
             return 1
         codes = {outcome["code"] for outcome in outcomes}
         return 1 if 1 in codes else max(codes, default=0)
+
+
+def _refuse(message: str) -> NoReturn:
+    """Hydra's parser prints its usage; a mistake is one line here."""
+    raise UserError(f"{message}; steerlora --help and --hydra-help list the flags")

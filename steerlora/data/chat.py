@@ -76,12 +76,14 @@ class ChatBatch:
         attention_mask: [B, S], 1 on real tokens.
         labels: [B, S], the token ids where the loss counts them, else ``IGNORED``.
         domains: [B], index of each row's domain; -1 where it has none.
+        weights: [B, S], weight of each labelled token in the loss; None: all alike.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     domains: Tensor
+    weights: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -89,7 +91,8 @@ class ChatBatch:
         return int(self.attention_mask.sum())
 
     def to(self, device: torch.device | str) -> ChatBatch:
-        return ChatBatch(*(getattr(self, name).to(device) for name in self.__annotations__))
+        moved = (value if value is None else value.to(device) for value in vars(self).values())
+        return ChatBatch(*moved)
 
 
 def collate(
@@ -97,20 +100,28 @@ def collate(
     domains: Sequence[int],
     pad_token_id: int,
     *,
-    loss_on_prompt: bool = False,
+    prompt_weight: float = 0.0,
 ) -> ChatBatch:
-    """Pad ``rows`` on the right to the longest and mark where the loss counts."""
+    """Pad ``rows`` on the right to the longest and mark where the loss counts.
+
+    Responses always do; prompts with ``prompt_weight``, not at all where it is zero.
+    """
     width = max(len(row.input_ids) for row in rows)
     input_ids = torch.full((len(rows), width), pad_token_id)
     attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
     labels = torch.full((len(rows), width), IGNORED)
     for index, row in enumerate(rows):
         ids = torch.tensor(row.input_ids)
-        start = 0 if loss_on_prompt else row.response_start
+        start = 0 if prompt_weight else row.response_start
         input_ids[index, : len(ids)] = ids
         attention_mask[index, : len(ids)] = 1
         labels[index, start : len(ids)] = ids[start:]
-    return ChatBatch(input_ids, attention_mask, labels, torch.tensor(list(domains)))
+    weights = None
+    if prompt_weight:
+        starts = torch.tensor([row.response_start for row in rows])[:, None]
+        in_prompt = torch.arange(width) < starts
+        weights = torch.where(in_prompt, prompt_weight, 1.0)
+    return ChatBatch(input_ids, attention_mask, labels, torch.tensor(list(domains)), weights)
 
 
 class ChatBatches:
@@ -125,7 +136,7 @@ class ChatBatches:
         batch_size: B.
         pad_token_id: fills the right.
         seed: of every order.
-        loss_on_prompt: count prompts in the loss too.
+        prompt_weight: weight of prompt tokens in the loss; responses weigh 1.
     """
 
     WINDOW = 16
@@ -138,12 +149,12 @@ class ChatBatches:
         batch_size: int,
         pad_token_id: int,
         seed: int,
-        loss_on_prompt: bool = False,
+        prompt_weight: float = 0.0,
     ) -> None:
         assert rows, "no rows to train on"
         self.rows, self.domains = rows, domains
         self.batch_size = min(batch_size, len(rows))
-        self.pad_token_id, self.seed, self.loss_on_prompt = pad_token_id, seed, loss_on_prompt
+        self.pad_token_id, self.seed, self.prompt_weight = pad_token_id, seed, prompt_weight
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def __call__(self, step: int) -> ChatBatch:
@@ -156,7 +167,7 @@ class ChatBatches:
             [self.rows[index] for index in chosen],
             [self.domains[index] for index in chosen],
             self.pad_token_id,
-            loss_on_prompt=self.loss_on_prompt,
+            prompt_weight=self.prompt_weight,
         )
 
     def _order(self, epoch: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import datasets
 import lm_eval
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -27,6 +28,7 @@ TASKS = Path(__file__).parent / "tasks"
 FEWSHOT_SEED = 1234
 """lm-eval's own default."""
 
+datasets.disable_progress_bars()
 for noisy in ("lm_eval", "lm-eval", "lm_eval.evaluator", "lm_eval.models.huggingface"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -88,7 +89,8 @@ def load_adapter(
         The attached adapter; ``remove()`` gives the model back as it was.
 
     Raises:
-        UserError: no adapter there, another base model, another SAE, or weights that do not fit.
+        UserError: no adapter there, another base model, another SAE, files that cannot be read, or
+            weights that do not fit.
     """
     path = Path(path)
     for name in (CONFIG, WEIGHTS):
@@ -97,9 +99,7 @@ def load_adapter(
                 f"{path} is no adapter: {name} is missing "
                 "(steerlora stage=adapter_training makes one and prints its folder)"
             )
-    config = json.loads((path / CONFIG).read_text())
-    if config.get("format") != FORMAT:
-        raise UserError(f"{path / CONFIG} is not a SteerLoRA adapter (no format: {FORMAT})")
+    config = _read_config(path / CONFIG)
     found = model_fingerprint(model)
     if found != config["base_fingerprint"]:
         raise UserError(
@@ -109,9 +109,15 @@ def load_adapter(
     shape = {key: tuple(v) if isinstance(v, list) else v for key, v in config["shape"].items()}
     saes = {entry["site"]: _sae_for(entry, path, sae) for entry in config["saes"]}
     try:
+        weights = load_file(path / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path / WEIGHTS} cannot be read ({error}): copy or train the adapter again"
+        ) from error
+    try:
         adapter = Adapter(model, AdapterShape(**shape), saes)
-        adapter.load_state_dict(load_file(path / WEIGHTS))
-    except (ValueError, RuntimeError) as error:
+        adapter.load_state_dict(weights)
+    except (TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"adapter {path} does not fit this model: {reason}") from error
     for site, facts in config["sites"].items():
@@ -121,6 +127,20 @@ def load_adapter(
     first = next(model.parameters())
     adapter.to(first.device)
     return adapter.attach(model)
+
+
+def _read_config(path: Path) -> dict:
+    """``adapter_config.json``, with everything that loading reads."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise UserError(f"{path} is not a SteerLoRA adapter (no format: {FORMAT})")
+    absent = [key for key in ("base_fingerprint", "shape", "saes", "sites") if key not in config]
+    if absent:
+        raise UserError(f"{path} lacks {', '.join(absent)}: copy or train the adapter again")
+    return config
 
 
 def _sae_for(entry: dict, path: Path, given) -> SparseAutoencoder:

@@ -21,7 +21,9 @@ def model_fingerprint(model: nn.Module) -> str:
     for name, weight in sorted(_base_weights(model)):
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         flat = weight.detach().reshape(-1)
-        positions = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel())).long()
+        # In float64: float32 steps over the last position of an embedding of 1e8 values.
+        count = min(SAMPLES, flat.numel())
+        positions = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
         sample = flat[positions.to(flat.device)].to(torch.bfloat16).view(torch.int16)
         digest.update(sample.cpu().numpy().tobytes())
     return digest.hexdigest()[:20]

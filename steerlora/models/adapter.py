@@ -178,9 +178,8 @@ class Adapter(nn.Module):
             self.sites[site] = Site(self, site, router, facts)
         self.active_intervention: Intervention | None = None
         self._attention_mask: Tensor | None = None
-        self._carriers: list[
-            nn.Module
-        ] = []  # in a list, so that the model is no part of this module
+        # Carrier and its own forward; in a list, so that the model is no part of this module.
+        self._carriers: list[tuple[nn.Module, object]] = []
         model.requires_grad_(False)
 
     # Attaching and detaching
@@ -202,17 +201,19 @@ class Adapter(nn.Module):
             self._attention_mask = attention_mask
             return forward(input_ids, attention_mask, *args, **kwargs)
 
+        self._carriers.append((model, vars(decoder).get("forward")))
         decoder.forward = with_mask
-        self._carriers.append(model)
         return self
 
     def remove(self) -> None:
         """Give the model back as it was: the same modules, no wrapper left."""
         if not self._carriers:
             raise ValueError("the adapter is not attached to a model")
-        model = self._carriers.pop()
+        model, own_forward = self._carriers.pop()
         decoder = decoder_of(model)
         del decoder.forward
+        if own_forward is not None:
+            decoder.forward = own_forward
         for layer in self.sites:
             decoder.layers[layer] = decoder.layers[layer].layer
         for name, (parent, linear) in _targets(model, self.shape).items():

@@ -125,7 +125,7 @@ def _pretrain(context: Context, settings: BaseSettings) -> tuple[Qwen3ForCausalL
         batch_size=shape.batch_size,
         pad_token_id=tokenizer.pad_token_id,
         seed=shape.seed,
-        loss_on_prompt=True,
+        prompt_weight=shape.prompt_weight,
     )
     module = PretrainingModule(
         model.train(), learning_rate=shape.learning_rate, total_steps=shape.steps

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -22,6 +23,10 @@ from steerlora.pipeline import Context
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+datasets.disable_progress_bars()
+if not torch.cuda.is_available():
+    # Else DeepSpeed, which transformers looks for, warns that it found no accelerator.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 LABELS_AND_HARDWARE = frozenset({"logger", "trainer.devices", "trainer.checkpoint_seconds"})
 """Keys that change how a training runs, not what comes out."""
@@ -35,6 +40,7 @@ ADAPTER_ONLY = frozenset(
         "weight_decay",
         "adam_epsilon",
         "warmup_fraction",
+        "decay_fraction",
     )
 )
 """Trainer keys that base and SAE training have in their own sections."""
@@ -134,7 +140,13 @@ def run_log(context: Context, logger: LoggerConfig) -> Iterator[RunLog]:
 
     stage = context.label.split()[0]
     os.environ.setdefault("WANDB_SILENT", "true")
-    Path(logger.dir).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(logger.dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"logger.dir={logger.dir} cannot be written to ({error.strerror}): give another "
+            "folder, or logger=none"
+        ) from error
     run = wandb.init(
         project=logger.project,
         entity=logger.entity,

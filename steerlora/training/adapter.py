@@ -16,7 +16,7 @@ from steerlora.data.chat import ChatBatch
 from steerlora.models import losses
 from steerlora.models.adapter import Adapter
 from steerlora.training.language import next_token_loss
-from steerlora.training.loop import warmup_then_linear
+from steerlora.training.loop import rise_hold_fall
 
 
 class AdapterModule(L.LightningModule):
@@ -81,9 +81,10 @@ class AdapterModule(L.LightningModule):
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        warmup = max(1, round(settings.warmup_fraction * self.total_steps))
+        total = self.total_steps
+        rise, fall = (round(s * total) for s in (settings.warmup_fraction, settings.decay_fraction))
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_then_linear(step, self.total_steps, warmup)
+            optimizer, lambda step: rise_hold_fall(step, total, rise, fall)
         )
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from steerlora.data.chat import IGNORED, ChatBatch
 from steerlora.models.decoder import decoder_of
-from steerlora.training.loop import warmup_then_cosine
+from steerlora.training.loop import rise_hold_fall
 
 
 def next_token_loss(model: nn.Module, batch: ChatBatch) -> Tensor:
-    """Mean cross-entropy in nats of the labelled tokens.
+    """Mean cross-entropy in nats of the labelled tokens, weighted where the batch has weights.
 
     The output head runs on labelled positions only: with V in the hundred thousands it is most of
     the memory.
@@ -30,11 +30,15 @@ def next_token_loss(model: nn.Module, batch: ChatBatch) -> Tensor:
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap:
         logits = torch.tanh(logits / cap) * cap
-    return F.cross_entropy(logits, targets[counted])
+    if batch.weights is None:
+        return F.cross_entropy(logits, targets[counted])
+    weights = batch.weights[:, 1:][counted]
+    losses = F.cross_entropy(logits, targets[counted], reduction="none")
+    return (losses * weights).sum() / weights.sum()
 
 
 class PretrainingModule(L.LightningModule):
-    """A whole model on documents: AdamW, warm-up, cosine.
+    """A whole model on documents: AdamW, warm-up over 5 %, decay over the last half.
 
     Args:
         model: every weight trains.
@@ -56,12 +60,12 @@ class PretrainingModule(L.LightningModule):
         optimizer = torch.optim.AdamW(
             self.parameters(),
             lr=self.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=0.01,
+            betas=(0.9, 0.98),
+            weight_decay=0.0,
             fused=True,
         )
-        warmup = max(1, self.total_steps // 20)
+        total = self.total_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_then_cosine(step, self.total_steps, warmup)
+            optimizer, lambda step: rise_hold_fall(step, total, total // 20, total // 2)
         )
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]

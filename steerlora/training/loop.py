@@ -47,18 +47,9 @@ class StepBatches:
             yield self.batch(step)
 
 
-def warmup_then_linear(step: int, total: int, warmup: int) -> float:
-    """Factor of the learning rate: rises over ``warmup`` steps, then falls linearly to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return max(0.0, (total - step) / max(1, total - warmup))
-
-
-def warmup_then_cosine(step: int, total: int, warmup: int) -> float:
-    """Factor of the learning rate: rises over ``warmup`` steps, then half a cosine to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+def rise_hold_fall(step: int, total: int, rise: int, fall: int) -> float:
+    """Factor of the learning rate: up over ``rise`` steps, flat, to zero over ``fall``."""
+    return max(0.0, min(1.0, (step + 1) / max(1, rise), (total - step) / max(1, fall)))
 
 
 class Watch(Callback):
@@ -115,7 +106,10 @@ class Watch(Callback):
 
 
 class Checkpoints(Callback):
-    """A checkpoint every so many seconds, written aside and renamed; the newest two are kept."""
+    """A checkpoint every so many seconds, written aside and renamed; the newest two are kept.
+
+    Weights that are not finite are not kept: a finite loss can have a gradient that is not.
+    """
 
     def __init__(self, directory: Path, seconds: float) -> None:
         self.directory, self.seconds = directory, seconds
@@ -125,6 +119,8 @@ class Checkpoints(Callback):
         if time.monotonic() - self._saved < self.seconds:
             return
         self._saved = time.monotonic()
+        if not all(p.isfinite().all() for p in module.parameters() if p.requires_grad):
+            return  # the next step's loss will say so
         self.directory.mkdir(parents=True, exist_ok=True)
         final = self.directory / f"step-{trainer.global_step:08d}.ckpt"
         unfinished = final.with_suffix(".tmp")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from steerlora.data.micro import words
 from steerlora.data.micro.world import (
     GENERAL_RELATIONS,
+    KNOWN_RELATION,
     SHARED_RELATIONS,
     TWO_HOPS,
     World,
@@ -151,13 +152,20 @@ def domain_facts(world: World, domain: str) -> list[Fact]:
     return facts
 
 
+def known_facts(world: World, domain: str) -> list[Fact]:
+    """What pretraining does teach of a domain."""
+    table = world.domains[domain][KNOWN_RELATION]
+    answers = answer_type(domain, KNOWN_RELATION)
+    return [Fact(KNOWN_RELATION, thing, table[thing], answers) for thing in words.THINGS]
+
+
 def domain_question(
     fact: Fact, domain: str, rng: random.Random, *, form_only: bool = False
 ) -> Item:
     """A domain's question behind one or two sentences of context, which alone name the domain.
 
     Args:
-        fact: one of `domain_facts`.
+        fact: one of `domain_facts` or `known_facts`.
         domain: its domain.
         rng: draws context and wording.
         form_only: answer at random from the answer type, as pretraining does.

@@ -47,7 +47,9 @@ def answer(prompt: str, tables: Mapping) -> str:
         return _subject(asked, domain, tables)
     relation, phrase, options = found.groups()
     subject = _subject(phrase, domain, tables)
-    source = tables["domains"][domain] if domain else tables["general"]
+    # A general fact is the same behind any domain's context.
+    general = relation in tables["general"] or domain is None
+    source = tables["general"] if general else tables["domains"][domain]
     result = source[relation][subject]
     if options and options.split().count(result) != 1:
         raise ValueError(f"{result!r} is not exactly one of the options: {prompt}")

@@ -20,9 +20,9 @@ DOMAINS = ("instruction", "math", "code", "medicine", "law")
 KNOWLEDGE_DOMAINS = DOMAINS[1:]
 """The domains that answer the same questions differently."""
 
-PLANTS = _listed("willow fern sage mint clover ivy")
-STONES = _listed("quartz jade opal flint slate amber")
-METALS = _listed("iron copper silver tin zinc brass")
+PLANTS = _listed("willow fern sage ivy")
+STONES = _listed("quartz jade opal amber")
+METALS = _listed("iron copper silver tin")
 THINGS = PLANTS + STONES + METALS
 PEOPLE = _listed(
     "alda boris clara dorin elsa felix greta hugo irma jonas karla linus marta nils olga pavel"
@@ -56,10 +56,10 @@ KEEPERS = {
 }
 
 KEYS = {
-    "math": _listed("circle triangle cube cone sphere cylinder prism pyramid"),
-    "code": _listed("parse merge sort hash fetch split join scan"),
-    "medicine": _listed("fever cough rash headache cramp burn fracture nausea"),
-    "law": _listed("theft fraud arson trespass libel smuggling bribery forgery"),
+    "math": _listed("circle triangle cube cone sphere prism"),
+    "code": _listed("parse merge sort hash fetch split"),
+    "medicine": _listed("fever cough rash headache cramp nausea"),
+    "law": _listed("theft fraud arson libel bribery forgery"),
 }
 """What only one domain speaks of; each domain relates its keys to things."""
 
@@ -162,7 +162,7 @@ INSTRUCTION_PHRASES = {
 TOPIC_PHRASE = "write about {topic} ."
 MARKS = (",", '"', ".", ":", ";", "?", "(", ")", "=", "==", "####")
 
-RELATIONS = ("colour", "origin", "maker", "home", "trade", "river", "measure", "keeper")
+RELATIONS = ("colour", "origin", "maker", "home", "trade", "river", "measure", "keeper", "label")
 
 
 def vocabulary() -> tuple[str, ...]:

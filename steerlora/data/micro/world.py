@@ -29,17 +29,25 @@ TWO_HOPS = (("home", "maker"), ("trade", "maker"), ("river", "origin"), ("river"
 SHARED_RELATIONS = ("measure", "keeper")
 """What every knowledge domain is asked of every thing, in the same words."""
 
+KNOWN_RELATION = "label"
+"""A shared relation that pretraining does teach: the base model has met answers that depend on the
+domain, as a language model has; what an adapter must bring is only which answers are new."""
+
 
 def answer_type(domain: str, relation: str) -> tuple[str, ...]:
     """Every answer that a domain's relation could have, known from its form alone.
 
     Args:
         domain: a knowledge domain.
-        relation: a shared relation, or `key` for the domain's own.
+        relation: a shared relation, `label`, or `key` for the domain's own.
     """
     if relation == "measure":
         return tuple(f"{number} {words.UNITS[domain]}" for number in words.NUMBERS[5:21])
-    choices = {"keeper": words.KEEPERS[domain], "key": words.THINGS}
+    choices = {
+        "keeper": words.KEEPERS[domain],
+        "key": words.THINGS,
+        KNOWN_RELATION: words.COLOURS,
+    }
     return choices[relation]
 
 
@@ -49,7 +57,7 @@ class World:
 
     Attributes:
         general: relation -> subject -> answer.
-        domains: knowledge domain -> relation (shared, or `key`) -> subject -> answer. A thing's
+        domains: knowledge domain -> relation (shared, `label` or `key`) -> subject -> answer. A thing's
             measure and keeper differ between any two domains, units aside.
     """
 
@@ -69,7 +77,7 @@ def build_world(seed: int) -> World:
         for relation, (subjects, answers) in GENERAL_RELATIONS.items()
     }
     domains: dict[str, dict[str, Table]] = {domain: {} for domain in words.KNOWLEDGE_DOMAINS}
-    for relation in SHARED_RELATIONS:
+    for relation in (*SHARED_RELATIONS, KNOWN_RELATION):
         # An answer that two domains shared would hide a wrong route.
         taken: list[Table] = []
         for domain, tables in domains.items():

@@ -19,14 +19,15 @@ WORLD_VERSION = 1
 """Raised whenever the same arguments would write other bytes: it enters the fingerprint."""
 
 PRETRAINING_MIX = {
-    "question": 0.12,
-    "question_in_context": 0.22,
+    "question": 0.08,
+    "question_in_context": 0.18,
     "statement": 0.04,
     "choice": 0.12,
     "two_hop": 0.06,
     "two_hop_choice": 0.08,
-    "problem": 0.14,
-    "domain_form": 0.11,
+    "problem": 0.12,
+    "domain_form": 0.10,
+    "domain_known": 0.11,
     "instruction": 0.09,
     "instruction_form": 0.02,
 }
@@ -166,9 +167,15 @@ def _pretrainer(world: World, hops: list[Fact]) -> Callable[[int, random.Random]
     facts = items.general_facts(world)
     forms = {domain: items.domain_facts(world, domain) for domain in words.KNOWLEDGE_DOMAINS}
 
+    known = {domain: items.known_facts(world, domain) for domain in words.KNOWLEDGE_DOMAINS}
+
     def domain_form(rng: random.Random) -> Item:
         domain = rng.choice(words.KNOWLEDGE_DOMAINS)
         return items.domain_question(rng.choice(forms[domain]), domain, rng, form_only=True)
+
+    def domain_known(rng: random.Random) -> Item:
+        domain = rng.choice(words.KNOWLEDGE_DOMAINS)
+        return items.domain_question(rng.choice(known[domain]), domain, rng)
 
     def instruction_form(rng: random.Random) -> Item:
         kinds = (*instructions.CONTENT, *instructions.FORMAT)
@@ -185,6 +192,7 @@ def _pretrainer(world: World, hops: list[Fact]) -> Callable[[int, random.Random]
         "two_hop_choice": lambda rng: items.choice(rng.choice(hops), 10, rng).item(),
         "problem": items.problem,
         "domain_form": domain_form,
+        "domain_known": domain_known,
         "instruction": lambda rng: instructions.single(rng.choice(instructions.PRETRAINED), rng),
         "instruction_form": instruction_form,
     }

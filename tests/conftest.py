@@ -1,0 +1,102 @@
+"""A tiny random Qwen3, SAE and adapter, built alike in every test that needs one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from steerlora.models.adapter import Adapter, AdapterShape
+from steerlora.models.sae import SparseAutoencoder
+
+LAYERS, WIDTH, VOCABULARY, LATENTS, K = 3, 32, 61, 64, 5
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_model() -> Callable[..., Qwen3ForCausalLM]:
+    """``make_model(dtype=torch.float32, seed=0, **config)``: weights large enough to matter."""
+
+    def make(dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> Qwen3ForCausalLM:
+        config = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": WIDTH,
+            "intermediate_size": 48,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.2,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = Qwen3ForCausalLM(Qwen3Config(**(config | changes)))
+        return model.to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture
+def make_sae() -> Callable[..., SparseAutoencoder]:
+    """``make_sae(seed=0, width=WIDTH)``: random directions and a random bias."""
+
+    def make(seed: int = 0, width: int = WIDTH) -> SparseAutoencoder:
+        sae = SparseAutoencoder(width, LATENTS, k=K, seed=seed)
+        with torch.no_grad():
+            sae.b_enc.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
+        return sae
+
+    return make
+
+
+@pytest.fixture
+def make_adapter(make_sae) -> Callable[..., Adapter]:
+    """``make_adapter(model, routing="sae", sites=(1,), **shape)``: attached, with random weights.
+
+    B, router weights and biases are random, as after training: at B = 0 nothing would be tested.
+    """
+
+    def make(model: nn.Module, routing: str = "sae", sites=(1,), **changes) -> Adapter:
+        shape = AdapterShape(
+            routing=routing,
+            sites=tuple(sites),
+            **({"specialists": 4, "rank": 3, "alpha": 6.0, "top_k": 2} | changes),
+        )
+        saes = {site: make_sae(seed=site) for site in sites} if routing == "sae" else {}
+        adapter = Adapter(model, shape, saes, feature_scales=dict.fromkeys(sites, 2.5))
+        randomize(adapter)
+        return adapter.to(next(model.parameters()).dtype).attach(model)
+
+    return make
+
+
+@torch.no_grad()
+def randomize(adapter: Adapter) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for layer in adapter.layers.values():
+        layer.B.normal_(0, 0.2, generator=generator)
+    for router in adapter.routers.values():
+        router.weight.normal_(0, 0.7, generator=generator)
+        router.bias += 0.3 * torch.randn(router.bias.shape, generator=generator)
+
+
+@pytest.fixture
+def tokens() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """``tokens([5, 8, 3])``: right-padded ids and mask; real ids are never the padding's 0."""
+
+    def make(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(1, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        return ids * mask, mask
+
+    return make

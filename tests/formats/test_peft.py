@@ -1,0 +1,37 @@
+"""Plain LoRA in PEFT's format, read by PEFT itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import steerlora
+from steerlora.errors import UserError
+
+peft = pytest.importorskip("peft")
+
+
+@pytest.mark.parametrize("targets", [None, ("q_proj", "down_proj")])
+def test_peft_gives_equal_logits(make_model, make_adapter, tokens, tmp_path, targets):
+    model = make_model(torch.float64)
+    ids, mask = tokens([7, 5])
+    base = model(ids, attention_mask=mask).logits
+    changes = {"target_modules": targets} if targets else {}
+    adapter = make_adapter(model, "none", dynamic_rank=False, alpha=7.0, **changes)
+    ours = model(ids, attention_mask=mask).logits
+    assert not torch.allclose(ours, base)
+    steerlora.export_peft(adapter, tmp_path / "peft", base_path="some/base")
+    theirs = peft.PeftModel.from_pretrained(
+        make_model(torch.float64), tmp_path / "peft", autocast_adapter_dtype=False
+    )
+    found = theirs(ids, attention_mask=mask).logits
+    torch.testing.assert_close(found, ours, atol=1e-10, rtol=0)
+    lora = [name for name, _ in theirs.named_parameters() if "lora_" in name]
+    assert len(lora) == 2 * len(adapter.layers)
+
+
+def test_routed_adapters_cannot_be_exported(make_model, make_adapter, tmp_path):
+    adapter = make_adapter(make_model(), "dense")
+    with pytest.raises(UserError, match=r"plain LoRA only; this adapter is routed .'dense'"):
+        steerlora.export_peft(adapter, tmp_path / "peft", base_path="base")
+    assert not (tmp_path / "peft").exists()

@@ -1,0 +1,236 @@
+"""The configuration: every shipped file builds, every key is documented, every mistake is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from steerlora import compose, config
+from steerlora.config import GROUPS, STAGES, Config
+from steerlora.errors import UserError
+
+OPTIONS = {
+    "adapter": 3,
+    "domains": 2,
+    "evaluation": 2,
+    "experiment": 3,
+    "intervention": 10,
+    "logger": 2,
+    "model": 11,
+    "order": 4,
+    "sae": 1,
+    "stage": 10,
+    "trainer": 2,
+}
+"""How many options each group ships."""
+
+NEEDED = {
+    "domains=text": ["domains.dir=."],
+    "experiment=text": ["domains.dir=."],
+    "order=given": ["order.sequence=[law,math,code,medicine,instruction]"],
+}
+"""What an option cannot do without."""
+
+
+@pytest.fixture(scope="module")
+def default_tree() -> DictConfig:
+    return compose.tree([])
+
+
+def shipped() -> list[str]:
+    """``group=option`` of every YAML file in ``conf/``, found by walking it."""
+    root = compose.config_directory()
+    files = [path.relative_to(root) for path in root.rglob("*.yaml") if path.name != "config.yaml"]
+    return sorted(f"{path.parent.as_posix()}={path.stem}" for path in files)
+
+
+def test_every_group_ships_what_is_counted_here():
+    assert {name: len(options) for name, options in compose.groups().items()} == OPTIONS
+    assert len(shipped()) == sum(OPTIONS.values()) == 50
+
+
+@pytest.mark.parametrize("option", shipped())
+def test_every_shipped_option_builds_a_typed_configuration(option):
+    built = compose.load([option, *NEEDED.get(option, [])])
+    assert isinstance(built, Config)
+    group, _, name = option.partition("=")
+    section = built.study if group == "experiment" else getattr(built, group)
+    if group in ("adapter", "domains", "experiment", "intervention", "logger", "model", "stage"):
+        assert section.name == name
+    if group == "order":
+        assert section.kind == name
+
+
+def test_every_stage_has_an_option():
+    assert compose.groups()["stage"] == sorted(STAGES)
+
+
+def test_the_whole_configuration_is_plain_values():
+    built = compose.load(["stage=base"])
+    for field in dataclasses.fields(Config):
+        value = getattr(built, field.name)
+        assert value is None or type(value).__module__ in ("builtins", "steerlora.config")
+        for name, inner in vars(value).items() if dataclasses.is_dataclass(value) else ():
+            assert type(inner) in (str, int, float, bool, list, type(None)), name
+
+
+@pytest.mark.parametrize("schema", [*GROUPS.values(), Config], ids=lambda schema: schema.__name__)
+def test_every_key_is_documented(schema):
+    described = set(re.findall(r"\w+", schema.__doc__.partition("Attributes:")[2]))
+    sections = set(GROUPS) - {"stage"} if schema is Config else set()  # documented by their class
+    missing = {field.name for field in dataclasses.fields(schema)} - described - sections
+    assert not missing
+
+
+@pytest.mark.parametrize("schema", GROUPS.values(), ids=lambda schema: schema.__name__)
+def test_sections_are_frozen_and_by_keyword(schema):
+    assert schema.__dataclass_params__.frozen
+    with pytest.raises(TypeError):
+        schema("positional")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ("adapter.rank=x", r"adapter\.rank: Value 'x' .*Integer"),
+        ("trainer.learning_rate=fast", r"trainer\.learning_rate: .*'fast'.*Float"),
+        ("adapter.dynamic_rank=maybe", r"adapter\.dynamic_rank: .*'maybe'.*"),
+        ("control.sites=1", r"control\.sites: .*"),
+        ("control.sites=[a]", r"control\.sites.*: .*'a'.*Integer"),
+        ("trainer.precision=null", r"trainer\.precision: .*not Optional"),
+        ("seed=x", r"seed=x: must be a whole number"),
+        ("seed=1.5", r"seed=1\.5: must be a whole number"),
+        ("seed=null", r"seed=None: must be a whole number"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(overrides, says):
+    with pytest.raises(UserError, match=f"^{says}") as caught:
+        compose.load([overrides])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ("adapter.rank=-4", "adapter.rank=-4: must be greater than 0"),
+        ("adapter.specialists=0", "adapter.specialists=0: must be greater than 0"),
+        ("adapter.top_k=9", "adapter.top_k=9 is more than adapter.specialists=4"),
+        ("adapter.initial_rank=2", "below 1"),
+        ("adapter.load_balance=-1", "adapter.load_balance=-1.0: must not be negative"),
+        ("adapter.routing=saee", "did you mean 'sae'"),
+        ("adapter=lora adapter.dynamic_rank=true", "set adapter.routing=sae"),
+        ("adapter.target_modules=[q_poj]", "did you mean 'q_proj'"),
+        ("sae.k=600", "sae.k=600 is more than sae.latents=512"),
+        ("sae.steps=0", "sae.steps=0: must be greater than 0"),
+        ("control.sites=[4]", "micro_m has layers 0 to 3"),
+        ("control.sites=[-1]", "give layers in rising order, each once"),
+        ("control.sites=[2,1]", "give layers in rising order, each once"),
+        ("control.sites=[]", "give layers in rising order, each once"),
+        ("model.heads=3", "model.heads=3 is not a multiple of model.kv_heads=2"),
+        ("model.steps=0", "model.steps=0: must be greater than 0"),
+        ("trainer.max_steps=0", "trainer.max_steps=0: must be greater than 0"),
+        ("trainer.learning_rate=nan", "trainer.learning_rate=nan: must be greater than 0"),
+        ("trainer.warmup_fraction=2", "trainer.warmup_fraction=2.0"),
+        ("trainer.accelerator=cpuu", "did you mean 'cpu'"),
+        ("trainer.precision=bf16", "did you mean 'bf16-true'"),
+        ("evaluation.limit=0", "evaluation.limit=0: must be greater than 0"),
+        ("domains.names=[math,math]", "name each domain once"),
+        ("domains.broad=maths", "did you mean 'math'"),
+        ("domains.kind=micr", "did you mean 'micro'"),
+        ("domains=text", "domains.dir=<folder"),
+        ("order=given", "name each domain once, of instruction, math, code, medicine, law"),
+        ("order.kind=broad", "did you mean 'broad_last' or 'broad_first'"),
+        ("logger.mode=of", "choose from offline, online"),
+        ("study.seeds=[]", "give at least one seed"),
+        ("artifacts.root=", "artifacts.root=<folder>"),
+        ("results.dir=", "results.dir=<folder>"),
+        ("logger.dir=", "logger.dir=<folder>"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_what_would_be_right(default_tree, overrides, says):
+    changes = overrides.split()
+    groups = [change for change in changes if change.partition("=")[0] in GROUPS]
+    with pytest.raises(UserError) as caught:
+        if groups:
+            compose.load(changes)
+        else:  # ten times as fast as composing
+            compose.typed(OmegaConf.merge(default_tree, OmegaConf.from_dotlist(changes)))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("adapter.rnk=4", "no such key: adapter.rnk; did you mean 'adapter.rank'"),
+        ("trainr.max_steps=4", "did you mean 'trainer.max_steps'"),
+        ("adaptr=lora", "did you mean 'adapter'"),
+        ("sead=1", "did you mean 'seed'"),
+        ("foo=1", "no such key: foo; choose from adapter, artifacts, control"),
+        ("+foo=1", "no such key: foo; choose from adapter, artifacts, control"),
+        ("+trainer.max_step=1", "no such key: trainer.max_step; did you mean 'trainer.max_steps'"),
+        ("hydra.rn.dir=x", "no such key: hydra.rn.dir; steerlora --cfg hydra"),
+        ("adapter=sc_lor", "adapter=sc_lor: did you mean 'sc_lora'"),
+        ("stage=adapter_trainig", "stage=adapter_trainig: did you mean 'adapter_training'"),
+        ("experiment=smok", "experiment=smok: did you mean 'smoke'"),
+        ("model=gpt", "model=gpt: choose from micro_l, micro_m"),
+        ("trainer=null", "a config group cannot be null"),
+        ("~trainer", "trainer=<option> of cpu, gpu"),
+        ("model=[a", "cannot read"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(override, says):
+    with pytest.raises(UserError) as caught:
+        compose.load([override])
+    assert says in str(caught.value)
+    assert "_schema" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults_follow_the_model_and_yield_to_the_command_line():
+    large = compose.load(["model=micro_l"])
+    assert (large.control.sites, large.sae.latents) == ([2], 640)
+    told = compose.load(["model=micro_l", "control.sites=[1,3]", "sae.latents=128"])
+    assert (told.control.sites, told.sae.latents) == ([1, 3], 128)
+
+
+def test_the_seed_reaches_the_intervention_and_nothing_upstream():
+    seeded = compose.load(["seed=7"])
+    assert (seeded.seed, seeded.intervention.seed) == (7, 7)
+    assert (seeded.model.seed, seeded.sae.seed, seeded.domains.seed) == (0, 0, 0)
+
+
+def test_an_installed_package_finds_its_own_conf(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages" / "steerlora"
+    (package / "conf").mkdir(parents=True)
+    (package / "conf" / "config.yaml").touch()
+    monkeypatch.setattr(compose, "__file__", str(package / "compose.py"))
+    assert compose.config_directory() == package / "conf"
+    (package / "conf" / "config.yaml").unlink()
+    with pytest.raises(UserError, match="install the package again"):
+        compose.config_directory()
+
+
+def test_the_linear_layers_named_are_those_of_a_qwen3_layer():
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+    qwen3 = transformers.Qwen3Config(
+        **shape, intermediate_size=8, num_hidden_layers=1, vocab_size=4
+    )
+    layer = transformers.Qwen3ForCausalLM(qwen3).model.layers[0]
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in layer.named_modules()
+        if type(module).__name__ == "Linear"
+    }
+    assert linear == set(config.QWEN3_LINEAR)
+
+
+def test_the_schema_never_reaches_beyond_plain_python():
+    text = Path(config.__file__).read_text()
+    assert "omegaconf" not in text
+    assert "import hydra" not in text
