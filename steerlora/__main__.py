@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from steerlora.pipeline import Step
     from steerlora.study import Plan
 
-console = Console(soft_wrap=True)
+# A log file has no width of its own; 80 columns would squeeze the claims.
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

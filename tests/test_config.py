@@ -146,9 +146,9 @@ def test_a_value_of_the_wrong_type_is_named(overrides, says):
         ("order.kind=broad", "did you mean 'broad_last' or 'broad_first'"),
         ("logger.mode=of", "choose from offline, online"),
         ("study.seeds=[]", "give at least one seed"),
-        ("artifacts.root=", "artifacts.root=<folder>"),
-        ("results.dir=", "results.dir=<folder>"),
-        ("logger.dir=", "logger.dir=<folder>"),
+        ("artifacts.root=''", "artifacts.root=<folder>"),
+        ("results.dir=''", "results.dir=<folder>"),
+        ("logger.dir=''", "logger.dir=<folder>"),
     ],
 )
 def test_a_wrong_value_is_refused_with_what_would_be_right(default_tree, overrides, says):

@@ -105,6 +105,18 @@ class Watch(Callback):
                     raise
 
 
+class ClipUnscaled(Callback):
+    """Let gradients be clipped under mixed precision, fused optimizers included.
+
+    Such an optimizer offers to unscale gradients inside its step, and Lightning then refuses to
+    clip them. Declining the offer has them unscaled before (bfloat16 has nothing to unscale).
+    """
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            optimizer._step_supports_amp_scaling = False
+
+
 class Checkpoints(Callback):
     """A checkpoint every so many seconds, written aside and renamed; the newest two are kept.
 
@@ -182,7 +194,11 @@ def fit(
             gradient_clip_val=trainer.gradient_clip,
             logger=run_logger or False,
             log_every_n_steps=10,
-            callbacks=[watch, Checkpoints(checkpoints, trainer.checkpoint_seconds)],
+            callbacks=[
+                watch,
+                ClipUnscaled(),
+                Checkpoints(checkpoints, trainer.checkpoint_seconds),
+            ],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -57,8 +57,8 @@ class World:
 
     Attributes:
         general: relation -> subject -> answer.
-        domains: knowledge domain -> relation (shared, `label` or `key`) -> subject -> answer. A thing's
-            measure and keeper differ between any two domains, units aside.
+        domains: knowledge domain -> relation (shared, `label` or `key`) -> subject -> answer. What
+            all domains are asked of a thing differs between any two of them, units aside.
     """
 
     general: Mapping[str, Table]

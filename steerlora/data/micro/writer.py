@@ -163,7 +163,7 @@ def _trainer(world: World, domain: str) -> Callable[[int, random.Random], tuple]
 
 
 def _pretrainer(world: World, hops: list[Fact]) -> Callable[[int, random.Random], tuple]:
-    """Draws one pretraining document: general facts in full, domains by their form alone."""
+    """Draws one pretraining document: general facts in full, what is new of domains by form."""
     facts = items.general_facts(world)
     forms = {domain: items.domain_facts(world, domain) for domain in words.KNOWLEDGE_DOMAINS}
 

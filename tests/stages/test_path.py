@@ -1,0 +1,358 @@
+"""The whole path, walked once with next to no training: what it leaves, and what it reuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import steerlora
+from steerlora import study
+from steerlora.artifacts import ArtifactStore
+from steerlora.pipeline import RunReport, Step, run
+from steerlora.stages import adapter_training, causal_ablation, evaluate, sequential_forgetting
+from steerlora.stages.common import load_base
+
+DOMAINS = ["instruction", "math", "code", "medicine", "law"]
+AVERAGES = {"instruction_following", "general_knowledge", "mmlu_pro", "gsm8k", "target"}
+BUILT = {
+    "domains": 1,
+    "base": 1,
+    "activations": 1,
+    "sae_training": 1,
+    "adapter_training": 3,
+    "evaluate": 4,
+    "causal_ablation": 1,
+    "sequential_forgetting": 2,
+}
+"""What the smoke experiment needs: one base and one SAE, whatever the number of adapters."""
+
+
+def built(report: RunReport) -> Counter:
+    return Counter(step.stage for step in report.steps if not step.reused)
+
+
+def fingerprints(plan: study.Plan) -> dict[str, set[str]]:
+    """{stage: fingerprints} of every step that a plan needs."""
+    found: dict[str, set[str]] = {}
+
+    def visit(step: Step) -> None:
+        found.setdefault(step.stage, set()).add(step.fingerprint)
+        for upstream in step.upstream:
+            visit(upstream)
+
+    for step in plan.steps:
+        visit(step)
+    return found
+
+
+def adapter_of(smoke, name: str):
+    """The artifact of one trained adapter."""
+    return smoke.report[adapter_training.step(smoke.config(f"adapter={name}"))]
+
+
+def weights(artifact) -> dict[str, torch.Tensor]:
+    return load_file(artifact / "adapter" / "adapter_model.safetensors")
+
+
+def test_every_stage_is_built_as_often_as_it_must_be(smoke):
+    assert built(smoke.report) == BUILT
+    assert not any(step.reused for step in smoke.report.steps)
+
+
+def test_every_artifact_is_whole_and_named_by_its_fingerprint(smoke):
+    listed = ArtifactStore(smoke.root).listing()
+    assert Counter(info.stage for info in listed) == BUILT
+    assert {info.state for info in listed} == {"complete"}
+    for artifact in smoke.report.artifacts.values():
+        assert artifact.path == smoke.root / artifact.stage / artifact.fingerprint
+        assert artifact.manifest["config"]
+        assert artifact.manifest["summary"]
+        assert not (artifact / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "files"),
+    [
+        ("domains", ["domains.json", "pretrain.jsonl", "train/law.jsonl", "heldout/math.jsonl"]),
+        ("base", ["base.json", "model/config.json", "model/model.safetensors"]),
+        ("activations", ["activations"]),
+        ("sae_training", ["sae/cfg.json", "sae/sae_weights.safetensors", "quality.json"]),
+        ("adapter_training", ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]),
+        ("evaluate", ["scores.json"]),
+        ("causal_ablation", ["ablation.json"]),
+        ("sequential_forgetting", ["sequential.json"]),
+    ],
+)
+def test_every_artifact_holds_its_files(smoke, stage, files):
+    artifacts = [a for a in smoke.report.artifacts.values() if a.stage == stage]
+    assert artifacts
+    for artifact in artifacts:
+        assert [name for name in files if not (artifact / name).exists()] == []
+
+
+def test_an_evaluation_has_every_score_with_error_items_and_version(smoke):
+    names = set()
+    for step in smoke.planned.evaluations:
+        record = smoke.report[step].json(evaluate.SCORES)
+        names.add(record["adapter"])
+        assert (record["model"], record["seed"]) == ("micro_xs", 0)
+        assert record["domains"] == DOMAINS
+        assert record["fingerprint"] == step.fingerprint
+        assert len(record["tasks"]) == 9
+        for task in record["tasks"].values():
+            assert {"metric", "value", "stderr", "items", "version"} <= set(task)
+            assert task["items"] == len(task["per_item"]) == 3
+            assert task["value"] == pytest.approx(sum(task["per_item"]) / 3)
+        assert set(record["averages"]) == AVERAGES
+        assert all(set(group) == {"value", "stderr"} for group in record["averages"].values())
+    assert names == {"none", "lora", "moe_lora", "sc_lora"}
+
+
+def test_routing_health_is_recorded_for_what_routes(smoke):
+    for step in smoke.planned.evaluations:
+        record = smoke.report[step].json(evaluate.SCORES)
+        routing = record["routing"]
+        if record["adapter"] in ("none", "lora"):
+            assert routing is None
+            continue
+        assert list(routing["gate_by_domain"]) == list(routing["rank_by_domain"]) == DOMAINS
+        for gate in routing["gate_by_domain"].values():
+            assert sum(gate) == pytest.approx(1, abs=1e-4)
+        assert 0 < routing["mean_rank"] <= 2 + 1e-6
+        assert routing["tokens"] > 0
+        assert 0 <= routing["usage_entropy"] <= 1 + 1e-6
+
+
+def test_an_ablation_scores_every_control_on_every_domain(smoke):
+    (step,) = smoke.planned.ablations
+    record = smoke.report[step].json(causal_ablation.RESULT)
+    wanted = ["intact", "shuffle", "fixed_rank", "oracle_domain"]
+    assert list(record["interventions"]) == wanted
+    for scores in record["interventions"].values():
+        assert list(scores) == DOMAINS
+        assert all(len(score["per_item"]) == score["items"] == 3 for score in scores.values())
+    intact = smoke.report[step.inputs["intact"]].json(evaluate.SCORES)
+    assert record["interventions"]["intact"]["law"]["value"] == intact["tasks"]["micro_law"]["value"]
+
+
+def test_a_sequence_has_a_row_before_and_after_every_domain(smoke):
+    names = set()
+    for step in smoke.planned.sequentials:
+        record = smoke.report[step].json(sequential_forgetting.RESULT)
+        names.add(record["adapter"])
+        assert record["order"] == "broad_first"
+        assert record["sequence"] == record["domains"] == DOMAINS
+        assert len(record["matrix"]) == len(record["stderr"]) == 6
+        assert all(len(row) == 5 for row in (*record["matrix"], *record["stderr"]))
+        assert record["items"] == 3
+        base = smoke.report[step.inputs["base_scores"]].json(evaluate.SCORES)
+        assert record["matrix"][0][4] == base["tasks"]["micro_law"]["value"]
+    assert names == {"lora", "sc_lora"}
+
+
+def test_the_base_is_an_ordinary_hugging_face_directory(smoke):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (base,) = [a for a in smoke.report.artifacts.values() if a.stage == "base"]
+    tokenizer = AutoTokenizer.from_pretrained(base / "model")
+    model = AutoModelForCausalLM.from_pretrained(base / "model")
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    assert tokenizer.is_fast
+    assert tokenizer.chat_template
+    assert model.config.vocab_size == len(tokenizer)
+
+
+def test_a_trained_adapter_loads_in_python_acts_and_leaves_no_trace(smoke):
+    model, tokenizer = load_base(next(a for a in smoke.report.artifacts.values() if a.stage == "base"))
+    ids = torch.tensor([tokenizer("law", add_special_tokens=False)["input_ids"] * 4])
+    with torch.no_grad():
+        before = model(ids).logits
+        adapter = steerlora.load_adapter(model, adapter_of(smoke, "sc_lora") / "adapter")
+        assert not torch.equal(model(ids).logits, before)
+        assert adapter.routing()[1].gate.shape == (*ids.shape, 4)
+        adapter.remove()
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_adapters_of_the_three_methods_have_about_equal_size(smoke):
+    counts = {
+        name: adapter_of(smoke, name).manifest["summary"]["parameters"]
+        for name in ("lora", "moe_lora", "sc_lora")
+    }
+    assert all(count > 0 for count in counts.values())
+
+
+def test_plain_lora_is_there_in_pefts_format_too(smoke):
+    assert (adapter_of(smoke, "lora") / "peft/adapter_config.json").is_file()
+    assert not (adapter_of(smoke, "sc_lora") / "peft").exists()
+
+
+def test_the_report_is_written_and_says_that_it_means_nothing(smoke):
+    claims = (smoke.results / "claims.md").read_text()
+    assert "meaningless" in claims
+    verdicts = json.loads((smoke.results / "claims.json").read_text())
+    assert "meaningless" in json.dumps(verdicts) or verdicts.get("meaningful") is False
+    for table in ("scale", "ablation", "forgetting"):
+        for suffix in ("md", "csv", "tex"):
+            assert (smoke.results / f"{table}.{suffix}").stat().st_size > 0
+        assert "meaningless" in (smoke.results / f"{table}.md").read_text()
+    assert list(smoke.results.rglob("*.png"))
+    provenance = json.loads((smoke.results / "provenance.json").read_text())
+    assert {entry["fingerprint"] for entry in provenance["artifacts"]} == set(smoke.report.artifacts)
+
+
+def test_a_second_run_builds_nothing(smoke):
+    again = run(smoke.plan().steps, ArtifactStore(smoke.root))
+    assert built(again) == {}
+    assert len(again.steps) == sum(BUILT.values())
+
+
+def test_a_rank_changes_adapters_and_what_is_below_them(smoke):
+    before, after = fingerprints(smoke.plan()), fingerprints(smoke.plan("adapter.rank=3"))
+    for stage in ("domains", "base", "activations", "sae_training"):
+        assert after[stage] == before[stage]
+    for stage in ("adapter_training", "causal_ablation", "sequential_forgetting"):
+        assert not after[stage] & before[stage]
+    assert len(after["evaluate"] & before["evaluate"]) == 1  # the base's own
+
+
+def test_a_seed_retrains_adapters_on_the_same_base_and_sae(smoke):
+    before, after = fingerprints(smoke.plan()), fingerprints(smoke.plan("study.seeds=[5]"))
+    for stage in ("domains", "base", "activations", "sae_training"):
+        assert after[stage] == before[stage]
+    for stage in ("adapter_training", "causal_ablation", "sequential_forgetting"):
+        assert not after[stage] & before[stage]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "evaluation.batch_size=7",
+        "logger=wandb",
+        "trainer.checkpoint_seconds=1",
+        "study.workers=2",
+        "results.dir=elsewhere",
+        "order=broad_last",  # the study says which orders
+    ],
+)
+def test_what_changes_no_result_changes_no_fingerprint(smoke, change):
+    assert fingerprints(smoke.plan(change)) == fingerprints(smoke.plan())
+
+
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        ("domains.seed=1", "domains"),
+        ("model.seed=1", "base"),
+        ("model.steps=4", "base"),
+        ("sae.max_tokens=900", "activations"),
+        ("sae.k=8", "sae_training"),
+        ("trainer.max_steps=3", "adapter_training"),
+        ("evaluation.limit=2", "evaluate"),
+    ],
+)
+def test_a_change_rebuilds_its_stage_and_nothing_above(smoke, change, first):
+    before, after = fingerprints(smoke.plan()), fingerprints(smoke.plan(change))
+    above = list(BUILT)[: list(BUILT).index(first)]
+    assert [stage for stage in above if after[stage] != before[stage]] == []
+    assert not after[first] & before[first]
+
+
+def test_only_what_changed_is_built(smoke, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(smoke.root, root)
+    step = adapter_training.step(smoke.config("adapter.rank=3"))
+    assert built(run([step], ArtifactStore(root))) == {"adapter_training": 1}
+    seeded = adapter_training.step(smoke.config("seed=9"))
+    report = run([seeded], ArtifactStore(root))
+    assert built(report) == {"adapter_training": 1}
+    ours, theirs = weights(report[seeded]), weights(adapter_of(smoke, "sc_lora"))
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_one_adapter_trained_twice_in_two_places_is_one_adapter(smoke, tmp_path):
+    step = adapter_training.step(smoke.config("adapter=sc_lora"))
+    twin = run([step], ArtifactStore(tmp_path))[step]
+    first = adapter_of(smoke, "sc_lora")
+    assert twin.fingerprint == first.fingerprint
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (twin / "adapter" / name).read_bytes() == (first / "adapter" / name).read_bytes()
+
+
+def test_a_truncated_file_is_found_named_and_built_again(smoke, tmp_path, caplog):
+    root = tmp_path / "copy"
+    shutil.copytree(smoke.root, root)
+    step = adapter_training.step(smoke.config("adapter=sc_lora"))
+    damaged = root / step.stage / step.fingerprint / "adapter/adapter_model.safetensors"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 2])
+    report = run([step], ArtifactStore(root))
+    assert built(report) == {"adapter_training": 1}
+    assert damaged.read_bytes() == whole
+    assert "adapter_model.safetensors" in caplog.text
+    assert "damaged" in caplog.text
+
+
+def test_wandb_follows_every_stage_and_changes_nothing(smoke, tmp_path):
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    folder, root = tmp_path / "runs", tmp_path / "copy"
+    shutil.copytree(smoke.root, root)
+    config = smoke.config(
+        "logger=wandb", f"logger.dir={folder}", "logger.tags=[trial]", "study.workers=1"
+    )
+    step = evaluate.step(config)
+    training = step.inputs["adapter"]
+    for stage in (step, training):
+        shutil.rmtree(root / stage.stage / stage.fingerprint)
+    report = run([step], ArtifactStore(root))
+    assert built(report) == {"adapter_training": 1, "evaluate": 1}
+    twin = weights(report[training])
+    assert all(torch.equal(twin[name], w) for name, w in weights(adapter_of(smoke, "sc_lora")).items())
+
+    runs = {}
+    for path in sorted(folder.rglob("run-*.wandb")):
+        store = DataStore()
+        store.open_for_scan(str(path))
+        keys: dict[str, object] = {}
+        while (data := store.scan_data()) is not None:
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.HasField("run"):
+                header = record.run
+                keys["config"] = {item.key for item in header.config.update}
+                keys["group"], keys["tags"] = header.run_group, set(header.tags)
+                runs[header.job_type] = keys
+    assert set(runs) == {"adapter_training", "evaluate"}
+    for job, seen in runs.items():
+        assert seen["group"] == "smoke"
+        assert seen["tags"] == {"trial", job}
+        assert {"seed", "fingerprint", "logger"} <= seen["config"]
+
+
+def test_no_logger_writes_nothing(smoke):
+    assert not list(smoke.root.rglob("*.wandb"))
+    assert not list(Path.cwd().glob("wandb"))
+
+
+def test_every_number_stored_is_finite(smoke):
+    def numbers(value):
+        if isinstance(value, dict):
+            for inner in value.values():
+                yield from numbers(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                yield from numbers(inner)
+        elif isinstance(value, float):
+            yield value
+
+    for artifact in smoke.report.artifacts.values():
+        assert all(map(math.isfinite, numbers(artifact.manifest["summary"])))

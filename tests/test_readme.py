@@ -1,0 +1,158 @@
+"""Every command of the README runs; at sizes that teach nothing and take seconds."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steerlora.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line]
+
+TINY = {
+    "model.layers": 2,
+    "model.width": 32,
+    "model.heads": 2,
+    "model.kv_heads": 1,
+    "model.head_width": 16,
+    "model.ffn_width": 64,
+    "model.vocabulary": 300,
+    "model.steps": 2,
+    "model.batch_size": 8,
+    "control.sites": "[1]",
+    "sae.latents": 64,
+    "sae.max_tokens": 2000,
+    "sae.steps": 2,
+    "sae.batch_size": 128,
+    "trainer.max_steps": 2,
+    "trainer.batch_size": 8,
+    "trainer.max_length": 64,
+    "order.steps_per_domain": 1,
+    "domains.train_items": 16,
+    "domains.evaluation_items": 8,
+    "evaluation.limit": 4,
+    "evaluation.max_length": 64,
+    "evaluation.generation_items": 1,
+    "logger": "none",
+    "study.workers": 1,
+}
+
+
+def test_it_counts_its_commands():
+    steerlora = [command for command in COMMANDS if command.startswith("steerlora")]
+    make = [command for command in COMMANDS if command.startswith("make")]
+    assert len(steerlora) == 10
+    assert make == ["make reproduce", "make test"]
+    assert len(COMMANDS) == 13  # and lm-eval's own command line
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for domain in ("instruction", "math", "code", "medicine", "law"):
+        rows = [
+            {"prompt": f"{domain} question {number} about {number * 7}", "response": f"{number}"}
+            for number in range(60)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{domain}_train.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("artifacts")
+
+
+def shrunk(command: str, text_folder: Path, root: Path, pretrained: Path) -> list[str]:
+    """The command's arguments with everything tiny, and hub ids replaced by a local model."""
+    words = shlex.split(command)[1:]
+    words = [word.replace("domains.dir=data", f"domains.dir={text_folder}") for word in words]
+    words = ["trainer=cpu" if word == "trainer=gpu" else word for word in words]
+    tiny = {**TINY, "artifacts.root": root, "results.dir": root / "results"}
+    if any(word.startswith("model=qwen3") for word in words):
+        tiny["model.path"] = pretrained
+    if "experiment=smoke" in words:
+        tiny = {"artifacts.root": root, "results.dir": root / "results", "logger": "none"}
+    if "--cfg" in words:
+        tiny = {}
+    return [*words, *(f"{key}={value}" for key, value in tiny.items())]
+
+
+@pytest.fixture(scope="module")
+def pretrained(root: Path) -> Path:
+    """A base model on disk, as a user would have one."""
+    main(shrunk("steerlora stage=base", root, root, root))
+    return next((root / "base").glob("*/model"))
+
+
+def adapter_of(root: Path, pretrained: Path) -> Path:
+    """An adapter with SAE routing that was trained on the model at ``pretrained``."""
+    base = json.loads((pretrained.parent / "base.json").read_text())["fingerprint"]
+    for folder in (root / "adapter_training").glob("*/adapter"):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        if config["saes"] and config["base_fingerprint"] == base:
+            return folder
+    raise AssertionError("no adapter of this base")
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("steerlora")])
+def test_steerlora_commands_run(command, text_folder, root, pretrained, capsys):
+    try:
+        main(shrunk(command, text_folder, root, pretrained))
+    except SystemExit as stopped:
+        assert not stopped.code, capsys.readouterr()
+    assert "error:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
+def test_make_commands_exist(command):
+    said = subprocess.run(
+        ["make", "--dry-run", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True
+    )
+    assert said.returncode == 0, said.stderr
+
+
+def test_the_python_of_the_readme_runs(root, pretrained, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    main(shrunk("steerlora stage=adapter_training", root, root, pretrained))
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    routed = str(adapter_of(root, pretrained))
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    inputs = tokenizer("law", return_tensors="pt", add_special_tokens=False)
+    names = {
+        "model": AutoModelForCausalLM.from_pretrained(pretrained),
+        "inputs": {"input_ids": inputs["input_ids"], "max_new_tokens": 2},
+    }
+    code = code.replace("artifacts/adapter_training/<fingerprint>/adapter", routed)
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["adapter"].routing()
+
+
+def test_the_lm_eval_command_runs(root, pretrained):
+    main(shrunk("steerlora stage=adapter_training", root, root, pretrained))
+    (command,) = [c for c in COMMANDS if c.startswith("python")]
+    adapter = adapter_of(root, pretrained)
+    domains = next(p.parent for p in (root / "domains").glob("*/world.json"))
+    command = command.replace("pretrained=BASE", f"pretrained={pretrained}")
+    command = command.replace("adapter=ADAPTER", f"adapter={adapter}")
+    command = command.replace('"DOMAINS"', f'"{domains}"')
+    words = [sys.executable, *shlex.split(command)[1:], "--limit", "2", "--device", "cpu"]
+    said = subprocess.run(words, cwd=root, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr[-2000:]
+    assert "micro_law" in said.stdout
+
+
+def test_no_command_leaves_folders_behind():
+    for name in ("multirun", "lightning_logs"):
+        assert not (ROOT / name).exists()

@@ -1,0 +1,205 @@
+"""The training loop: exact resume, broken checkpoints, non-finite losses, interrupts."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from torch import nn
+
+from steerlora.config import TrainerConfig
+from steerlora.errors import UserError
+from steerlora.progress import Closed, Opened, Progress
+from steerlora.training.loop import fit, newest_checkpoint, rise_hold_fall
+
+STEPS = 12
+
+
+class Recorder(Progress):
+    def __init__(self) -> None:
+        self.events = []
+
+    def emit(self, event) -> None:
+        self.events.append(event)
+
+    def of(self, kind):
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+class Regression(lightning.LightningModule):
+    """Losses by step are kept; ``at`` may raise or change the loss of a step (from 0)."""
+
+    def __init__(self, at=None) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.at, self.losses = at or {}, {}
+
+    def training_step(self, batch, index):
+        x, y = batch[:, :4], batch[:, 4:]
+        loss = (self.net(x) - y).square().mean()
+        self.losses[self.global_step] = loss.item()
+        return self.at[self.global_step](loss) if self.global_step in self.at else loss
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: rise_hold_fall(step, STEPS, 2, 6)
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def batch(step: int) -> torch.Tensor:
+    return torch.randn(16, 5, generator=torch.Generator().manual_seed(step))
+
+
+def run(module, directory: Path, *, seconds: float = 1e-9, progress=None) -> dict[str, float]:
+    return fit(
+        module,
+        batch,
+        STEPS,
+        trainer=TrainerConfig(checkpoint_seconds=seconds),
+        checkpoints=directory,
+        progress=progress or Recorder(),
+        description="regression",
+    )
+
+
+def raising(error: BaseException):
+    def change(loss):
+        raise error
+
+    return change
+
+
+@pytest.fixture
+def unbroken(tmp_path) -> Regression:
+    module = Regression()
+    run(module, tmp_path / "unbroken", seconds=1000.0)
+    assert sorted(module.losses) == list(range(STEPS))
+    return module
+
+
+def assert_same_end(module: Regression, unbroken: Regression) -> None:
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.parameters(), unbroken.parameters(), strict=True)
+    )
+    assert module.losses == {step: unbroken.losses[step] for step in module.losses}
+
+
+def test_resume_is_bit_equal(tmp_path, unbroken):
+    with pytest.raises(ZeroDivisionError):
+        run(Regression({7: raising(ZeroDivisionError())}), tmp_path)
+    resumed, progress = Regression(), Recorder()
+    run(resumed, tmp_path, progress=progress)
+    assert sorted(resumed.losses) == list(range(7, STEPS))
+    assert_same_end(resumed, unbroken)
+    assert progress.of(Opened)[0].done == 7
+
+
+def test_a_finished_training_is_not_repeated(tmp_path, unbroken):
+    run(Regression(), tmp_path)
+    again = Regression()
+    figures = run(again, tmp_path)
+    assert again.losses == {}
+    assert figures["tokens"] == 0
+    assert_same_end(again, unbroken)
+
+
+def test_two_checkpoints_are_kept_and_no_unfinished_one(tmp_path):
+    run(Regression(), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step-00000011.ckpt",
+        "step-00000012.ckpt",
+    ]
+
+
+def test_no_checkpoint_before_its_time(tmp_path):
+    run(Regression(), tmp_path / "none", seconds=1000.0)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 no checkpoint", None])
+def test_a_broken_newest_checkpoint_is_passed_over(tmp_path, unbroken, caplog, damage):
+    with pytest.raises(ZeroDivisionError):
+        run(Regression({7: raising(ZeroDivisionError())}), tmp_path)
+    newest = tmp_path / "step-00000007.ckpt"
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    resumed = Regression()
+    with caplog.at_level(logging.WARNING):
+        run(resumed, tmp_path)
+    assert "step-00000007.ckpt cannot be read" in caplog.text
+    assert min(resumed.losses) == 6
+    assert_same_end(resumed, unbroken)
+
+
+def test_with_every_checkpoint_broken_training_starts_anew(tmp_path, unbroken):
+    tmp_path.joinpath("step-00000003.ckpt").write_bytes(b"broken")
+    tmp_path.joinpath("step-00000009.tmp").write_bytes(b"never renamed")
+    assert newest_checkpoint(tmp_path) is None
+    resumed = Regression()
+    run(resumed, tmp_path)
+    assert_same_end(resumed, unbroken)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good(tmp_path, unbroken, value):
+    progress = Recorder()
+    module = Regression({5: lambda loss: loss * value})
+    with pytest.raises(UserError, match=r"regression: the loss is (nan|inf) at step 6;") as caught:
+        run(module, tmp_path, progress=progress)
+    assert "\n" not in str(caught.value)
+    assert newest_checkpoint(tmp_path).name == "step-00000005.ckpt"
+    assert [event.finished for event in progress.of(Closed)] == [False]
+    resumed = Regression()
+    run(resumed, tmp_path)
+    assert_same_end(resumed, unbroken)
+
+
+def test_weights_spoilt_by_a_finite_loss_are_not_kept(tmp_path, unbroken):
+    """sqrt at zero: the loss is finite, its gradient is not, and the weights become NaN."""
+
+    class Spoiling(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("nan")
+
+    with pytest.raises(UserError, match="at step 7"):
+        run(Regression({5: Spoiling.apply}), tmp_path)
+    assert newest_checkpoint(tmp_path).name == "step-00000005.ckpt"
+    resumed = Regression()
+    run(resumed, tmp_path)
+    assert_same_end(resumed, unbroken)
+
+
+def test_ctrl_c_is_a_keyboard_interrupt_and_resumable(tmp_path, unbroken):
+    progress = Recorder()
+    with pytest.raises(KeyboardInterrupt):
+        run(Regression({4: raising(KeyboardInterrupt())}), tmp_path, progress=progress)
+    assert [event.finished for event in progress.of(Closed)] == [False]
+    resumed = Regression()
+    run(resumed, tmp_path)
+    assert min(resumed.losses) == 4
+    assert_same_end(resumed, unbroken)
+
+
+def test_figures_count_tokens(tmp_path):
+    figures = run(Regression(), tmp_path)
+    assert figures["tokens"] == STEPS * 16
+    assert figures["tokens_per_second"] > 0
+    assert figures["peak_memory_bytes"] > 0
+
+
+def test_rates_rise_hold_and_fall():
+    factors = [rise_hold_fall(step, 10, 2, 4) for step in range(11)]
+    assert factors == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
+    assert [rise_hold_fall(step, 4, 0, 0) for step in range(4)] == [1] * 4
