@@ -85,7 +85,7 @@ def _print_help() -> None:
     for group, options in compose.groups().items():
         console.print(f"  {group}: {', '.join(options)}", markup=False, highlight=False)
     console.print(
-        "\nevery key, with its value: steerlora ... --cfg job --resolve; Hydra's flags: --hydra-help",
+        "\nevery key and its value: steerlora ... --cfg job --resolve; Hydra's flags: --hydra-help",
         highlight=False,
     )
 

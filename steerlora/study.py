@@ -16,6 +16,7 @@ from steerlora.config import Config
 from steerlora.errors import UserError
 from steerlora.pipeline import RunReport, Step
 from steerlora.reporting.report import Report, write_report
+from steerlora.reporting.runs import open_run
 from steerlora.stages import causal_ablation, evaluate, sequential_forgetting
 
 
@@ -81,7 +82,7 @@ def report(config: Config, planned: Plan, run: RunReport) -> Report:
         return [run[step].json(name) for step in steps]
 
     try:
-        return write_report(
+        written = write_report(
             Path(config.results.dir),
             evaluations=records(planned.evaluations, evaluate.SCORES),
             ablations=records(planned.ablations, causal_ablation.RESULT),
@@ -96,6 +97,13 @@ def report(config: Config, planned: Plan, run: RunReport) -> Report:
             f"cannot write the report into {config.results.dir} ({error.strerror}): make room or "
             "give results.dir=<folder>; what was built is kept"
         ) from error
+    name = f"report {config.study.name}"
+    with open_run(config.logger, job_type="report", name=name, config=asdict(config)) as log:
+        for table, frame in written.tables.items():
+            log.table(table, list(frame.columns), frame.astype(object).values.tolist())
+        claims = [[c.id, c.paper, c.ours, c.verdict] for c in written.claims]
+        log.table("claims", ["claim", "paper", "ours", "verdict"], claims)
+    return written
 
 
 def provenance(config: Config, planned: Plan, run: RunReport) -> dict[str, Any]:
@@ -104,7 +112,7 @@ def provenance(config: Config, planned: Plan, run: RunReport) -> dict[str, Any]:
     return {
         "experiment": config.study.name,
         "config": asdict(config),
-        "artifacts": [
+        "stages": [
             {
                 "stage": artifact.stage,
                 "fingerprint": artifact.fingerprint,

@@ -153,12 +153,12 @@ def test_a_value_of_the_wrong_type_is_named(overrides, says):
 )
 def test_a_wrong_value_is_refused_with_what_would_be_right(default_tree, overrides, says):
     changes = overrides.split()
-    groups = [change for change in changes if change.partition("=")[0] in GROUPS]
+    if any(change.partition("=")[0] in GROUPS for change in changes):
+        tree = compose.tree(changes)
+    else:  # ten times as fast as composing
+        tree = OmegaConf.merge(default_tree, OmegaConf.from_dotlist(changes))
     with pytest.raises(UserError) as caught:
-        if groups:
-            compose.load(changes)
-        else:  # ten times as fast as composing
-            compose.typed(OmegaConf.merge(default_tree, OmegaConf.from_dotlist(changes)))
+        compose.typed(tree)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from steerlora.config import LoggerConfig
 from steerlora.data.chat import EncodedChat, encode_chats
 from steerlora.errors import UserError
 from steerlora.pipeline import Context
+from steerlora.reporting.runs import RunLog, open_run
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -103,67 +103,7 @@ def training_rows(
     return rows, indices
 
 
-class RunLog:
-    """One run in Weights & Biases, or nothing where logging is off."""
-
-    def __init__(self, run: Any = None) -> None:
-        self.run = run
-
-    def lightning(self) -> Any:
-        """A Lightning logger that writes into the run; None where logging is off."""
-        if self.run is None:
-            return None
-        from lightning.pytorch.loggers import WandbLogger
-
-        return WandbLogger(experiment=self.run)
-
-    def summary(self, figures: Mapping[str, Any]) -> None:
-        """Figures of the whole run."""
-        if self.run is not None:
-            self.run.summary.update(dict(figures))
-
-    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
-        """A table of results."""
-        if self.run is not None:
-            import wandb
-
-            self.run.log({name: wandb.Table(columns=columns, data=rows)})
-
-
-@contextmanager
-def run_log(context: Context, logger: LoggerConfig) -> Iterator[RunLog]:
-    """Follow one stage: group by stage, job type, tags and the resolved configuration."""
-    if logger.name == "none":
-        yield RunLog()
-        return
-    import wandb
-
-    stage = context.label.split()[0]
-    os.environ.setdefault("WANDB_SILENT", "true")
-    try:
-        Path(logger.dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"logger.dir={logger.dir} cannot be written to ({error.strerror}): give another "
-            "folder, or logger=none"
-        ) from error
-    run = wandb.init(
-        project=logger.project,
-        entity=logger.entity,
-        mode=logger.mode,
-        dir=logger.dir,
-        group=logger.group or None,
-        job_type=stage,
-        name=context.label,
-        tags=[*logger.tags, stage],
-        config={**dataclasses.asdict(context.config), "fingerprint": context.fingerprint},
-        settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
-        reinit="finish_previous",
-    )
-    failed = 1
-    try:
-        yield RunLog(run)
-        failed = 0
-    finally:
-        # Without an exit code the next run of a sweep would go on in this one.
-        run.finish(exit_code=failed)
+def run_log(context: Context, logger: LoggerConfig) -> AbstractContextManager[RunLog]:
+    """The stage's run in Weights & Biases."""
+    config = {**dataclasses.asdict(context.config), "fingerprint": context.fingerprint}
+    return open_run(logger, job_type=context.label.split()[0], name=context.label, config=config)

@@ -24,8 +24,9 @@ from steerlora.evaluation.forgetting import forgetting_metrics
 from steerlora.evaluation.harness import Score
 from steerlora.evaluation.scoring import Scorer
 from steerlora.pipeline import Context, Stage, Step, register
+from steerlora.reporting.runs import RunLog
 from steerlora.stages import adapter_training, evaluate
-from steerlora.stages.common import LABELS_AND_HARDWARE, RunLog, load_base, run_log, training_rows
+from steerlora.stages.common import LABELS_AND_HARDWARE, load_base, run_log, training_rows
 from steerlora.training.adapter import AdapterModule
 from steerlora.training.loop import fit
 

@@ -272,6 +272,15 @@ def test_gradient_checkpointing_changes_nothing(make_model, make_adapter, tokens
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("routing", ["dense", "sae"])
+def test_routing_sends_no_gradient_into_the_stream(make_model, make_adapter, routing):
+    """A later site would otherwise train the layers of an earlier one to please its router."""
+    site = make_adapter(make_model(), routing, sites=(0, 2)).sites[2]
+    stream = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert site.edit(stream) is stream
+    assert torch.autograd.grad(site.scale.sum(), stream, allow_unused=True) == (None,)
+
+
 def test_bfloat16_base_with_float32_sae(make_model, make_sae, tokens):
     model = make_model(torch.bfloat16)
     sae = make_sae()

@@ -50,9 +50,7 @@ class Study:
 
     def plan(self, *changes: str) -> study.Plan:
         """The experiment's steps with some options changed."""
-        return study.plan(
-            self.config(*changes), lambda *more: self.config(*changes, *more)
-        )
+        return study.plan(self.config(*changes), lambda *more: self.config(*changes, *more))
 
 
 @pytest.fixture(scope="session")

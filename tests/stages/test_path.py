@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import struct
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from wandb.proto import wandb_internal_pb2
 
 import steerlora
-from steerlora import study
 from steerlora.artifacts import ArtifactStore
+from steerlora.config import Config
 from steerlora.pipeline import RunReport, Step, run
 from steerlora.stages import adapter_training, causal_ablation, evaluate, sequential_forgetting
 from steerlora.stages.common import load_base
@@ -38,8 +41,8 @@ def built(report: RunReport) -> Counter:
     return Counter(step.stage for step in report.steps if not step.reused)
 
 
-def fingerprints(plan: study.Plan) -> dict[str, set[str]]:
-    """{stage: fingerprints} of every step that a plan needs."""
+def fingerprints(config: Config) -> dict[str, set[str]]:
+    """{stage: fingerprints} of all that one configuration's scores need."""
     found: dict[str, set[str]] = {}
 
     def visit(step: Step) -> None:
@@ -47,9 +50,14 @@ def fingerprints(plan: study.Plan) -> dict[str, set[str]]:
         for upstream in step.upstream:
             visit(upstream)
 
-    for step in plan.steps:
+    for step in (causal_ablation.step(config), sequential_forgetting.step(config)):
         visit(step)
     return found
+
+
+@pytest.fixture(scope="module")
+def before(smoke) -> dict[str, set[str]]:
+    return fingerprints(smoke.config())
 
 
 def adapter_of(smoke, name: str):
@@ -139,7 +147,9 @@ def test_an_ablation_scores_every_control_on_every_domain(smoke):
         assert list(scores) == DOMAINS
         assert all(len(score["per_item"]) == score["items"] == 3 for score in scores.values())
     intact = smoke.report[step.inputs["intact"]].json(evaluate.SCORES)
-    assert record["interventions"]["intact"]["law"]["value"] == intact["tasks"]["micro_law"]["value"]
+    assert (
+        record["interventions"]["intact"]["law"]["value"] == intact["tasks"]["micro_law"]["value"]
+    )
 
 
 def test_a_sequence_has_a_row_before_and_after_every_domain(smoke):
@@ -170,7 +180,9 @@ def test_the_base_is_an_ordinary_hugging_face_directory(smoke):
 
 
 def test_a_trained_adapter_loads_in_python_acts_and_leaves_no_trace(smoke):
-    model, tokenizer = load_base(next(a for a in smoke.report.artifacts.values() if a.stage == "base"))
+    model, tokenizer = load_base(
+        next(a for a in smoke.report.artifacts.values() if a.stage == "base")
+    )
     ids = torch.tensor([tokenizer("law", add_special_tokens=False)["input_ids"] * 4])
     with torch.no_grad():
         before = model(ids).logits
@@ -205,7 +217,10 @@ def test_the_report_is_written_and_says_that_it_means_nothing(smoke):
         assert "meaningless" in (smoke.results / f"{table}.md").read_text()
     assert list(smoke.results.rglob("*.png"))
     provenance = json.loads((smoke.results / "provenance.json").read_text())
-    assert {entry["fingerprint"] for entry in provenance["artifacts"]} == set(smoke.report.artifacts)
+    assert {entry["fingerprint"] for entry in provenance["stages"]} == set(smoke.report.artifacts)
+    assert all(entry["seconds"] > 0 for entry in provenance["stages"] if entry["stage"] == "base")
+    measured = {step.fingerprint for step in smoke.planned.steps}
+    assert set(provenance["artifacts"]) == measured
 
 
 def test_a_second_run_builds_nothing(smoke):
@@ -214,8 +229,8 @@ def test_a_second_run_builds_nothing(smoke):
     assert len(again.steps) == sum(BUILT.values())
 
 
-def test_a_rank_changes_adapters_and_what_is_below_them(smoke):
-    before, after = fingerprints(smoke.plan()), fingerprints(smoke.plan("adapter.rank=3"))
+def test_a_rank_changes_adapters_and_what_is_below_them(smoke, before):
+    after = fingerprints(smoke.config("adapter.rank=3"))
     for stage in ("domains", "base", "activations", "sae_training"):
         assert after[stage] == before[stage]
     for stage in ("adapter_training", "causal_ablation", "sequential_forgetting"):
@@ -223,8 +238,8 @@ def test_a_rank_changes_adapters_and_what_is_below_them(smoke):
     assert len(after["evaluate"] & before["evaluate"]) == 1  # the base's own
 
 
-def test_a_seed_retrains_adapters_on_the_same_base_and_sae(smoke):
-    before, after = fingerprints(smoke.plan()), fingerprints(smoke.plan("study.seeds=[5]"))
+def test_a_seed_retrains_adapters_on_the_same_base_and_sae(smoke, before):
+    after = fingerprints(smoke.config("seed=5"))
     for stage in ("domains", "base", "activations", "sae_training"):
         assert after[stage] == before[stage]
     for stage in ("adapter_training", "causal_ablation", "sequential_forgetting"):
@@ -239,11 +254,10 @@ def test_a_seed_retrains_adapters_on_the_same_base_and_sae(smoke):
         "trainer.checkpoint_seconds=1",
         "study.workers=2",
         "results.dir=elsewhere",
-        "order=broad_last",  # the study says which orders
     ],
 )
-def test_what_changes_no_result_changes_no_fingerprint(smoke, change):
-    assert fingerprints(smoke.plan(change)) == fingerprints(smoke.plan())
+def test_what_changes_no_result_changes_no_fingerprint(smoke, before, change):
+    assert fingerprints(smoke.config(change)) == before
 
 
 @pytest.mark.parametrize(
@@ -258,8 +272,8 @@ def test_what_changes_no_result_changes_no_fingerprint(smoke, change):
         ("evaluation.limit=2", "evaluate"),
     ],
 )
-def test_a_change_rebuilds_its_stage_and_nothing_above(smoke, change, first):
-    before, after = fingerprints(smoke.plan()), fingerprints(smoke.plan(change))
+def test_a_change_rebuilds_its_stage_and_nothing_above(smoke, before, change, first):
+    after = fingerprints(smoke.config(change))
     above = list(BUILT)[: list(BUILT).index(first)]
     assert [stage for stage in above if after[stage] != before[stage]] == []
     assert not after[first] & before[first]
@@ -300,42 +314,57 @@ def test_a_truncated_file_is_found_named_and_built_again(smoke, tmp_path, caplog
     assert "damaged" in caplog.text
 
 
-def test_wandb_follows_every_stage_and_changes_nothing(smoke, tmp_path):
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+def records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
+    """The records of an offline run: protobuf in LevelDB's log format, blocks of 32 KiB."""
+    data, position, record = path.read_bytes(), 7, b""  # 7 bytes of W&B's own in front
+    while position + 7 <= len(data):
+        left = 2**15 - position % 2**15
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
 
+
+def test_wandb_follows_every_stage_and_changes_nothing(smoke, tmp_path):
     folder, root = tmp_path / "runs", tmp_path / "copy"
     shutil.copytree(smoke.root, root)
-    config = smoke.config(
-        "logger=wandb", f"logger.dir={folder}", "logger.tags=[trial]", "study.workers=1"
+    step = evaluate.step(
+        smoke.config("logger=wandb", f"logger.dir={folder}", "logger.tags=[trial]")
     )
-    step = evaluate.step(config)
     training = step.inputs["adapter"]
     for stage in (step, training):
         shutil.rmtree(root / stage.stage / stage.fingerprint)
     report = run([step], ArtifactStore(root))
     assert built(report) == {"adapter_training": 1, "evaluate": 1}
-    twin = weights(report[training])
-    assert all(torch.equal(twin[name], w) for name, w in weights(adapter_of(smoke, "sc_lora")).items())
+    logged, plain = weights(report[training]), weights(adapter_of(smoke, "sc_lora"))
+    assert all(torch.equal(logged[name], plain[name]) for name in plain)
 
-    runs = {}
-    for path in sorted(folder.rglob("run-*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        keys: dict[str, object] = {}
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            if record.HasField("run"):
-                header = record.run
-                keys["config"] = {item.key for item in header.config.update}
-                keys["group"], keys["tags"] = header.run_group, set(header.tags)
-                runs[header.job_type] = keys
+    runs, figures = {}, {}
+    for path in folder.rglob("run-*.wandb"):
+        found = list(records(path))
+        (header,) = [record.run for record in found if record.HasField("run")]
+        runs[header.job_type] = header
+        figures[header.job_type] = {
+            item.key or "/".join(item.nested_key)
+            for record in found
+            for item in (*record.summary.update, *record.history.item)
+        }
     assert set(runs) == {"adapter_training", "evaluate"}
-    for job, seen in runs.items():
-        assert seen["group"] == "smoke"
-        assert seen["tags"] == {"trial", job}
-        assert {"seed", "fingerprint", "logger"} <= seen["config"]
+    for job, header in runs.items():
+        assert header.run_group == "smoke"
+        assert set(header.tags) == {"trial", job}
+        config = {item.key: item.value_json for item in header.config.update}
+        assert json.loads(config["seed"]) == 0
+        fingerprint = (step if job == "evaluate" else training).fingerprint
+        assert json.loads(config["fingerprint"]) == fingerprint
+    print(figures)
+    assert {"parameters", "tokens_per_second"} <= figures["adapter_training"]
+    assert {"score/micro_law", "average/target", "scores"} <= figures["evaluate"]
 
 
 def test_no_logger_writes_nothing(smoke):

@@ -1,0 +1,263 @@
+"""Our scores against lm-eval's own, and our model and tasks behind lm-eval's own entry points."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.tasks import TaskManager
+
+import steerlora.evaluation.__main__ as command
+from steerlora import compose, load_adapter
+from steerlora.artifacts import Artifact, ArtifactStore
+from steerlora.errors import UserError
+from steerlora.evaluation.harness import TASKS, Domains, Harness, Score, averages, standard_error
+from steerlora.models.adapter import Adapter
+from steerlora.pipeline import run
+from steerlora.stages import adapter_training, evaluate
+from steerlora.stages.common import load_base
+
+TINY = (
+    "model=micro_xs",
+    "model.steps=2",
+    "model.batch_size=4",
+    "domains.train_items=10",
+    "domains.evaluation_items=12",
+    "sae.max_tokens=400",
+    "sae.steps=2",
+    "sae.batch_size=32",
+    "trainer.max_steps=2",
+    "trainer.batch_size=2",
+    "trainer.learning_rate=0.05",
+    "adapter.rank=2",
+    "logger=none",
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Artifacts of a tiny base and a tiny adapter."""
+
+    domains: Artifact
+    base: Artifact
+    adapter: Artifact
+
+    @property
+    def model_args(self) -> dict[str, str]:
+        return {
+            "pretrained": str(self.base / "model"),
+            "adapter": str(self.adapter / "adapter"),
+        }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Trained:
+    step = adapter_training.step(compose.load(TINY))
+    report = run([step], ArtifactStore(tmp_path_factory.mktemp("trained")))
+    by_stage = {artifact.stage: artifact for artifact in report.artifacts.values()}
+    return Trained(by_stage["domains"], by_stage["base"], by_stage["adapter_training"])
+
+
+@pytest.fixture(scope="module")
+def harness(trained) -> Harness:
+    return Harness(Domains.read(trained.domains.path))
+
+
+def simple_evaluate(trained: Trained, tasks: list[str], **model_args) -> dict:
+    """lm-eval's own entry point with our model, by name."""
+    return lm_eval.simple_evaluate(
+        model="steerlora",
+        model_args=trained.model_args | {"max_length": 256} | model_args,
+        tasks=tasks,
+        task_manager=TaskManager(
+            include_path=str(TASKS / "micro"),
+            include_defaults=False,
+            metadata={"domains_dir": str(trained.domains.path)},
+        ),
+        apply_chat_template=True,
+        bootstrap_iters=0,
+        batch_size=8,
+        device="cpu",
+        limit=8,
+    )
+
+
+def test_our_scores_are_lm_evals(trained, harness):
+    tasks = ["micro_mmlu", "micro_law", "micro_ifeval"]
+    model, tokenizer = load_base(trained.base)
+    load_adapter(model, trained.adapter / "adapter")
+    ours = harness.run(model, tokenizer, tasks, batch_size=8, max_length=256, limit=8)
+    theirs = simple_evaluate(trained, tasks)
+    for task in tasks:
+        score, results = ours[task], theirs["results"][task]
+        assert score.metric == harness.domains.metrics[task]
+        assert score.value == results[score.metric]
+        assert score.others == {
+            name: value
+            for name, value in results.items()
+            if isinstance(value, float) and "stderr" not in name and name != score.metric
+        }
+        assert score.items == len(score.per_item) == 8
+        assert score.value == pytest.approx(sum(score.per_item) / 8)
+        assert score.stderr == standard_error(score.per_item)
+        assert score.version == str(theirs["versions"][task]) == "1"
+    assert ours["micro_mmlu"].stderr == pytest.approx(
+        lm_eval.api.metrics.mean_stderr(ours["micro_mmlu"].per_item)
+    )
+
+
+def test_every_task_of_the_domains_is_found(harness):
+    assert len(harness.domains.tasks) == 9
+    assert set(harness.domains.tasks) <= set(harness.manager.all_tasks)
+    assert set(harness.domains.metrics) >= set(harness.domains.tasks)
+
+
+def test_an_unknown_task_is_refused_with_the_nearest(trained, harness):
+    model, tokenizer = load_base(trained.base)
+    with pytest.raises(UserError, match="no lm-eval task micro_maths: did you mean 'micro_math'"):
+        harness.run(model, tokenizer, ["micro_maths"], batch_size=8, max_length=64)
+
+
+def test_scores_do_not_depend_on_the_batch_size(trained, harness):
+    model, tokenizer = load_base(trained.base)
+    load_adapter(model, trained.adapter / "adapter")
+    tasks = ["micro_mmlu", "micro_math"]
+    one, many = (
+        harness.run(model, tokenizer, tasks, batch_size=size, max_length=256, limit=6)
+        for size in (1, 6)
+    )
+    assert {name: score.per_item for name, score in one.items()} == {
+        name: score.per_item for name, score in many.items()
+    }
+
+
+def test_an_intervention_acts_by_name_during_every_request(trained, monkeypatch):
+    asked = []
+    original = Adapter.intervention
+
+    def spy(self, name, **kwargs):
+        asked.append((name, kwargs["seed"], kwargs["domain"]))
+        return original(self, name, **kwargs)
+
+    monkeypatch.setattr(Adapter, "intervention", spy)
+    controlled = {"intervention": "oracle_domain", "intervention_domain": "law"}
+    simple_evaluate(trained, ["micro_mmlu", "micro_law"], intervention_seed=3, **controlled)
+    assert asked == [("oracle_domain", 3, "law")] * 2  # likelihoods, generation
+
+
+def test_an_intervention_changes_what_lm_eval_sees(trained):
+    def likelihoods(**model_args) -> list:
+        samples = simple_evaluate(trained, ["micro_mmlu"], **model_args)["samples"]["micro_mmlu"]
+        return [response[0] for sample in samples for response in sample["filtered_resps"]]
+
+    intact = likelihoods()
+    assert likelihoods() == intact
+    assert likelihoods(intervention="uniform_gate") != intact
+
+
+def test_an_intervention_without_an_adapter_is_refused(trained):
+    with pytest.raises(UserError, match="intervention=invert needs adapter=<folder>"):
+        simple_evaluate(trained, ["micro_mmlu"], adapter=None, intervention="invert")
+
+
+def test_the_evaluate_stage_applies_its_intervention(trained, tmp_path, monkeypatch):
+    asked = []
+    original = Adapter.intervention
+    monkeypatch.setattr(
+        Adapter,
+        "intervention",
+        lambda self, name, **kwargs: asked.append(name) or original(self, name, **kwargs),
+    )
+    config = compose.load([*TINY, "intervention=shuffle", "evaluation.tasks=[micro_law]"])
+    step = evaluate.step(config)
+    artifact = run([step], ArtifactStore(trained.base.path.parent.parent))[step]
+    assert asked == ["shuffle"]
+    record = artifact.json(evaluate.SCORES)
+    assert record["intervention"] == "shuffle"
+    assert list(record["tasks"]) == ["micro_law"]
+
+
+def run_command(trained: Trained, **changes) -> list[str]:
+    model_args = ",".join(f"{k}={v}" for k, v in (trained.model_args | changes).items())
+    return [
+        *("run", "--model", "steerlora", "--model_args", model_args),
+        *("--tasks", "micro_law,micro_mmlu", "--limit", "4", "--device", "cpu"),
+        "--apply_chat_template",
+        *("--metadata", json.dumps({"domains_dir": str(trained.domains.path)})),
+    ]
+
+
+def test_lm_evals_command_line_runs_our_model_on_our_tasks(trained, tmp_path):
+    arguments = [*run_command(trained, intervention="shuffle"), "--output_path", str(tmp_path)]
+    ended = subprocess.run(
+        [sys.executable, "-m", "steerlora.evaluation", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "micro_law" in ended.stdout
+    (written,) = tmp_path.rglob("results_*.json")
+    results = json.loads(written.read_text())
+    assert set(results["results"]) == {"micro_law", "micro_mmlu"}
+    assert results["config"]["model"] == "steerlora"
+
+
+@pytest.mark.parametrize("wrong", ["base", "nowhere", "sae"])
+def test_an_adapter_that_does_not_fit_is_one_line(trained, tmp_path, monkeypatch, capsys, wrong):
+    changes, says = {"adapter": str(tmp_path)}, "is no adapter: adapter_config.json is missing"
+    if wrong == "base":
+        model, tokenizer = load_base(trained.base)
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        model.save_pretrained(tmp_path / "other")
+        tokenizer.save_pretrained(tmp_path / "other")
+        changes, says = {"pretrained": str(tmp_path / "other")}, "trained on another base model"
+    if wrong == "sae":
+        from steerlora.formats.sae import load_sae, save_sae
+
+        (sae_folder,) = trained.base.path.parent.parent.glob("sae_training/*/sae")
+        sae = load_sae(sae_folder)
+        with torch.no_grad():
+            sae.W_enc.mul_(1.5)
+        save_sae(sae, tmp_path / "sae")
+        changes, says = {"sae": str(tmp_path / "sae")}, "trained on another SAE at site 1"
+    monkeypatch.setattr(sys, "argv", ["steerlora.evaluation"])
+    with pytest.raises(SystemExit) as ended:
+        command.main(run_command(trained, **changes))
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert says in line
+
+
+def test_a_group_average_is_the_mean_of_its_tasks_with_its_error():
+    domains = Domains(
+        directory=Path(),
+        kind="micro",
+        version=1,
+        names=("law", "math"),
+        target_tasks={"law": "a", "math": "b"},
+        groups={"both": ["a", "b"], "absent": ["c"]},
+        metrics={},
+    )
+    scores = {
+        name: Score("m", value, stderr, 4, "1", [])
+        for name, value, stderr in (("a", 0.2, 0.3), ("b", 0.6, 0.4))
+    }
+    found = averages(scores, domains)
+    assert set(found) == {"both", "target"}
+    assert found["both"] == {"value": pytest.approx(0.4), "stderr": pytest.approx(0.25)}
+
+
+def test_the_standard_error_is_the_sample_one():
+    assert standard_error([0.0, 1.0]) == pytest.approx(0.5)
+    assert standard_error([1.0]) == 0.0
+    assert standard_error([0.5] * 9) == 0.0
