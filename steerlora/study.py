@@ -134,10 +134,13 @@ def provenance(config: Config, planned: Plan, run: RunReport) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of a checkout; None for an installed package."""
+    checkout = Path(__file__).parent.parent
+    if not (checkout / "pyproject.toml").is_file():
+        return None
     try:
         answer = subprocess.run(
             ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
+            cwd=checkout,
             capture_output=True,
             text=True,
             timeout=10,

@@ -344,12 +344,12 @@ def test_a_sweep_with_one_wrong_job_starts_none(steerlora, tmp_path, swept, says
 
 
 def test_ctrl_c_is_resumable_and_the_rest_equals_an_unbroken_run(tmp_path):
-    overrides = [*TINY, "model.steps=100", "trainer.checkpoint_seconds=0.02"]
+    overrides = [*TINY, "model.steps=100"]
     root = tmp_path / "artifacts"
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "steerlora", "stage=base", f"artifacts.root={root}"),
-            *overrides,
+            *(*overrides, "trainer.checkpoint_seconds=0.02"),
         ],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

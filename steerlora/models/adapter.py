@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,50 +20,15 @@ from steerlora.models.interventions import INTERVENTIONS, Intervention, SiteFact
 from steerlora.models.lowrank import AdaptedLinear, LowRank
 from steerlora.models.router import Router, Routing
 from steerlora.models.sae import SparseAutoencoder
+from steerlora.models.shape import (
+    AdapterShape,
+    check_saes,
+    find_targets,
+    refuse_adapted,
+    total_rank,
+)
 
-ROUTINGS = ("none", "dense", "sae")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterShape:
-    """Everything that fixes an adapter's tensors and arithmetic.
-
-    Attributes:
-        routing: "none" (plain LoRA: every specialist always on), "dense" (gate from the hidden
-            state at the site) or "sae" (gate and rank from the site's features).
-        sites: control sites c_1 < c_2 < ...; site i controls layers [c_i, c_{i+1}). Plain LoRA uses
-            the first only, as the first adapted layer.
-        specialists: E.
-        rank: R of each specialist; the total rank is E * R for every routing.
-        alpha: the update is scaled by alpha / R.
-        top_k: specialists kept per token.
-        temperature: tau of the gate.
-        dynamic_rank: learn a token-dependent rank mask.
-        initial_rank: effective rank at initialisation, as a fraction of R.
-        target_modules: last names of the linear layers that are adapted.
-    """
-
-    routing: str = "sae"
-    sites: tuple[int, ...] = (0,)
-    specialists: int = 4
-    rank: int = 16
-    alpha: float = 16.0
-    top_k: int = 2
-    temperature: float = 1.0
-    dynamic_rank: bool = True
-    initial_rank: float = 0.75
-    target_modules: tuple[str, ...] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )
-
-    def as_dict(self) -> dict:
-        return asdict(self)
+__all__ = ["Adapter", "AdapterShape", "Site", "total_rank"]
 
 
 class Site:
@@ -143,11 +107,11 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         saes = dict(saes or {}) if shape.routing == "sae" else {}
-        _refuse_adapted(model)
+        refuse_adapted(model)
         generator = torch.Generator().manual_seed(seed)
-        targets = _targets(model, shape)
+        targets = find_targets(model, shape)
         width = decoder_of(model).config.hidden_size
-        _check_saes(shape, saes, width)
+        check_saes(shape, saes, width)
         self.shape = shape
         self.layers = nn.ModuleDict(
             {
@@ -187,8 +151,8 @@ class Adapter(nn.Module):
     def attach(self, model: nn.Module) -> Adapter:
         """Put the adapter into ``model``, in place; :meth:`remove` undoes it exactly."""
         decoder = decoder_of(model)
-        _refuse_adapted(model)
-        for name, (parent, linear) in _targets(model, self.shape).items():
+        refuse_adapted(model)
+        for name, (parent, linear) in find_targets(model, self.shape).items():
             source = self._source(int(name.split(":")[0]))
             scale = self.shape.alpha / self.shape.rank
             child = name.rsplit("/", 1)[-1]
@@ -216,7 +180,7 @@ class Adapter(nn.Module):
             decoder.forward = own_forward
         for layer in self.sites:
             decoder.layers[layer] = decoder.layers[layer].layer
-        for name, (parent, linear) in _targets(model, self.shape).items():
+        for name, (parent, linear) in find_targets(model, self.shape).items():
             setattr(parent, name.rsplit("/", 1)[-1], linear.base)
 
     def _source(self, layer: int) -> Site | _Constant:
@@ -308,59 +272,3 @@ class _Frozen(dict):
 
     def __init__(self, saes: Mapping[int, SparseAutoencoder]) -> None:
         super().__init__({site: sae.eval().requires_grad_(False) for site, sae in saes.items()})
-
-
-def total_rank(shape: AdapterShape) -> int:
-    """E * R: what plain LoRA of the same size has as its rank."""
-    return shape.specialists * shape.rank
-
-
-def _targets(model: nn.Module, shape: AdapterShape) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """{name: (parent module, linear layer)} of everything adapted, lowest layer first."""
-    layers = decoder_of(model).layers
-    if any(site < 0 or site >= len(layers) for site in shape.sites) or not shape.sites:
-        raise ValueError(
-            f"control sites {list(shape.sites)}: the model has layers 0 to {len(layers) - 1}"
-        )
-    found: dict[str, tuple[nn.Module, nn.Module]] = {}
-    for index in range(min(shape.sites), len(layers)):
-        layer = layers[index].layer if isinstance(layers[index], EditedLayer) else layers[index]
-        for path, module in layer.named_modules():
-            adapted = isinstance(module, AdaptedLinear)
-            plain = isinstance(module, nn.Linear) and not path.endswith(".base")
-            if (adapted or plain) and path.rsplit(".", 1)[-1] in shape.target_modules:
-                parent = layer.get_submodule(path.rsplit(".", 1)[0]) if "." in path else layer
-                found[f"{index}:{path.replace('.', '/')}"] = (parent, module)
-    adapted_names = {name.replace(":", "/").rsplit("/", 1)[-1] for name in found}
-    unknown = [name for name in shape.target_modules if name not in adapted_names]
-    if unknown or not found:
-        linears = {
-            path.rsplit(".", 1)[-1]: None
-            for path, module in layers[min(shape.sites)].named_modules()
-            if isinstance(module, nn.Linear)
-        }
-        raise ValueError(
-            f"no linear module named {', '.join(unknown) or 'at all'}; the layers' linear modules "
-            f"are {', '.join(linears)}"
-        )
-    return found
-
-
-def _refuse_adapted(model: nn.Module) -> None:
-    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
-        raise ValueError("the model already carries an adapter: call its remove() first")
-
-
-def _check_saes(shape: AdapterShape, saes: Mapping[int, SparseAutoencoder], width: int) -> None:
-    if shape.routing not in ROUTINGS:
-        raise ValueError(f"routing {shape.routing!r}: choose from {', '.join(ROUTINGS)}")
-    if shape.routing != "sae":
-        return
-    missing = [site for site in shape.sites if site not in saes]
-    if missing:
-        raise ValueError(f"no SAE for control site {missing[0]}; SAEs are given for {sorted(saes)}")
-    for site, sae in saes.items():
-        if sae.W_enc.shape[0] != width:
-            raise ValueError(
-                f"the SAE at site {site} reads width {sae.W_enc.shape[0]}, the model has {width}"
-            )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -23,6 +21,7 @@ from steerlora.stages.common import (
     BASE,
     LABELS_AND_HARDWARE,
     POINTER,
+    identity_of,
     open_pretrained,
     read_rows,
     run_log,
@@ -49,27 +48,13 @@ def step(config: Config) -> Step:
         model=model,
         kind=config.domains.kind,
         max_length=config.trainer.max_length,
-        identity=_identity(model.path) if model.path else "",
+        identity=identity_of(model.path) if model.path else "",
         trainer=config.trainer,
         logger=config.logger,
     )
     inputs = {} if model.path else {"domains": domains.step(config)}
     cost = model.steps * model.layers * model.width**2 * 1e-6
     return Step("base", settings, inputs, f"base {model.name}", cost=cost)
-
-
-def _identity(path: str) -> str:
-    """A digest of a local model's files (names, sizes, edges of the weights); else the hub id."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return path
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".jinja"):
-            with file.open("rb") as stream:
-                head = stream.read(2**20)
-            digest.update(f"{file.name}{file.stat().st_size}".encode() + head)
-    return digest.hexdigest()[:20]
 
 
 def build(context: Context) -> dict:
@@ -154,6 +139,6 @@ STAGE = register(
         build,
         skip=LABELS_AND_HARDWARE
         | ADAPTER_ONLY
-        | {"model.name", "model.path", "model.control_sites", "model.sae_latents"},
+        | {"model.name", "model.control_sites", "model.sae_latents"},
     )
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from contextlib import AbstractContextManager
@@ -81,6 +82,20 @@ def open_pretrained(path: str, revision: str | None = None) -> tuple[PreTrainedM
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def identity_of(path: str) -> str:
+    """A digest of a local folder's files (names, sizes, beginnings); of a hub id, the id itself."""
+    folder = Path(path)
+    if not folder.exists():
+        return path
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
+        if file.suffix in (".json", ".safetensors", ".jinja"):
+            with file.open("rb") as stream:
+                head = stream.read(2**20)
+            digest.update(f"{file.name}{file.stat().st_size}".encode() + head)
+    return digest.hexdigest()[:20]
 
 
 def read_rows(path: Path) -> list[tuple[str, str]]:

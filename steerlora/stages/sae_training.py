@@ -24,6 +24,7 @@ from steerlora.stages import activations, base, domains
 from steerlora.stages.common import (
     ADAPTER_ONLY,
     LABELS_AND_HARDWARE,
+    identity_of,
     load_base,
     read_rows,
     run_log,
@@ -39,11 +40,13 @@ PROOF_ROWS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class SAESettings:
-    """Attributes: sae; site: the layer whose incoming stream it reads; max_length: of a row."""
+    """Attributes: site: the layer whose incoming stream it reads; max_length: of a row; identity: of
+    the files behind ``sae.path``, empty where none are given."""
 
     sae: SAEConfig
     site: int
     max_length: int
+    identity: str
     trainer: TrainerConfig
     logger: LoggerConfig
 
@@ -60,6 +63,7 @@ def steps(config: Config) -> tuple[Step, ...]:
                 sae=config.sae,
                 site=site,
                 max_length=config.trainer.max_length,
+                identity=identity_of(config.sae.path) if config.sae.path else "",
                 trainer=config.trainer,
                 logger=config.logger,
             ),

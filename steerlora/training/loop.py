@@ -16,6 +16,7 @@ import lightning as L
 import psutil
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from steerlora.config import TrainerConfig
 from steerlora.errors import UserError
@@ -186,24 +187,30 @@ def fit(
     watch = Watch(progress, description, steps)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        engine = L.Trainer(
-            max_steps=steps,
-            accelerator=trainer.accelerator,
-            devices=trainer.devices,
-            precision=trainer.precision,
-            gradient_clip_val=trainer.gradient_clip,
-            logger=run_logger or False,
-            log_every_n_steps=10,
-            callbacks=[
-                watch,
-                ClipUnscaled(),
-                Checkpoints(checkpoints, trainer.checkpoint_seconds),
-            ],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
+        try:
+            engine = L.Trainer(
+                max_steps=steps,
+                accelerator=trainer.accelerator,
+                devices=trainer.devices,
+                precision=trainer.precision,
+                gradient_clip_val=trainer.gradient_clip,
+                logger=run_logger or False,
+                log_every_n_steps=10,
+                callbacks=[
+                    watch,
+                    ClipUnscaled(),
+                    Checkpoints(checkpoints, trainer.checkpoint_seconds),
+                ],
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+            )
+        except MisconfigurationException as error:
+            raise UserError(
+                f"trainer.accelerator={trainer.accelerator}, trainer.devices={trainer.devices}: "
+                f"{str(error).splitlines()[0]}; trainer=cpu runs anywhere"
+            ) from error
         batches = StepBatches(batch, steps, lambda: engine.global_step)
         resume = newest_checkpoint(checkpoints)
         if resume is not None:

@@ -19,6 +19,7 @@ from steerlora import compose, load_adapter
 from steerlora.artifacts import Artifact, ArtifactStore
 from steerlora.errors import UserError
 from steerlora.evaluation.harness import TASKS, Domains, Harness, Score, averages, standard_error
+from steerlora.formats.sae import load_sae, save_sae
 from steerlora.models.adapter import Adapter
 from steerlora.pipeline import run
 from steerlora.stages import adapter_training, evaluate
@@ -211,31 +212,35 @@ def test_lm_evals_command_line_runs_our_model_on_our_tasks(trained, tmp_path):
     assert results["config"]["model"] == "steerlora"
 
 
-@pytest.mark.parametrize("wrong", ["base", "nowhere", "sae"])
-def test_an_adapter_that_does_not_fit_is_one_line(trained, tmp_path, monkeypatch, capsys, wrong):
-    changes, says = {"adapter": str(tmp_path)}, "is no adapter: adapter_config.json is missing"
-    if wrong == "base":
-        model, tokenizer = load_base(trained.base)
-        with torch.no_grad():
-            model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
-        model.save_pretrained(tmp_path / "other")
-        tokenizer.save_pretrained(tmp_path / "other")
-        changes, says = {"pretrained": str(tmp_path / "other")}, "trained on another base model"
-    if wrong == "sae":
-        from steerlora.formats.sae import load_sae, save_sae
-
-        (sae_folder,) = trained.base.path.parent.parent.glob("sae_training/*/sae")
-        sae = load_sae(sae_folder)
-        with torch.no_grad():
-            sae.W_enc.mul_(1.5)
-        save_sae(sae, tmp_path / "sae")
-        changes, says = {"sae": str(tmp_path / "sae")}, "trained on another SAE at site 1"
+def test_a_mistake_on_lm_evals_command_line_is_one_line(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["steerlora.evaluation"])
     with pytest.raises(SystemExit) as ended:
-        command.main(run_command(trained, **changes))
+        command.main(run_command(trained, adapter=str(tmp_path)))
     assert ended.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert says in line
+    err = capsys.readouterr().err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "is no adapter: adapter_config.json is missing" in line
+    assert "Traceback" not in err
+
+
+def test_an_adapter_of_another_base_is_refused(trained, tmp_path):
+    model, tokenizer = load_base(trained.base)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="trained on another base model"):
+        simple_evaluate(trained, ["micro_law"], pretrained=str(tmp_path))
+
+
+def test_an_adapter_of_another_sae_is_refused(trained, tmp_path):
+    (folder,) = trained.base.path.parent.parent.glob("sae_training/*/sae")
+    sae = load_sae(folder)
+    with torch.no_grad():
+        sae.W_enc.mul_(1.5)
+    save_sae(sae, tmp_path, {})
+    with pytest.raises(UserError, match="trained on another SAE at site 1"):
+        simple_evaluate(trained, ["micro_law"], sae=str(tmp_path))
 
 
 def test_a_group_average_is_the_mean_of_its_tasks_with_its_error():

@@ -1,0 +1,190 @@
+"""Every option of the configuration reaches what it should: it changes what is built, or is known
+to change only how."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from steerlora import compose, study
+from steerlora.config import GROUPS
+
+BASE = ("experiment=smoke", "model.steps=2")
+
+CHANGES = {
+    "model.path": None,  # covered below: needs a model on disk
+    "model.revision": "main",
+    "model.layers": 3,
+    "model.width": 64,
+    "model.heads": 4,
+    "model.kv_heads": 2,
+    "model.head_width": 8,
+    "model.ffn_width": 96,
+    "model.vocabulary": 999,
+    "model.control_sites": "[0]",
+    "model.sae_latents": 96,
+    "model.steps": 3,
+    "model.batch_size": 5,
+    "model.learning_rate": 0.5,
+    "model.prompt_weight": 0.3,
+    "model.seed": 9,
+    "domains.kind": "text",
+    "domains.dir": None,
+    "domains.names": "[law,math,code,medicine,instruction]",
+    "domains.broad": "law",
+    "domains.train_items": 11,
+    "domains.evaluation_items": 7,
+    "domains.seed": 4,
+    "sae.path": "elsewhere",
+    "sae.latents": 80,
+    "sae.k": 3,
+    "sae.max_tokens": 99,
+    "sae.steps": 7,
+    "sae.batch_size": 33,
+    "sae.learning_rate": 0.1,
+    "sae.auxiliary": 0.5,
+    "sae.dead_fraction": 0.3,
+    "sae.seed": 5,
+    "control.sites": "[0]",
+    "adapter.routing": None,  # a group of its own: adapter=lora, moe_lora, sc_lora
+    "adapter.specialists": 3,
+    "adapter.rank": 5,
+    "adapter.alpha": 3,
+    "adapter.top_k": 1,
+    "adapter.temperature": 2,
+    "adapter.dynamic_rank": None,  # likewise
+    "adapter.initial_rank": 0.6,
+    "adapter.target_modules": "[q_proj]",
+    "adapter.gate_sparsity": 0.7,
+    "adapter.rank_budget": 0.7,
+    "adapter.load_balance": 0.7,
+    "adapter.diversity": 0.7,
+    "intervention.name": "shuffle",
+    "intervention.seed": None,  # only with an intervention, covered below
+    "order.kind": None,  # orders are set by the study
+    "order.sequence": None,
+    "order.seed": None,
+    "order.steps_per_domain": 9,
+    "trainer.max_steps": 9,
+    "trainer.batch_size": 9,
+    "trainer.max_length": 99,
+    "trainer.learning_rate": 0.9,
+    "trainer.weight_decay": 0.1,
+    "trainer.adam_epsilon": 0.1,
+    "trainer.gradient_clip": 9,
+    "trainer.warmup_fraction": 0.3,
+    "trainer.decay_fraction": 0.3,
+    "trainer.precision": "bf16-mixed",
+    "trainer.accelerator": "gpu",
+    "evaluation.limit": 3,
+    "evaluation.generation_items": 3,
+    "evaluation.tasks": "[micro_law]",
+    "evaluation.max_length": 77,
+    "study.models": "[micro_s]",
+    "study.main_model": "micro_s",
+    "study.adapters": "[lora]",
+    "study.scale_adapters": None,  # only with a second model, covered below
+    "study.seeds": "[3]",
+    "study.interventions": "[shuffle]",
+    "study.ablation_adapter": None,  # must be one with SAE routing: there is one
+    "study.orders": "[broad_last]",
+    "study.sequential_adapters": "[lora]",
+}
+"""{key: another value of it}; None where a single change is no whole configuration."""
+
+HOW_NOT_WHAT = {
+    "stage.name",
+    "model.name",
+    "domains.name",
+    "adapter.name",
+    "order.name",
+    "trainer.devices",
+    "trainer.checkpoint_seconds",
+    "evaluation.batch_size",
+    "study.name",
+    "study.meaningful",
+    "study.workers",
+    "artifacts.root",
+    "results.dir",
+}
+"""Names, hardware and places; logger.* besides."""
+
+
+def fingerprints(*changes: str) -> set[str]:
+    overrides = [*BASE, *changes]
+    config = compose.load(overrides)
+    planned = study.plan(config, lambda *more: compose.load([*overrides, *more]))
+    found: set[str] = set()
+
+    def visit(step) -> None:
+        found.add(step.fingerprint)
+        for upstream in step.upstream:
+            visit(upstream)
+
+    for step in planned.steps:
+        visit(step)
+    return found
+
+
+@pytest.fixture(scope="module")
+def unchanged() -> set[str]:
+    return fingerprints()
+
+
+def test_every_key_is_accounted_for():
+    keys = {
+        f"{group}.{field.name}"
+        for group, schema in GROUPS.items()
+        for field in dataclasses.fields(schema)
+        if group != "logger"
+    }
+    assert keys == set(CHANGES) | HOW_NOT_WHAT
+
+
+@pytest.mark.parametrize("key", [key for key, value in CHANGES.items() if value is not None])
+def test_it_changes_what_is_built(key, unchanged, tmp_path):
+    extra = []
+    if key == "domains.kind":
+        extra = [f"domains.dir={tmp_path}"]
+    if key == "intervention.name":  # only SAE routing has a signal to intervene on
+        extra = ["study.adapters=[sc_lora]", "study.sequential_adapters=[sc_lora]"]
+        unchanged = fingerprints(*extra)
+    assert fingerprints(f"{key}={CHANGES[key]}", *extra) != unchanged
+
+
+def test_the_intervention_seed_counts_under_an_intervention():
+    one, other = (
+        fingerprints("intervention=shuffle", f"intervention.seed={s}", "study.adapters=[sc_lora]")
+        for s in (1, 2)
+    )
+    assert one != other
+
+
+def test_scale_adapters_count_with_a_second_model():
+    models = "study.models=[micro_xs,micro_s]"
+    one, other = (fingerprints(models, f"study.scale_adapters=[{a}]") for a in ("lora", "sc_lora"))
+    assert one != other
+
+
+def test_the_folder_counts_by_content_not_by_place(tmp_path):
+    for place, text in (("a", "x"), ("b", "x"), ("c", "y")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "law_train.jsonl").write_text(text)
+    a, b, c = (
+        fingerprints("domains.kind=text", f"domains.dir={tmp_path / place}") for place in "abc"
+    )
+    assert a == b != c
+
+
+@pytest.mark.parametrize("key", ["model.path", "sae.path"])
+def test_files_given_by_path_count_by_content(key, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = fingerprints(f"{key}={tmp_path}")
+    assert fingerprints(f"{key}={tmp_path}") == before
+    (tmp_path / "config.json").write_text("{ }")
+    assert fingerprints(f"{key}={tmp_path}") != before
+
+
+def test_random_orders_count_by_seed():
+    assert fingerprints("study.orders=[random_0]") != fingerprints("study.orders=[random_1]")
