@@ -40,8 +40,8 @@ PROOF_ROWS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class SAESettings:
-    """Attributes: site: the layer whose incoming stream it reads; max_length: of a row; identity: of
-    the files behind ``sae.path``, empty where none are given."""
+    """Attributes: site: the layer whose incoming stream it reads; max_length: of a row;
+    identity: of the files behind ``sae.path``, empty where none are given."""
 
     sae: SAEConfig
     site: int
