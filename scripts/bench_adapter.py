@@ -10,12 +10,13 @@ two neighbouring steps. PEFT's rank is the total rank of our specialists.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import multiprocessing
+import resource
 import statistics
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import psutil
@@ -48,8 +49,9 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     batch = _batch(options)
-    contenders = [build(options, batch) for build in (_sc_lora, _peft_same, _peft_all)]
-    seconds, memory = _race(contenders, options.warmup, options.repetitions)
+    memory = {build.__name__: _in_a_process_of_its_own(build, options) for build in BUILDERS}
+    contenders = [build(options, batch) for build in BUILDERS]
+    seconds = _race(contenders, options.warmup, options.repetitions)
     tokens = options.batch * options.length
     result = {
         "setting": vars(options),
@@ -63,10 +65,10 @@ def main() -> None:
             contender.name: {
                 "step_seconds": _spread(seconds[contender.name]),
                 "tokens_per_second": tokens / statistics.median(seconds[contender.name]),
-                "peak_memory_bytes": memory[contender.name],
+                "peak_memory_bytes": memory[build.__name__],
                 "parameters": contender.parameters,
             }
-            for contender in contenders
+            for contender, build in zip(contenders, BUILDERS, strict=True)
         },
     }
     if options.json:
@@ -177,14 +179,14 @@ def _contender(
     return Contender(name, step, sum(p.numel() for p in parameters))
 
 
-def _race(
-    contenders: list[Contender], warmup: int, repetitions: int
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of every step, and the most memory that a step added to what lay there before it."""
+BUILDERS = (_sc_lora, _peft_same, _peft_all)
+
+
+def _race(contenders: list[Contender], warmup: int, repetitions: int) -> dict[str, list[float]]:
+    """Seconds of every step."""
     for contender in contenders:
         for _ in range(warmup):
             contender.step()
-    memory = {contender.name: _added_memory(contender.step) for contender in contenders}
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for repetition in range(repetitions):
         # Who goes first changes, so that no one always runs with the other's caches.
@@ -193,27 +195,28 @@ def _race(
             began = time.perf_counter()
             contender.step()
             seconds[contender.name].append(time.perf_counter() - began)
-    return seconds, memory
+    return seconds
 
 
-def _added_memory(step: Callable[[], None]) -> int:
-    """Peak resident bytes during a step, less those before it."""
-    gc.collect()
-    process = psutil.Process()
-    before = peak = process.memory_info().rss
-    done = threading.Event()
+def _in_a_process_of_its_own(
+    build: Callable[[argparse.Namespace, ChatBatch], Contender], options: argparse.Namespace
+) -> int:
+    """What training adds to a process's peak memory: one allocator's leftovers would hide it."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_added_memory, build, options).result()
 
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, process.memory_info().rss)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    step()
-    done.set()
-    watcher.join()
-    return peak - before
+def _added_memory(
+    build: Callable[[argparse.Namespace, ChatBatch], Contender], options: argparse.Namespace
+) -> int:
+    """Peak resident bytes of a few steps, less those of the built model before them."""
+    torch.set_num_threads(options.threads)
+    contender = build(options, _batch(options))
+    before = psutil.Process().memory_info().rss
+    for _ in range(options.warmup):
+        contender.step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -222,7 +225,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 def _print(result: dict) -> None:
     table = Table(title="one training step")
-    for column in ("contender", "ms (median)", "tokens/s", "added memory MiB", "parameters"):
+    for column in ("contender", "ms (median)", "tokens/s", "memory of training, MiB", "parameters"):
         table.add_column(column, justify="right")
     for name, figures in result["contenders"].items():
         table.add_row(
