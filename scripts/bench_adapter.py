@@ -115,7 +115,8 @@ def _batch(options: argparse.Namespace) -> ChatBatch:
     generator = torch.Generator().manual_seed(0)
     shape = (options.batch, options.length)
     ids = torch.randint(0, options.vocabulary, shape, generator=generator)
-    return ChatBatch(ids, torch.ones_like(ids), ids.clone(), torch.zeros(options.batch).long())
+    owners = torch.zeros(options.batch).long()
+    return ChatBatch(ids, torch.ones_like(ids), ids.clone(), owners, ids.numel())
 
 
 def _site(options: argparse.Namespace) -> int:

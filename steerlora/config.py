@@ -321,7 +321,7 @@ class TrainerConfig:
         warmup_fraction: share of the steps in which the learning rate rises.
         decay_fraction: share of the steps, the last ones, in which it falls linearly to zero.
         precision: Lightning's name, such as "32-true" or "bf16-mixed".
-        accelerator, devices: Lightning's.
+        accelerator: Lightning's.
         checkpoint_seconds: time between checkpoints of unfinished training.
     """
 
@@ -336,7 +336,6 @@ class TrainerConfig:
     decay_fraction: float = 0.5
     precision: str = "32-true"
     accelerator: str = "cpu"
-    devices: int = 1
     checkpoint_seconds: float = 30.0
 
     def __post_init__(self) -> None:
@@ -347,7 +346,6 @@ class TrainerConfig:
             max_length=self.max_length,
             learning_rate=self.learning_rate,
             gradient_clip=self.gradient_clip,
-            devices=self.devices,
             checkpoint_seconds=self.checkpoint_seconds,
         )
         _one_of("trainer.accelerator", self.accelerator, ACCELERATORS)

@@ -76,6 +76,7 @@ class ChatBatch:
         attention_mask: [B, S], 1 on real tokens.
         labels: [B, S], the token ids where the loss counts them, else ``IGNORED``.
         domains: [B], index of each row's domain; -1 where it has none.
+        tokens: how many are real.
         weights: [B, S], weight of each labelled token in the loss; None: all alike.
     """
 
@@ -83,15 +84,11 @@ class ChatBatch:
     attention_mask: Tensor
     labels: Tensor
     domains: Tensor
+    tokens: int
     weights: Tensor | None = None
 
-    @property
-    def tokens(self) -> int:
-        """Real tokens."""
-        return int(self.attention_mask.sum())
-
     def to(self, device: torch.device | str) -> ChatBatch:
-        moved = (value if value is None else value.to(device) for value in vars(self).values())
+        moved = (v.to(device) if isinstance(v, Tensor) else v for v in vars(self).values())
         return ChatBatch(*moved)
 
 
@@ -121,7 +118,9 @@ def collate(
         starts = torch.tensor([row.response_start for row in rows])[:, None]
         in_prompt = torch.arange(width) < starts
         weights = torch.where(in_prompt, prompt_weight, 1.0)
-    return ChatBatch(input_ids, attention_mask, labels, torch.tensor(list(domains)), weights)
+    tokens = sum(len(row.input_ids) for row in rows)
+    owners = torch.tensor(list(domains))
+    return ChatBatch(input_ids, attention_mask, labels, owners, tokens, weights)
 
 
 class ChatBatches:

@@ -84,6 +84,7 @@ def write(
     names: tuple[str, ...] | None = None,
     pretraining_fraction: float = 0.5,
     heldout_fraction: float = 0.2,
+    train_items: int | None = None,
     evaluation_items: int = 200,
     max_prompt_characters: int = 480,
 ) -> None:
@@ -98,6 +99,7 @@ def write(
         pretraining_fraction: share of the training rows given to pretraining, in [0, 1).
         heldout_fraction: share of the training rows held out at most where a domain has no test
             file, in (0, 1).
+        train_items: most rows of a domain to adapt to, the first ones; None: all.
         evaluation_items: most held-out rows of a domain and most items of an evaluation task.
         max_prompt_characters: prompts above it lose their middle: the first quarter and the last
             three quarters of the budget stay, joined by " ... ". Abstracts end in their question
@@ -139,7 +141,7 @@ def write(
                     if _uniform(row.prompt, seed, "pretraining") < pretraining_fraction:
                         pretrain.write(line)
                         counts[name].pretraining += 1
-                    else:
+                    elif train_items is None or counts[name].adaptation < train_items:
                         train.write(line)
                         counts[name].adaptation += 1
             _check_filled(path, counts[name])

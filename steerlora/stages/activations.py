@@ -53,7 +53,9 @@ def build(context: Context) -> dict:
     source = context.inputs["domains"]
     rows, _ = training_rows(source, list(settings.domains), tokenizer, settings.max_length)
     # As much general text as of one domain, so that features cover what adapters must not disturb.
-    general = read_rows(source / "pretrain.jsonl")[: len(rows) // len(settings.domains)]
+    general = read_rows(source / "pretrain.jsonl")
+    wanted = len(rows) // len(settings.domains)
+    general = general[:: max(1, len(general) // wanted)][:wanted]
     rows += encode_chats(tokenizer, general, settings.max_length)
     with context.progress.task(context.label, settings.max_tokens, unit="token") as task:
         store = harvest(

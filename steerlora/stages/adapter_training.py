@@ -18,7 +18,7 @@ from steerlora.models.adapter import Adapter, AdapterShape
 from steerlora.models.decoder import decoder_of
 from steerlora.pipeline import Context, Stage, Step, register
 from steerlora.stages import base, domains, sae_training
-from steerlora.stages.common import LABELS_AND_HARDWARE, load_base, run_log, training_rows
+from steerlora.stages.common import BASE, NOT_IDENTITY, POINTER, load_base, run_log, training_rows
 from steerlora.training.adapter import AdapterModule
 from steerlora.training.loop import fit
 
@@ -146,13 +146,13 @@ def build(context: Context) -> dict:
     save_adapter(
         adapter,
         context.directory / FOLDER,
-        base_fingerprint=base_artifact.json("base.json")["fingerprint"],
+        base_fingerprint=base_artifact.json(POINTER)["fingerprint"],
         sae_paths=sae_paths,
         written_for=final / FOLDER,
     )
     if settings.adapter.routing == "none":
-        pointer = base_artifact.json("base.json")["path"]
-        path = pointer or str(base_artifact / "model")
+        pointer = base_artifact.json(POINTER)["path"]
+        path = pointer or str(base_artifact / BASE)
         export_peft(adapter, context.directory / PEFT_FOLDER, base_path=path)
     return figures
 
@@ -188,4 +188,4 @@ def record_facts(
             }
 
 
-STAGE = register(Stage("adapter_training", 1, build, skip=LABELS_AND_HARDWARE | {"adapter.name"}))
+STAGE = register(Stage("adapter_training", 1, build, skip=NOT_IDENTITY | {"adapter.name"}))

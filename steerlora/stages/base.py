@@ -19,7 +19,7 @@ from steerlora.stages import domains
 from steerlora.stages.common import (
     ADAPTER_ONLY,
     BASE,
-    LABELS_AND_HARDWARE,
+    NOT_IDENTITY,
     POINTER,
     identity_of,
     open_pretrained,
@@ -137,7 +137,7 @@ STAGE = register(
         "base",
         1,
         build,
-        skip=LABELS_AND_HARDWARE
+        skip=NOT_IDENTITY
         | ADAPTER_ONLY
         | {"model.name", "model.control_sites", "model.sae_latents"},
     )

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -24,13 +23,12 @@ from steerlora.reporting.runs import RunLog, open_run
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
-datasets.disable_progress_bars()
 if not torch.cuda.is_available():
     # Else DeepSpeed, which transformers looks for, warns that it found no accelerator.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-LABELS_AND_HARDWARE = frozenset({"logger", "trainer.devices", "trainer.checkpoint_seconds"})
-"""Keys that change how a training runs, not what comes out."""
+NOT_IDENTITY = frozenset({"logger", "trainer.checkpoint_seconds"})
+"""Keys that change how a training is followed, not what comes out."""
 ADAPTER_ONLY = frozenset(
     f"trainer.{name}"
     for name in (
@@ -106,13 +104,13 @@ def read_rows(path: Path) -> list[tuple[str, str]]:
 
 
 def training_rows(
-    domains: Artifact, names: list[str], tokenizer, max_length: int, limit: int | None = None
+    domains: Artifact, names: list[str], tokenizer, max_length: int
 ) -> tuple[list[EncodedChat], list[int]]:
     """The conversations of the named domains for adapter training, and each one's domain index."""
     rows, indices = [], []
     order = domains.json("domains.json")["names"]
     for name in names:
-        found = read_rows(domains / f"train/{name}.jsonl")[:limit]
+        found = read_rows(domains / f"train/{name}.jsonl")
         rows += encode_chats(tokenizer, found, max_length)
         indices += [order.index(name)] * len(found)
     return rows, indices

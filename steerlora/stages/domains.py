@@ -57,6 +57,7 @@ def build(context: Context) -> dict:
             source=Path(domains.dir),
             seed=domains.seed,
             names=tuple(domains.names),
+            train_items=domains.train_items,
             evaluation_items=domains.evaluation_items,
         )
     return {"kind": domains.kind, "domains": list(domains.names)}

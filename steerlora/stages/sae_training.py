@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,14 +17,15 @@ from steerlora.data.activations import ActivationStore, first_real_token
 from steerlora.data.chat import collate, encode_chats
 from steerlora.errors import UserError
 from steerlora.evaluation.sae_metrics import ce_recovered, sae_metrics
-from steerlora.formats.sae import load_sae, sae_fingerprint, save_sae
+from steerlora.formats.sae import load_sae, sae_fingerprint, sae_metadata, save_sae
 from steerlora.models.decoder import residual_streams
 from steerlora.models.sae import SparseAutoencoder
 from steerlora.pipeline import Context, Stage, Step, register
 from steerlora.stages import activations, base, domains
 from steerlora.stages.common import (
     ADAPTER_ONLY,
-    LABELS_AND_HARDWARE,
+    NOT_IDENTITY,
+    POINTER,
     identity_of,
     load_base,
     read_rows,
@@ -81,11 +83,7 @@ def build(context: Context) -> dict:
     with run_log(context, settings.logger) as log:
         if settings.sae.path:
             sae, figures = load_sae(Path(settings.sae.path)), {}
-            if sae.width != model.config.hidden_size:
-                raise UserError(
-                    f"sae.path={settings.sae.path} reads width {sae.width}; the model has "
-                    f"{model.config.hidden_size}"
-                )
+            _check_fit(settings, sae.width, model.config.hidden_size, context.inputs["base"])
         else:
             sae, figures = _train(context, settings, log.lightning())
         quality = _quality(context.inputs["domains"], settings, model, tokenizer, sae)
@@ -94,18 +92,35 @@ def build(context: Context) -> dict:
         sae,
         context.directory / FOLDER,
         metadata={
-            "model_name": str(context.inputs["base"].json("base.json")["path"]),
+            "model_name": str(context.inputs["base"].json(POINTER)["path"]),
             "hook_name": f"blocks.{settings.site}.hook_resid_pre",
             "context_size": settings.max_length,
             "prepend_bos": False,
             "site": settings.site,
-            "base_fingerprint": context.inputs["base"].json("base.json")["fingerprint"],
+            "base_fingerprint": context.inputs["base"].json(POINTER)["fingerprint"],
             "mean_feature_norm": quality["mean_feature_norm"],
         },
     )
     write_json(context.directory / "quality.json", quality)
     shutil.rmtree(context.directory / "checkpoints", ignore_errors=True)
     return {**figures, **quality, "fingerprint": sae_fingerprint(sae)}
+
+
+def _check_fit(settings: SAESettings, width: int, model_width: int, base: Artifact) -> None:
+    """Refuse an SAE of the user's that was made for another width, site or base."""
+    path, said = settings.sae.path, sae_metadata(Path(settings.sae.path))
+    if width != model_width:
+        raise UserError(f"sae.path={path} reads width {width}; the model has {model_width}")
+    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", str(said.get("hook_name")))
+    site = int(hook[1]) + (hook[2] == "post") if hook else settings.site
+    if site != settings.site:
+        raise UserError(
+            f"sae.path={path} reads the stream entering layer {site}; "
+            f"control.sites={[settings.site]}"
+        )
+    wanted = base.json(POINTER)["fingerprint"]
+    if said.get("base_fingerprint", wanted) != wanted:
+        raise UserError(f"sae.path={path} was trained on another base model")
 
 
 def _train(context: Context, settings: SAESettings, logger) -> tuple[SparseAutoencoder, dict]:
@@ -170,6 +185,6 @@ STAGE = register(
         "sae_training",
         1,
         build,
-        skip=LABELS_AND_HARDWARE | ADAPTER_ONLY | {"sae.max_tokens"},
+        skip=NOT_IDENTITY | ADAPTER_ONLY | {"sae.max_tokens"},
     )
 )

@@ -26,7 +26,7 @@ from steerlora.evaluation.scoring import Scorer
 from steerlora.pipeline import Context, Stage, Step, register
 from steerlora.reporting.runs import RunLog
 from steerlora.stages import adapter_training, evaluate
-from steerlora.stages.common import LABELS_AND_HARDWARE, load_base, run_log, training_rows
+from steerlora.stages.common import NOT_IDENTITY, load_base, run_log, training_rows
 from steerlora.training.adapter import AdapterModule
 from steerlora.training.loop import fit
 
@@ -197,6 +197,6 @@ STAGE = register(
         "sequential_forgetting",
         1,
         build,
-        skip=LABELS_AND_HARDWARE | {"trainer.max_steps", "evaluation.batch_size"},
+        skip=NOT_IDENTITY | {"trainer.max_steps", "evaluation.batch_size"},
     )
 )

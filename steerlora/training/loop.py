@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
+import resource
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import psutil
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -61,7 +60,7 @@ class Watch(Callback):
 
     def __init__(self, progress: Progress, description: str, total: int) -> None:
         self.progress, self.description, self.total = progress, description, total
-        self.tokens, self.seconds = 0, 0.0
+        self.tokens, self.seconds, self.loss = 0, 0.0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._context = self.progress.task(self.description, self.total, done=trainer.global_step)
@@ -69,7 +68,10 @@ class Watch(Callback):
         self._began = time.monotonic()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        loss = float(outputs["loss"])
+        at_a_log = trainer.global_step % trainer.log_every_n_steps == 0
+        # On an accelerator, reading every loss would have every step wait for it.
+        loss = float(outputs["loss"]) if module.device.type == "cpu" or at_a_log else self.loss
+        self.loss = loss
         if not math.isfinite(loss):
             raise UserError(
                 f"{self.description}: the loss is {loss} at step {trainer.global_step}; the last "
@@ -79,7 +81,7 @@ class Watch(Callback):
         self.tokens += tokens
         self.seconds = time.monotonic() - self._began
         self._task.advance(tokens=tokens, note=f"loss {loss:.3f}")
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if at_a_log:
             module.log_dict(self.figures(module.device))
 
     def figures(self, device: torch.device) -> dict[str, float]:
@@ -87,7 +89,7 @@ class Watch(Callback):
         peak = (
             torch.cuda.max_memory_allocated(device)
             if device.type == "cuda"
-            else psutil.Process(os.getpid()).memory_info().rss
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         )
         return {
             "throughput/tokens_per_second": self.tokens / max(self.seconds, 1e-9),
@@ -191,7 +193,7 @@ def fit(
             engine = L.Trainer(
                 max_steps=steps,
                 accelerator=trainer.accelerator,
-                devices=trainer.devices,
+                devices=1,
                 precision=trainer.precision,
                 gradient_clip_val=trainer.gradient_clip,
                 logger=run_logger or False,
@@ -208,8 +210,8 @@ def fit(
             )
         except MisconfigurationException as error:
             raise UserError(
-                f"trainer.accelerator={trainer.accelerator}, trainer.devices={trainer.devices}: "
-                f"{str(error).splitlines()[0]}; trainer=cpu runs anywhere"
+                f"trainer.accelerator={trainer.accelerator}: {str(error).splitlines()[0]}; "
+                "trainer=cpu runs anywhere"
             ) from error
         batches = StepBatches(batch, steps, lambda: engine.global_step)
         resume = newest_checkpoint(checkpoints)

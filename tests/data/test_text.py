@@ -17,8 +17,8 @@ from steerlora.errors import UserError
 
 def real_folder() -> Path:
     """The folder of real text, or a skip that says how to name it."""
-    beside = Path(__file__).resolve().parents[3] / "shared" / "data" / "real"
-    folder = Path(os.environ.get("STEERLORA_TEXT_DIR", beside))
+    beside = next(Path(__file__).resolve().parents[3].glob("*/data/real"), None)
+    folder = Path(os.environ.get("STEERLORA_TEXT_DIR", beside or "nowhere"))
     if not folder.is_dir():
         pytest.skip("set STEERLORA_TEXT_DIR to a folder of real text to run this test")
     return folder
@@ -345,3 +345,12 @@ def test_real_folder(tmp_path: Path) -> None:
     questions = load(tmp_path / "heldout" / "medicine.jsonl")
     lengths = [len(encode_chat(tokenizer, **row, max_length=10_000).input_ids) for row in questions]
     assert max(lengths) <= 256  # a small context sees the whole question and the answer
+
+
+def test_train_items_caps_what_adapters_see_and_nothing_else(source: Path, tmp_path: Path) -> None:
+    whole, capped = tmp_path / "whole", tmp_path / "capped"
+    text.write(whole, source=source, seed=0)
+    text.write(capped, source=source, seed=0, train_items=3)
+    assert load(capped / "train/math.jsonl") == load(whole / "train/math.jsonl")[:3]
+    for name in ("pretrain.jsonl", "heldout/math.jsonl"):
+        assert (capped / name).read_bytes() == (whole / name).read_bytes()

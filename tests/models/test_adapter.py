@@ -17,7 +17,7 @@ ROUTINGS = ["none", "dense", "sae"]
 
 def loss_of(model, ids, mask) -> torch.Tensor:
     labels = ids.masked_fill(mask == 0, -100)
-    return next_token_loss(model, ChatBatch(ids, mask, labels, torch.zeros(len(ids))))
+    return next_token_loss(model, ChatBatch(ids, mask, labels, torch.zeros(len(ids)), len(ids)))
 
 
 # One pass

@@ -99,7 +99,6 @@ HOW_NOT_WHAT = {
     "domains.name",
     "adapter.name",
     "order.name",
-    "trainer.devices",
     "trainer.checkpoint_seconds",
     "evaluation.batch_size",
     "study.name",

@@ -15,7 +15,7 @@ def batch(tokens) -> ChatBatch:
     ids, mask = tokens([9, 5, 7])
     labels = ids.masked_fill(mask == 0, IGNORED)
     labels[:, :2] = IGNORED
-    return ChatBatch(ids, mask, labels, torch.zeros(3))
+    return ChatBatch(ids, mask, labels, torch.zeros(3), int(mask.sum()))
 
 
 def test_it_is_transformers_loss(make_model, batch):
