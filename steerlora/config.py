@@ -203,11 +203,23 @@ class SAEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ControlConfig:
-    """Attributes: sites: layers whose incoming stream the SAE reads; adapters sit at and above."""
+    """Where the control signal is read, and over which tokens.
+
+    Attributes:
+        sites: layers whose incoming stream the SAE reads; adapters sit at and above the first.
+        context: "token" (each token's own features), or an average over the tokens so far:
+            "causal_mean" or "ema".
+        decay: of "ema": weight of the past, a token.
+    """
 
     sites: list[int] = field(default_factory=lambda: [1])
+    context: str = "token"
+    decay: float = 0.9
 
     def __post_init__(self) -> None:
+        _one_of("control.context", self.context, ("token", "causal_mean", "ema"))
+        if not 0 < self.decay < 1:
+            raise UserError(f"control.decay={self.decay}: must be above 0 and below 1")
         if not self.sites or sorted(set(self.sites)) != list(self.sites) or min(self.sites) < 0:
             raise UserError(f"control.sites={self.sites}: give layers in rising order, each once")
 

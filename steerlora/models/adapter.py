@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from steerlora.models.context import ContextState, average_so_far
 from steerlora.models.decoder import EditedLayer, decoder_of
 from steerlora.models.interventions import INTERVENTIONS, Intervention, SiteFacts
 from steerlora.models.lowrank import AdaptedLinear, LowRank
@@ -37,6 +38,7 @@ class Site:
     Attributes:
         scale: [B, S, E*R] of the current forward: (alpha / R) * gate outer mask.
         routing: the current forward's gate and mask, with gradient in training.
+        context: what the sequences' tokens so far leave behind, for the next call with a KV cache.
         facts: what interventions may know.
     """
 
@@ -46,21 +48,40 @@ class Site:
         self.adapter, self.layer, self.router, self.facts = adapter, layer, router, facts
         self.scale: Tensor | None = None
         self.routing: Routing | None = None
+        self.context: ContextState | None = None
 
     def edit(self, stream: Tensor) -> Tensor:
         """Route every token of the stream [B, S, D]; the stream itself passes unchanged."""
         intervention = self.adapter.active_intervention
-        logits = self._logits(stream.detach(), intervention)
+        shape = self.adapter.shape
+        logits, state = average_so_far(
+            self._logits(stream.detach(), intervention),
+            self.adapter.real_tokens(stream),
+            shape.context,
+            shape.decay,
+            self._carried(len(stream)),
+        )
+        self.context = ContextState(*(part.detach() for part in state))
         routing = self.router.route(logits)
         if intervention is not None:
             routing = intervention.routing(routing, self.facts)
             intervention.ran = True
-        shape = self.adapter.shape
         gate = routing.gate * (shape.alpha / shape.rank)
         pairs = gate.unsqueeze(-1) * routing.mask.unsqueeze(-2)
         self.scale = pairs.flatten(-2).to(stream.dtype)
         self.routing = routing
         return stream
+
+    def _carried(self, batch: int) -> ContextState | None:
+        """The state that a KV cache's tokens left here; None at the beginning of sequences."""
+        if not self.adapter.continuing:
+            return None
+        if self.context is None or len(self.context.total) != batch:
+            raise RuntimeError(
+                "the KV cache holds tokens that this adapter has not seen, and its control signal "
+                "is an average over them: begin with an empty cache"
+            )
+        return self.context
 
     def _logits(self, stream: Tensor, intervention: Intervention | None) -> Tensor:
         if self.facts is None:
@@ -142,6 +163,7 @@ class Adapter(nn.Module):
             self.sites[site] = Site(self, site, router, facts)
         self.active_intervention: Intervention | None = None
         self._attention_mask: Tensor | None = None
+        self.continuing = False
         # Carrier and its own forward; in a list, so that the model is no part of this module.
         self._carriers: list[tuple[nn.Module, object]] = []
         model.requires_grad_(False)
@@ -163,6 +185,8 @@ class Adapter(nn.Module):
 
         def with_mask(input_ids=None, attention_mask=None, *args, **kwargs):
             self._attention_mask = attention_mask
+            cache = kwargs.get("past_key_values", args[1] if len(args) > 1 else None)
+            self.continuing = cache is not None and cache.get_seq_length() > 0
             return forward(input_ids, attention_mask, *args, **kwargs)
 
         self._carriers.append((model, vars(decoder).get("forward")))

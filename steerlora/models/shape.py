@@ -30,6 +30,8 @@ class AdapterShape:
         temperature: tau of the gate.
         dynamic_rank: learn a token-dependent rank mask.
         initial_rank: effective rank at initialisation, as a fraction of R.
+        context: of the control signal: "token", "causal_mean" or "ema" (see models/context.py).
+        decay: of "ema", a real token.
         target_modules: last names of the linear layers that are adapted.
     """
 
@@ -42,6 +44,8 @@ class AdapterShape:
     temperature: float = 1.0
     dynamic_rank: bool = True
     initial_rank: float = 0.75
+    context: str = "token"
+    decay: float = 0.9
     target_modules: tuple[str, ...] = (
         "q_proj",
         "k_proj",

@@ -68,7 +68,7 @@ def inputs(config: Config) -> dict[str, Step | tuple[Step, ...]]:
 
 
 def new_adapter(
-    model, config: AdapterConfig, sites: list[int], saes: tuple[Artifact, ...], seed: int
+    model, config: AdapterConfig, control: ControlConfig, saes: tuple[Artifact, ...], seed: int
 ) -> tuple[Adapter, dict[int, Path]]:
     """An attached, untrained adapter and where its SAEs lie.
 
@@ -76,11 +76,12 @@ def new_adapter(
         UserError: what is asked for does not fit the model.
     """
     paths = {
-        site: artifact / sae_training.FOLDER for site, artifact in zip(sites, saes, strict=False)
+        site: artifact / sae_training.FOLDER
+        for site, artifact in zip(control.sites, saes, strict=False)
     }
     shape = AdapterShape(
         routing=config.routing,
-        sites=tuple(sites),
+        sites=tuple(control.sites),
         specialists=config.specialists,
         rank=config.rank,
         alpha=config.alpha,
@@ -88,6 +89,8 @@ def new_adapter(
         temperature=config.temperature,
         dynamic_rank=config.dynamic_rank,
         initial_rank=config.initial_rank,
+        context=control.context,
+        decay=control.decay,
         target_modules=tuple(config.target_modules),
     )
     try:
@@ -109,9 +112,8 @@ def build(context: Context) -> dict:
     settings: AdapterSettings = context.config
     source, base_artifact = context.inputs["domains"], context.inputs["base"]
     model, tokenizer = load_base(base_artifact)
-    sites = list(settings.control.sites)
     adapter, sae_paths = new_adapter(
-        model, settings.adapter, sites, context.inputs.get("saes", ()), settings.seed
+        model, settings.adapter, settings.control, context.inputs.get("saes", ()), settings.seed
     )
     rows, owners = training_rows(
         source, list(settings.domains), tokenizer, settings.trainer.max_length

@@ -95,7 +95,7 @@ def build(context: Context) -> dict:
     adapter, _ = adapter_training.new_adapter(
         model,
         settings.adapter,
-        list(settings.control.sites),
+        settings.control,
         context.inputs.get("saes", ()),
         settings.seed,
     )

@@ -47,6 +47,8 @@ CHANGES = {
     "sae.dead_fraction": 0.3,
     "sae.seed": 5,
     "control.sites": "[0]",
+    "control.context": "ema",
+    "control.decay": 0.5,
     "adapter.routing": None,  # a group of its own: adapter=lora, moe_lora, sc_lora
     "adapter.specialists": 3,
     "adapter.rank": 5,

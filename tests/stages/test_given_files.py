@@ -20,11 +20,17 @@ def given_sae(smoke, tmp_path):
     return shutil.copytree(folder, tmp_path / "sae")
 
 
-def test_a_given_sae_is_used_as_it_is(smoke, given_sae):
+@pytest.fixture
+def store(smoke, tmp_path) -> ArtifactStore:
+    """The experiment's artifacts, and room for more: others count the original's."""
+    return ArtifactStore(shutil.copytree(smoke.root, tmp_path / "artifacts"))
+
+
+def test_a_given_sae_is_used_as_it_is(smoke, store, given_sae):
     config = smoke.config(f"sae.path={given_sae}", "adapter=sc_lora")
     (step,) = sae_training.steps(config)
     assert "activations" not in step.inputs  # nothing is harvested for it
-    built = run([step], ArtifactStore(smoke.root))[step]
+    built = run([step], store)[step]
     assert sae_fingerprint(load_sae(built / "sae")) == sae_fingerprint(load_sae(given_sae))
     assert built.json("quality.json")["ce_loss_without_sae"] > 0
 
@@ -36,31 +42,33 @@ def test_a_given_sae_is_used_as_it_is(smoke, given_sae):
         ("base_fingerprint", "0" * 20, "another base model"),
     ],
 )
-def test_a_given_sae_of_another_site_or_base_is_refused(smoke, given_sae, key, value, reason):
+def test_a_given_sae_of_another_site_or_base_is_refused(
+    smoke, store, given_sae, key, value, reason
+):
     config = json.loads((given_sae / "cfg.json").read_text())
     config["metadata"][key] = value
     (given_sae / "cfg.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=reason):
-        run(sae_training.steps(smoke.config(f"sae.path={given_sae}")), ArtifactStore(smoke.root))
+        run(sae_training.steps(smoke.config(f"sae.path={given_sae}")), store)
 
 
-def test_a_given_sae_of_another_width_is_refused(smoke, given_sae):
+def test_a_given_sae_of_another_width_is_refused(smoke, store, given_sae):
     changed = smoke.config(f"sae.path={given_sae}", "model.width=48")
     with pytest.raises(UserError, match="reads width 32; the model has 48"):
-        run(sae_training.steps(changed), ArtifactStore(smoke.root))
+        run(sae_training.steps(changed), store)
 
 
-def test_a_given_model_is_used_and_named(smoke, tmp_path):
+def test_a_given_model_is_used_and_named(smoke, store, tmp_path):
     folder = next((smoke.root / "base").glob("*/model"))
     mine = shutil.copytree(folder, tmp_path / "mine")
     config = smoke.config(f"model.path={mine}", "adapter=lora")
     step = adapter_training.step(config)
-    report = run([step], ArtifactStore(smoke.root))
+    report = run([step], store)
     assert report[base.step(config)].json("base.json")["path"] == str(mine)
     peft = json.loads((report[step] / "peft/adapter_config.json").read_text())
     assert peft["base_model_name_or_path"] == str(mine)
 
 
-def test_a_model_that_is_not_there_is_one_line(smoke):
+def test_a_model_that_is_not_there_is_one_line(smoke, store):
     with pytest.raises(UserError, match=r"model\.path=/nowhere/at/all cannot be loaded"):
-        run([base.step(smoke.config("model.path=/nowhere/at/all"))], ArtifactStore(smoke.root))
+        run([base.step(smoke.config("model.path=/nowhere/at/all"))], store)

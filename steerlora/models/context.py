@@ -1,0 +1,88 @@
+"""The context of the control signal: this token's features, or a running average of them.
+
+B batch, S sequence, O outputs (router logits), C tokens of a chunk.
+
+A linear router commutes with averaging: the logits of averaged features are the averaged logits of
+the features. So the average is taken over O numbers a token in place of N latents, and a KV cache
+carries one vector of O numbers and one count a sequence.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CONTEXTS = ("token", "causal_mean", "ema")
+CHUNK = 128
+"""Tokens whose moving averages are one matrix product; longer sequences go chunk by chunk."""
+
+
+class ContextState(NamedTuple):
+    """What the tokens so far leave behind for the next ones.
+
+    Attributes:
+        total: [B, O]; weighted sum of the logits of the real tokens so far.
+        weight: [B, 1]; sum of their weights.
+    """
+
+    total: Tensor
+    weight: Tensor
+
+
+def average_so_far(
+    logits: Tensor, real: Tensor, context: str, decay: float, state: ContextState | None = None
+) -> tuple[Tensor, ContextState]:
+    """Average the logits over each sequence's real tokens up to and including every position.
+
+    - ``token``: the logits themselves.
+    - ``causal_mean``: (sum_{s <= t} l_s) / (number of real tokens up to t).
+    - ``ema``: sum_{s <= t} decay^(t - s) l_s, divided by the sum of the weights, where t - s counts
+      real tokens; so the first token is not drawn towards zero.
+
+    Padding neither counts nor receives: its own output is the average so far.
+
+    Args:
+        logits: [B, S, O].
+        real: [B, S], True on real tokens.
+        context: one of ``CONTEXTS``.
+        decay: of ``ema``, in (0, 1).
+        state: of the same sequences, where these tokens continue them (a KV cache).
+
+    Returns:
+        [B, S, O] and the state after the last position.
+    """
+    if context == "token":
+        return logits, ContextState(*logits.new_zeros(2, logits.shape[0], 0))
+    if state is None:
+        batch, _, outputs = logits.shape
+        state = ContextState(logits.new_zeros(batch, outputs), logits.new_zeros(batch, 1))
+    counted = logits * real.unsqueeze(-1)
+    weights = real.to(logits.dtype).unsqueeze(-1)
+    if context == "causal_mean":
+        totals = counted.cumsum(1) + state.total.unsqueeze(1)
+        weights = weights.cumsum(1) + state.weight.unsqueeze(1)
+    else:
+        totals, weights = _decayed_sums(counted, weights, real, decay, state)
+    averages = totals / weights.clamp_min(torch.finfo(weights.dtype).tiny)
+    return averages, ContextState(totals[:, -1], weights[:, -1])
+
+
+def _decayed_sums(
+    counted: Tensor, weights: Tensor, real: Tensor, decay: float, state: ContextState
+) -> tuple[Tensor, Tensor]:
+    """Sums with weight decay^(real tokens since), of logits [B, S, O] and of ones [B, S, 1]."""
+    columns = torch.cat([counted, weights], -1)
+    carried = torch.cat(state, -1)
+    sums = []
+    for start in range(0, columns.shape[1], CHUNK):
+        part = columns[:, start : start + CHUNK]
+        age = real[:, start : start + CHUNK].to(part.dtype).cumsum(1)
+        # [B, C, C]; later tokens have no say in earlier ones.
+        powers = decay ** (age.unsqueeze(2) - age.unsqueeze(1)).clamp_min(0)
+        part = powers.tril() @ part + (decay**age).unsqueeze(-1) * carried.unsqueeze(1)
+        carried = part[:, -1]
+        sums.append(part)
+    joined = torch.cat(sums, 1)
+    return joined[..., :-1], joined[..., -1:]
