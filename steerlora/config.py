@@ -16,6 +16,7 @@ STAGES = (
     "base",
     "activations",
     "sae_training",
+    "features",
     "adapter_training",
     "evaluate",
     "causal_ablation",
@@ -222,6 +223,36 @@ class ControlConfig:
             raise UserError(f"control.decay={self.decay}: must be above 0 and below 1")
         if not self.sites or sorted(set(self.sites)) != list(self.sites) or min(self.sites) < 0:
             raise UserError(f"control.sites={self.sites}: give layers in rising order, each once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """How features are sorted into general ones and domains' own (stage ``features``).
+
+    Attributes:
+        general_quantile: a general feature's frequency is at or above this quantile.
+        largest_variation: its coefficient of variation over domains at most this.
+        domain_quantile: a domain's own feature stands out from the other domains at or above this
+            quantile.
+        least: features of each sort at least (an eighth of ``sae.latents`` at most).
+        shown: strongest features listed for each domain.
+        examples: tokens in context listed for each of them.
+    """
+
+    general_quantile: float = 0.7
+    largest_variation: float = 0.8
+    domain_quantile: float = 0.8
+    least: int = 64
+    shown: int = 8
+    examples: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("general_quantile", "domain_quantile"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"features.{name}={getattr(self, name)}: must be from 0 to 1")
+        _positive("features", shown=self.shown, examples=self.examples)
+        if self.least < 0 or self.largest_variation < 0:
+            raise UserError("features.least and features.largest_variation must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -494,6 +525,7 @@ class Config:
     domains: DomainsConfig
     sae: SAEConfig
     control: ControlConfig
+    features: FeaturesConfig
     adapter: AdapterConfig
     intervention: InterventionConfig
     order: OrderConfig
@@ -529,6 +561,7 @@ GROUPS: dict[str, type] = {
     "domains": DomainsConfig,
     "sae": SAEConfig,
     "control": ControlConfig,
+    "features": FeaturesConfig,
     "adapter": AdapterConfig,
     "intervention": InterventionConfig,
     "order": OrderConfig,

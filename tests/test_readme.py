@@ -50,9 +50,9 @@ TINY = {
 def test_it_counts_its_commands():
     steerlora = [command for command in COMMANDS if command.startswith("steerlora")]
     make = [command for command in COMMANDS if command.startswith("make")]
-    assert len(steerlora) == 10
+    assert len(steerlora) == 11
     assert make == ["make reproduce", "make test"]
-    assert len(COMMANDS) == 13  # and lm-eval's own command line
+    assert len(COMMANDS) == 14  # and lm-eval's own command line
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from steerlora.stages import (
     causal_ablation,
     domains,
     evaluate,
+    features,
     sae_training,
     sequential_forgetting,
 )
@@ -27,6 +28,7 @@ def steps_for(config: Config) -> tuple[Step, ...]:
         "causal_ablation": causal_ablation.step,
         "sequential_forgetting": sequential_forgetting.step,
     }
-    if config.stage.name == "sae_training":
-        return sae_training.steps(config)
+    by_site = {"sae_training": sae_training.steps, "features": features.steps}
+    if config.stage.name in by_site:
+        return by_site[config.stage.name](config)
     return (single[config.stage.name](config),)

@@ -9,6 +9,7 @@ import pytest
 
 from steerlora import compose, study
 from steerlora.config import GROUPS
+from steerlora.stages import features
 
 BASE = ("experiment=smoke", "model.steps=2")
 
@@ -49,6 +50,12 @@ CHANGES = {
     "control.sites": "[0]",
     "control.context": "ema",
     "control.decay": 0.5,
+    "features.general_quantile": 0.6,
+    "features.largest_variation": 0.6,
+    "features.domain_quantile": 0.6,
+    "features.least": 3,
+    "features.shown": 3,
+    "features.examples": 3,
     "adapter.routing": None,  # a group of its own: adapter=lora, moe_lora, sc_lora
     "adapter.specialists": 3,
     "adapter.rank": 5,
@@ -128,7 +135,7 @@ def fingerprints(*changes: str, compose_variants: bool = False) -> set[str]:
         for upstream in step.upstream:
             visit(upstream)
 
-    for step in planned.steps:
+    for step in (*planned.steps, *features.steps(config)):
         visit(step)
     return found
 

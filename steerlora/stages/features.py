@@ -1,0 +1,223 @@
+"""Stage ``features``: which features are general, which a domain's own, and what they mean.
+
+Only training text is read, one batch at a time; padding and each row's first token are left out.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+from steerlora.artifacts import write_json
+from steerlora.config import Config, FeaturesConfig, LoggerConfig
+from steerlora.data.activations import first_real_token
+from steerlora.data.chat import collate
+from steerlora.errors import UserError
+from steerlora.formats.sae import load_sae
+from steerlora.models.decoder import residual_streams
+from steerlora.models.sae import SparseAutoencoder
+from steerlora.models.sparse import SparseFeatures
+from steerlora.models.taxonomy import FeatureStatistics, Taxonomy, classify
+from steerlora.pipeline import Context, Stage, Step, register
+from steerlora.stages import base, domains, sae_training
+from steerlora.stages.common import load_base, run_log, training_rows
+
+WEIGHTS, LISTING, TABLE = "features.safetensors", "features.json", "features.md"
+BATCH_SIZE = 64
+WINDOW = 6
+"""Tokens of context shown before the token at which a feature is active."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSettings:
+    """Attributes: site: of the control signal; max_length: of a row."""
+
+    features: FeaturesConfig
+    site: int
+    max_length: int
+    logger: LoggerConfig
+
+
+class Example(NamedTuple):
+    """A feature at work: how strongly, at which token, after which words."""
+
+    value: float
+    token: str
+    context: str
+
+
+class _Tokens(NamedTuple):
+    """Features of a batch's tokens [T, K], where they stand ([T] row and position), and the ids."""
+
+    features: SparseFeatures
+    row: torch.Tensor
+    position: torch.Tensor
+    input_ids: torch.Tensor
+
+
+def steps(config: Config) -> tuple[Step, ...]:
+    """One step a control site."""
+    return tuple(
+        Step(
+            "features",
+            FeatureSettings(
+                features=config.features,
+                site=site,
+                max_length=config.trainer.max_length,
+                logger=config.logger,
+            ),
+            {"domains": domains.step(config), "base": base.step(config), "sae": sae},
+            f"features {config.model.name} site {site}",
+            cost=10,
+        )
+        for site, sae in zip(config.control.sites, sae_training.steps(config), strict=True)
+    )
+
+
+def build(context: Context) -> dict:
+    settings: FeatureSettings = context.config
+    source = context.inputs["domains"]
+    names = source.json("domains.json")["names"]
+    if len(names) < 2:
+        raise UserError(f"stage=features compares domains: domains.names={names} has only one")
+    model, tokenizer = load_base(context.inputs["base"])
+    sae = load_sae(context.inputs["sae"] / sae_training.FOLDER)
+    rows = {
+        name: training_rows(source, [name], tokenizer, settings.max_length)[0] for name in names
+    }
+
+    def tokens(name: str) -> Iterator[_Tokens]:
+        return _tokens(model, tokenizer.pad_token_id, sae, settings.site, rows[name])
+
+    statistics = FeatureStatistics(len(names), sae.latents)
+    with context.progress.task(context.label, 2 * len(names), unit="domain") as task:
+        for number, name in enumerate(names):
+            for found in tokens(name):
+                statistics.update(found.features, number)
+            task.advance(note=f"{name} counted")
+        taxonomy = classify(
+            statistics,
+            general_quantile=settings.features.general_quantile,
+            largest_variation=settings.features.largest_variation,
+            domain_quantile=settings.features.domain_quantile,
+            least=settings.features.least,
+        )
+        listing = {}
+        for number, name in enumerate(names):
+            chosen = _strongest(taxonomy, number, settings.features.shown)
+            shown = _examples(tokens(name), chosen, tokenizer, settings.features.examples)
+            listing[name] = [
+                {
+                    "feature": latent,
+                    "selectivity": float(taxonomy.selectivity[number, latent]),
+                    "frequency": float(statistics.frequency()[number, latent]),
+                    "examples": [example._asdict() for example in shown[latent]],
+                }
+                for latent in chosen
+            ]
+            task.advance(note=f"{name} shown")
+    tensors = {
+        **{name: value.contiguous() for name, value in taxonomy._asdict().items()},
+        "frequency": statistics.frequency(),
+        "mean": statistics.mean(),
+    }
+    save_file(tensors, context.directory / WEIGHTS, metadata={"domains": ",".join(names)})
+    write_json(context.directory / LISTING, listing)
+    (context.directory / TABLE).write_text(_table(listing), encoding="utf-8")
+    counts = {"general": int(taxonomy.general.sum())}
+    counts |= {name: int(own.sum()) for name, own in zip(names, taxonomy.domain, strict=True)}
+    with run_log(context, settings.logger) as log:
+        log.summary({f"features/{name}": count for name, count in counts.items()})
+        columns = ["domain", "feature", "selectivity", "frequency", "tokens"]
+        log.table("features", columns, [row[:5] for row in _rows(listing)])
+    return {**counts, "tokens": int(statistics.tokens.sum()), **asdict(settings.features)}
+
+
+@torch.no_grad()
+def _tokens(model, pad_token_id: int, sae: SparseAutoencoder, site: int, rows) -> Iterator[_Tokens]:
+    """The features of every real token but each row's first."""
+    rows = sorted(rows, key=lambda row: len(row.input_ids))
+    for start in range(0, len(rows), BATCH_SIZE):
+        chosen = rows[start : start + BATCH_SIZE]
+        batch = collate(chosen, [-1] * len(chosen), pad_token_id).to(model.device)
+        mask = batch.attention_mask
+        stream = residual_streams(model, batch.input_ids, mask, [site])[site]
+        row, position = (mask.bool() & ~first_real_token(mask)).nonzero(as_tuple=True)
+        yield _Tokens(sae.encode(stream[row, position]), row, position, batch.input_ids)
+
+
+def _strongest(taxonomy: Taxonomy, domain: int, count: int) -> list[int]:
+    """The domain's own features that set it apart most."""
+    own = taxonomy.domain[domain]
+    ranked = torch.where(own, taxonomy.selectivity[domain], -torch.inf).argsort(descending=True)
+    return ranked[: min(count, int(own.sum()))].tolist()
+
+
+def _examples(
+    batches: Iterator[_Tokens], chosen: list[int], tokenizer, count: int
+) -> dict[int, list[Example]]:
+    """The strongest activations of each chosen feature, at different tokens in different words."""
+    best: dict[int, dict[tuple[str, str], float]] = {latent: {} for latent in chosen}
+    for tokens in batches:
+        for latent in chosen:
+            hit = (tokens.features.indices == latent) & (tokens.features.values > 0)
+            where = hit.any(-1).nonzero().flatten()
+            if not len(where):
+                continue
+            values = (tokens.features.values * hit).sum(-1)[where]
+            for index in values.topk(min(count, len(values))).indices.tolist():
+                row, end = tokens.row[where[index]], int(tokens.position[where[index]])
+                ids = tokens.input_ids[row, max(0, end - WINDOW) : end + 1].tolist()
+                words = (tokenizer.decode(ids[-1:]).strip(), tokenizer.decode(ids[:-1]).strip())
+                best[latent][words] = max(float(values[index]), best[latent].get(words, 0.0))
+        best = {
+            latent: dict(heapq.nlargest(count, found.items(), key=lambda item: item[1]))
+            for latent, found in best.items()
+        }
+    return {
+        latent: [Example(value, token, before) for (token, before), value in found.items()]
+        for latent, found in best.items()
+    }
+
+
+def _rows(listing: dict[str, list[dict]]) -> list[list]:
+    """One row a feature: domain, feature, selectivity, frequency, tokens, strongest context."""
+    return [
+        [
+            name,
+            feature["feature"],
+            feature["selectivity"],
+            feature["frequency"],
+            ", ".join(dict.fromkeys(example["token"] for example in feature["examples"])),
+            " ".join([feature["examples"][0][part] for part in ("context", "token")])
+            if feature["examples"]
+            else "",
+        ]
+        for name, features in listing.items()
+        for feature in features
+    ]
+
+
+def _table(listing: dict[str, list[dict]]) -> str:
+    """The strongest features of each domain as Markdown."""
+    lines = [
+        "| Domain | Feature | Selectivity | Frequency | Tokens | Strongest context |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, feature, selectivity, frequency, tokens, strongest in _rows(listing):
+        cells = [name, str(feature), f"{selectivity:.3f}", f"{frequency:.3f}", tokens, strongest]
+        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text that cannot break out of a table cell."""
+    return " ".join(text.replace("|", "\\|").split())
+
+
+STAGE = register(Stage("features", 1, build, skip=frozenset({"logger"})))
