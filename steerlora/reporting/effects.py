@@ -69,13 +69,14 @@ def gain(
 
     Paired by item where the records say which tasks make up the group (``groups``); else from the
     averages and their standard errors, as if the two models had been scored on separate items.
+    None where neither model scores at all: at the floor there is nothing to gain or lose.
     """
     pairs = [
         pair
         for pair in base_pairs(evaluations, model, adapter)
         if all(record["averages"].get(group) is not None for record in pair)
     ]
-    if not pairs:
+    if not any(record["averages"][group]["value"] for pair in pairs for record in pair):
         return None
     used = fingerprints(record for pair in pairs for record in pair)
     strata = _group_strata(pairs, group)

@@ -103,6 +103,16 @@ def test_c3_between_the_yardsticks_is_the_direction(make_world):
     assert judged(world)["C3"].verdict == DIRECTION
 
 
+def test_a_set_on_which_nobody_scores_measures_nothing(make_world):
+    evaluations = make_world().evaluations()
+    for record in evaluations:
+        for group in ("mmlu_pro", "gsm8k"):
+            record["averages"][group]["value"] = 0.0
+    claims = {claim.id: claim for claim in judge(evaluations, [], [], main_model="micro_m")}
+    assert claims["C3"].verdict == NOT_MEASURED
+    assert claims["C1"].verdict != NOT_MEASURED
+
+
 def test_c4_needs_every_control(make_world):
     world = make_world()
     del world.kept["invert"]
