@@ -242,6 +242,7 @@ def _execute(job: _Job, progress: Progress) -> _Built:
             config=job.config,
             inputs=job.inputs,
             directory=directory,
+            home=job.store.directory(job.stage, job.fingerprint),
             fingerprint=job.fingerprint,
             label=job.label,
             progress=progress,

@@ -43,6 +43,7 @@ class Context:
     config: Any
     inputs: dict[str, Artifact | tuple[Artifact, ...]]
     directory: Path  # to fill; may hold an interrupted attempt's files, to resume from
+    home: Path  # where the directory will lie when it is complete
     fingerprint: str
     label: str
     progress: Progress

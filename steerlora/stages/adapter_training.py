@@ -144,13 +144,12 @@ def build(context: Context) -> dict:
         record_facts(model, adapter, rows, owners, list(settings.domains), tokenizer.pad_token_id)
         figures |= {"parameters": adapter.parameter_count()}
         log.summary(figures)
-    final = context.directory.with_suffix("")
     save_adapter(
         adapter,
         context.directory / FOLDER,
         base_fingerprint=base_artifact.json(POINTER)["fingerprint"],
         sae_paths=sae_paths,
-        written_for=final / FOLDER,
+        written_for=context.home / FOLDER,
     )
     if settings.adapter.routing == "none":
         pointer = base_artifact.json(POINTER)["path"]
