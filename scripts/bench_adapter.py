@@ -1,10 +1,12 @@
-"""One training step of SC-LoRA beside PEFT LoRA: same model, same batch, same optimizer, one run.
+"""One training step of SC-LoRA beside PEFT LoRA and the published arrangement, in one run.
 
-    python scripts/bench_adapter.py            # a table
-    python scripts/bench_adapter.py --json     # one object
+    python scripts/bench_adapter.py                                    # two tables
+    python scripts/bench_adapter.py --json                             # one object
+    python scripts/bench_adapter.py --contenders sc_lora published     # some of them
 
-Contenders take turns, so that a drift of the machine's speed touches all alike; each ratio is of
-two neighbouring steps. PEFT's rank is the total rank of our specialists.
+Same model, same batch, same optimizer. Contenders take turns in an order drawn anew for every
+round, so that a drift of the machine's speed touches all alike; each ratio is of two steps of the
+same round. Slow contenders run in every third round only.
 """
 
 from __future__ import annotations
@@ -12,63 +14,81 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import random
 import resource
 import statistics
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import psutil
 import torch
-from peft import LoraConfig, get_peft_model
+from bench_contenders import CONTENDERS, SLOW, Contender, make_batch
 from rich.console import Console
 from rich.table import Table
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from steerlora.config import AdapterConfig, TrainerConfig
-from steerlora.data.chat import ChatBatch
-from steerlora.models.adapter import Adapter, AdapterShape, total_rank
-from steerlora.models.sae import SparseAutoencoder
-from steerlora.training.adapter import AdapterModule
-from steerlora.training.language import next_token_loss
-
-OURS, SAME, ALL = "sc_lora", "peft_same_layers", "peft_all_layers"
+SLOW_EVERY = 3
 
 
-@dataclass(frozen=True)
-class Contender:
-    """Attributes: step: one whole training step; parameters: that it trains."""
+class Target(NamedTuple):
+    """What a ratio of two contenders is to be.
 
-    name: str
-    step: Callable[[], None]
-    parameters: int
+    Attributes:
+        over, under: contenders; the ratio is of the first to the second.
+        most, least: one of them is given.
+        of: what is compared, "seconds" of a step or trained "parameters".
+    """
+
+    over: str
+    under: str
+    most: float | None = None
+    least: float | None = None
+    of: str = "seconds"
+
+    @property
+    def name(self) -> str:
+        return f"{self.over}_over_{self.under}" + "_parameters" * (self.of == "parameters")
+
+    def __str__(self) -> str:
+        return f"at most {self.most}" if self.least is None else f"at least {self.least}"
+
+    def met(self, ratio: float) -> bool:
+        return ratio <= self.most if self.least is None else ratio >= self.least
+
+
+TARGETS = (
+    Target("sc_lora", "peft_same_layers", most=1.05),
+    Target("sc_lora", "peft_all_layers", most=0.95),
+    Target("sc_lora_all_losses", "sc_lora", most=2.2),
+    Target("published", "sc_lora_reference", least=1.5),
+    Target("published", "sc_lora", least=6),
+    Target("published", "sc_lora", least=15, of="parameters"),
+)
+"""The project's; each is shown where both of its contenders run."""
 
 
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    batch = _batch(options)
-    memory = {build.__name__: _in_a_process_of_its_own(build, options) for build in BUILDERS}
-    contenders = [build(options, batch) for build in BUILDERS]
+    memory = {name: _in_a_process_of_its_own(name, options) for name in options.contenders}
+    batch = make_batch(options)
+    contenders = {name: CONTENDERS[name](options, batch) for name in options.contenders}
     seconds = _race(contenders, options.warmup, options.repetitions)
     tokens = options.batch * options.length
+    targets = [t for t in TARGETS if {t.over, t.under} <= contenders.keys()]
     result = {
         "setting": vars(options),
-        **{
-            f"{OURS}_over_{peer}": _spread(
-                [a / b for a, b in zip(seconds[OURS], seconds[peer], strict=True)]
-            )
-            for peer in (SAME, ALL)
-        },
+        **{target.name: _spread(_ratio(target, seconds, contenders)) for target in targets},
+        "targets": {target.name: str(target) for target in targets},
         "contenders": {
-            contender.name: {
-                "step_seconds": _spread(seconds[contender.name]),
-                "tokens_per_second": tokens / statistics.median(seconds[contender.name]),
-                "peak_memory_bytes": memory[build.__name__],
+            name: {
+                "step_seconds": _spread(list(seconds[name].values())),
+                "steps": len(seconds[name]),
+                "tokens_per_second": tokens / statistics.median(seconds[name].values()),
+                "peak_memory_bytes": memory[name],
                 "parameters": contender.parameters,
             }
-            for contender, build in zip(contenders, BUILDERS, strict=True)
+            for name, contender in contenders.items()
         },
     }
     if options.json:
@@ -79,6 +99,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
@@ -89,135 +110,56 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--specialists", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--repetitions", type=int, default=20, help="rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
 
-def _model(options: argparse.Namespace) -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=options.vocabulary,
-            hidden_size=options.width,
-            intermediate_size=3 * options.width,
-            num_hidden_layers=options.layers,
-            num_attention_heads=options.width // 64,
-            num_key_value_heads=max(1, options.width // 128),
-            head_dim=64,
-            tie_word_embeddings=True,
-        )
-    ).eval()
-
-
-def _batch(options: argparse.Namespace) -> ChatBatch:
-    generator = torch.Generator().manual_seed(0)
-    shape = (options.batch, options.length)
-    ids = torch.randint(0, options.vocabulary, shape, generator=generator)
-    owners = torch.zeros(options.batch).long()
-    return ChatBatch(ids, torch.ones_like(ids), ids.clone(), owners, ids.numel())
-
-
-def _site(options: argparse.Namespace) -> int:
-    return round(options.layers * 3 / 8)
-
-
-def _sc_lora(options: argparse.Namespace, batch: ChatBatch) -> Contender:
-    model = _model(options)
-    shape = AdapterShape(
-        routing="sae",
-        sites=(_site(options),),
-        specialists=options.specialists,
-        rank=options.rank,
-        alpha=float(options.rank),
-    )
-    sae = SparseAutoencoder(options.width, options.latents, k=options.k, seed=0)
-    adapter = Adapter(model, shape, {_site(options): sae}).attach(model)
-    module = AdapterModule(
-        model, adapter, config=AdapterConfig(), trainer=TrainerConfig(), total_steps=1000
-    )
-    parameters = [p for p in adapter.parameters() if p.requires_grad]
-    return _contender(OURS, lambda: next_token_loss(module.model, batch), parameters)
-
-
-def _peft(name: str, layers: list[int], options: argparse.Namespace, batch: ChatBatch) -> Contender:
-    rank = total_rank(AdapterShape(specialists=options.specialists, rank=options.rank))
-    model = get_peft_model(
-        _model(options),
-        LoraConfig(
-            r=rank,
-            lora_alpha=rank,
-            target_modules=list(AdapterShape().target_modules),
-            layers_to_transform=layers,
-        ),
-    )
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    base = model.get_base_model()
-    return _contender(name, lambda: next_token_loss(base, batch), parameters)
-
-
-def _peft_same(options: argparse.Namespace, batch: ChatBatch) -> Contender:
-    return _peft(SAME, list(range(_site(options), options.layers)), options, batch)
-
-
-def _peft_all(options: argparse.Namespace, batch: ChatBatch) -> Contender:
-    return _peft(ALL, list(range(options.layers)), options, batch)
-
-
-def _contender(
-    name: str, loss: Callable[[], torch.Tensor], parameters: list[torch.nn.Parameter]
-) -> Contender:
-    """The same loss, clipping and optimizer for everybody."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, eps=1e-6, weight_decay=0.0, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        loss().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-
-    return Contender(name, step, sum(p.numel() for p in parameters))
-
-
-BUILDERS = (_sc_lora, _peft_same, _peft_all)
-
-
-def _race(contenders: list[Contender], warmup: int, repetitions: int) -> dict[str, list[float]]:
-    """Seconds of every step."""
-    for contender in contenders:
+def _race(
+    contenders: dict[str, Contender], warmup: int, rounds: int
+) -> dict[str, dict[int, float]]:
+    """{contender: {round: seconds of its step}}."""
+    for contender in contenders.values():
         for _ in range(warmup):
             contender.step()
-    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for repetition in range(repetitions):
-        # Who goes first changes, so that no one always runs with the other's caches.
-        order = contenders if repetition % 2 else contenders[::-1]
-        for contender in order:
+    draws = random.Random(0)
+    seconds: dict[str, dict[int, float]] = {name: {} for name in contenders}
+    for number in range(rounds):
+        running = [name for name in contenders if number % SLOW_EVERY == 0 or name not in SLOW]
+        for name in draws.sample(running, len(running)):
             began = time.perf_counter()
-            contender.step()
-            seconds[contender.name].append(time.perf_counter() - began)
+            contenders[name].step()
+            seconds[name][number] = time.perf_counter() - began
     return seconds
 
 
-def _in_a_process_of_its_own(
-    build: Callable[[argparse.Namespace, ChatBatch], Contender], options: argparse.Namespace
-) -> int:
+def _in_a_process_of_its_own(name: str, options: argparse.Namespace) -> int:
     """What training adds to a process's peak memory: one allocator's leftovers would hide it."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["peft", "steerlora.training.adapter"])  # once, for all
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_added_memory, build, options).result()
+        return pool.submit(_added_memory, name, options).result()
 
 
-def _added_memory(
-    build: Callable[[argparse.Namespace, ChatBatch], Contender], options: argparse.Namespace
-) -> int:
+def _added_memory(name: str, options: argparse.Namespace) -> int:
     """Peak resident bytes of a few steps, less those of the built model before them."""
     torch.set_num_threads(options.threads)
-    contender = build(options, _batch(options))
+    contender = CONTENDERS[name](options, make_batch(options))
     before = psutil.Process().memory_info().rss
     for _ in range(options.warmup):
         contender.step()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def _ratio(
+    target: Target, seconds: dict[str, dict[int, float]], contenders: dict[str, Contender]
+) -> list[float]:
+    """Of parameters one number; of seconds one for every round in which both ran."""
+    if target.of == "parameters":
+        return [contenders[target.over].parameters / contenders[target.under].parameters]
+    over, under = seconds[target.over], seconds[target.under]
+    return [over[number] / under[number] for number in over.keys() & under.keys()]
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -225,6 +167,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def _print(result: dict) -> None:
+    console = Console()
     table = Table(title="one training step")
     for column in ("contender", "ms (median)", "tokens/s", "memory of training, MiB", "parameters"):
         table.add_column(column, justify="right")
@@ -236,14 +179,21 @@ def _print(result: dict) -> None:
             f"{figures['peak_memory_bytes'] / 2**20:.0f}",
             f"{figures['parameters']:,}",
         )
-    console = Console()
     console.print(table)
-    for peer in (SAME, ALL):
-        spread = result[f"{OURS}_over_{peer}"]
-        console.print(
-            f"{OURS} over {peer}: {spread['median']:.3f} "
-            f"(from {spread['min']:.3f} to {spread['max']:.3f})"
-        )
+    table = Table(title="one contender over another, round by round")
+    for column in ("ratio", "median (range)", "target", "met"):
+        table.add_column(column, justify="right")
+    for target in TARGETS:
+        if spread := result.get(target.name):
+            met = "yes" if target.met(spread["median"]) else "no"
+            table.add_row(target.name, _in_words(spread), str(target), met)
+    console.print(table)
+
+
+def _in_words(spread: dict[str, float]) -> str:
+    if spread["min"] == spread["max"]:
+        return f"{spread['median']:.2f}"
+    return f"{spread['median']:.3f} ({spread['min']:.2f}-{spread['max']:.2f})"
 
 
 if __name__ == "__main__":

@@ -37,7 +37,11 @@ def config_directory() -> Path:
 
 
 def register_schemas() -> None:
-    """Give every group its typed defaults, so that each key exists and has a type."""
+    """Give every group its typed defaults, so that each key exists and has a type.
+
+    YAML files may write ``${every_layer:${model.layers}}`` for a site at every layer.
+    """
+    OmegaConf.register_new_resolver("every_layer", lambda count: [*range(count)], replace=True)
     for group, schema in GROUPS.items():
         # A frozen dataclass makes a read-only node, which YAML could not fill in.
         node = OmegaConf.structured(schema)

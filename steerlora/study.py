@@ -49,12 +49,20 @@ def plan(config: Config, compose: Compose) -> Plan:
         main = model == study.main_model
         evaluations.append(evaluate.step(compose(f"model={model}"), adapted=False))
         for adapter in study.adapters if main else study.scale_adapters:
-            for seed in study.seeds if main else study.seeds[:1]:
+            for seed in study.seeds if main else study.scale_seeds:
                 chosen = compose(f"model={model}", f"adapter={adapter}", f"seed={seed}")
                 evaluations.append(evaluate.step(chosen))
     on_main = f"model={study.main_model}"
+    ablated = [on_main, f"adapter={study.ablation_adapter}"]
+    evaluations += [
+        evaluate.step(
+            compose(*ablated, f"seed={seed}", f"intervention={name}", "intervention.phase=training")
+        )
+        for name in study.retrained
+        for seed in study.seeds
+    ]
     ablations = [
-        causal_ablation.step(compose(on_main, f"adapter={study.ablation_adapter}", f"seed={seed}"))
+        causal_ablation.step(compose(*ablated, f"seed={seed}"))
         for seed in study.seeds
         if study.interventions
     ]
@@ -70,9 +78,11 @@ def plan(config: Config, compose: Compose) -> Plan:
 
 
 def _order(name: str) -> list[str]:
-    """Overrides for an order: ``random_3`` is the random order of seed 3."""
-    kind, _, seed = name.rpartition("_")
-    return ["order=random", f"order.seed={seed}"] if kind == "random" else [f"order={name}"]
+    """Overrides for an order: ``random_3`` is the random order of seed 3, ``permutation_17`` the
+    seventeenth of all."""
+    kind, _, number = name.rpartition("_")
+    key = {"random": "seed", "permutation": "index"}.get(kind)
+    return [f"order={kind}", f"order.{key}={number}"] if key else [f"order={name}"]
 
 
 def report(config: Config, planned: Plan, run: RunReport) -> Report:

@@ -85,8 +85,11 @@ def randomize(adapter: Adapter) -> None:
     for layer in adapter.layers.values():
         layer.B.normal_(0, 0.2, generator=generator)
     for router in adapter.routers.values():
-        router.weight.normal_(0, 0.7, generator=generator)
-        router.bias += 0.3 * torch.randn(router.bias.shape, generator=generator)
+        for name, parameter in router.named_parameters():
+            if name.endswith("weight"):
+                parameter.normal_(0, 0.7, generator=generator)
+            else:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Is the router using its specialists, and do specialists follow domains?
 
-Shapes: T real tokens, S sequences, E specialists, D domains.
+Shapes: T real tokens, S sequences, E specialists, D domains; B batch, L positions, M modules, R
+rank components.
 """
 
 from __future__ import annotations
@@ -21,23 +22,51 @@ PERMUTATIONS = 200
 """Label permutations drawn for the null."""
 
 
+def on_real_tokens(
+    gate: torch.Tensor, mask: torch.Tensor, real: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `RoutingHealth.update` takes, from the routing of a batch.
+
+    Args:
+        gate: [B, L, E], or [B, L, M, E] where every module has a router of its own.
+        mask: [B, L, R] or [B, L, M, R].
+        real: [B, L] bool.
+
+    Returns:
+        Gates [T, E] and ranks [T] of the real tokens, means over the M modules.
+    """
+    gates, ranks = gate[real], mask[real].sum(-1)
+    return (gates.mean(1), ranks.mean(1)) if gates.dim() == 3 else (gates, ranks)
+
+
 class RoutingHealth:
     """Streaming statistics of gates and ranks over real tokens, in constant memory.
 
-    With ``g`` the gates [T, E] and ``usage`` their mean over tokens [E], `result` gives
+    With ``g`` the gates [T, E] and ``usage`` their sum over tokens [E], scaled to sum to 1,
+    `summary` gives
 
     - ``usage_entropy``: ``H(usage) / log E``; 1 is an even load, 0 is collapse;
     - ``token_entropy``: ``mean_t H(g_t) / log E``; 0 is a hard choice for every token;
     - ``load_cv2``: ``Var(usage) / mean(usage)^2`` (Shazeer et al. 2017, eq. 6);
     - ``dead_specialists``: how many have ``usage < DEAD_SHARE / E``;
     - ``max_load``: ``max usage``; 1 / E at best, 1 at worst;
+    - ``mean_rank``: ``mean_t sum_j m_tj``, in rank components;
+
+    and `result` these, and
+
+    - ``routed``: share of the tokens that have an update at all;
     - ``mutual_information``: ``2 I(D; E) / (H(D) + H(E))`` of the soft joint distribution
       ``P(d, e) = mean_t [d_t = d] g_te`` (normalisation by the arithmetic mean, as in
       scikit-learn); 1 when every domain has a specialist of its own;
     - ``mutual_information_null``: the same with domain labels permuted, mean over permutations;
       ``mutual_information_null_95``: its 95th percentile, which chance exceeds once in 20;
-    - ``mean_rank``: ``mean_t sum_j m_tj``, in rank components, and ``rank_by_domain``;
-    - ``gate_by_domain``: mean gate of every domain [E]; ``tokens``: how many were seen.
+    - ``rank_by_domain``; ``gate_by_domain``: mean gate of every domain [E]; ``tokens``: how many
+      were seen.
+
+    E counts active specialists only. One alone cannot collapse: its usage entropy is 1, its token
+    entropy 0. A token whose gates are all zero, one that a null specialist took, uses no
+    specialist and no rank: it counts in ``mean_rank`` and in the means by domain, as 0, and in no
+    entropy or load. Where no token is routed, no specialist is used: usage entropy 0, all dead.
 
     Labels are permuted over sequences, not tokens: tokens of one text share both its label and
     its features, so permuting tokens would make any router look specialised. The null needs every
@@ -46,21 +75,36 @@ class RoutingHealth:
 
     Args:
         domains: the D domain names; a domain id is a position in it.
-        specialists: E, at least 2.
+        specialists: how many the gates have, inactive ones included.
+        active: [specialists] bool, those that may be used; None: all.
         seed: of the reservoir and of the permutations.
+
+    Raises:
+        ValueError: no specialist is active, or ``active`` has another length.
     """
 
-    def __init__(self, domains: Sequence[str], specialists: int, *, seed: int = 0) -> None:
-        if specialists < 2:
-            raise ValueError(f"routing health needs at least 2 specialists; got {specialists}")
+    def __init__(
+        self,
+        domains: Sequence[str],
+        specialists: int,
+        *,
+        active: torch.Tensor | ArrayLike | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.active = np.ones(specialists, bool) if active is None else _array(active) > 0
+        if self.active.shape != (specialists,) or not self.active.any():
+            raise ValueError(
+                f"routing health needs an active one of {specialists} specialists; got {active}"
+            )
         self.domains = tuple(domains)
         self.specialists = specialists
         self.seed = seed
         self._generator = np.random.default_rng(seed)
-        self._gates = np.zeros((len(self.domains), specialists))
-        self._ranks = np.zeros(len(self.domains))
-        self._tokens = np.zeros(len(self.domains), dtype=np.int64)
-        self._entropy = 0.0
+        # One row more, the last, for tokens of no domain: their domain id is -1.
+        self._gates = np.zeros((len(self.domains) + 1, specialists))
+        self._ranks = np.zeros(len(self.domains) + 1)
+        self._tokens = np.zeros(len(self.domains) + 1, dtype=np.int64)
+        self._entropy, self._routed = 0.0, 0
         self._keys = np.zeros(0)
         self._unit_gates = np.zeros((0, specialists))
         self._unit_domains = np.zeros(0, dtype=np.int64)
@@ -77,7 +121,7 @@ class RoutingHealth:
         Args:
             gates: [T, E], non-negative, every row summing to 1 (to 0 where no update applies).
             ranks: [T], sum_j m_tj, in rank components.
-            domains: [T], positions in ``domains``.
+            domains: [T], positions in ``domains``; -1 for a token of none.
             sequences: [T], which sequence of this call a token is from (any integers; such as the
                 row of the batch). None: every domain's tokens in this call are one sequence.
 
@@ -97,16 +141,20 @@ class RoutingHealth:
             )
         if tokens == 0:
             return
-        if domains.min() < 0 or domains.max() >= len(self.domains):
-            raise ValueError(f"domain ids must be in 0..{len(self.domains) - 1}")
+        if domains.min() < -1 or domains.max() >= len(self.domains):
+            raise ValueError(f"domain ids must be in 0..{len(self.domains) - 1}, or -1 for none")
         if not (np.isfinite(gates).all() and np.isfinite(ranks).all()):
             raise ValueError("gates and ranks must be finite")
 
+        totals = gates.sum(axis=1)
+        routed = totals > 0
         np.add.at(self._gates, domains, gates)
-        np.add.at(self._ranks, domains, ranks)
+        np.add.at(self._ranks, domains, np.where(routed, ranks, 0.0))
         np.add.at(self._tokens, domains, 1)
-        self._entropy += float(_entropy(gates, axis=1).sum())
-        self._remember(gates, domains, sequences)
+        self._entropy += float(_entropy(gates[routed] / totals[routed, None], axis=1).sum())
+        self._routed += int(routed.sum())
+        owned = domains >= 0
+        self._remember(gates[owned], domains[owned], sequences[owned])
 
     def _remember(self, gates: np.ndarray, domains: np.ndarray, sequences: np.ndarray) -> None:
         """Sum the gates of every sequence and keep a uniform sample of them (random keys)."""
@@ -119,10 +167,8 @@ class RoutingHealth:
         kept = np.argsort(keys)[:RESERVOIR]
         self._keys, self._unit_gates, self._unit_domains = keys[kept], sums[kept], labels[kept]
 
-    def result(self) -> dict:
-        """The statistics of the class docstring, as plain numbers for JSON.
-
-        Domains without a token are left out of ``gate_by_domain`` and ``rank_by_domain``.
+    def summary(self) -> dict[str, float | int]:
+        """The first six statistics of the class docstring: cheap, and without domains.
 
         Raises:
             ValueError: no token was seen.
@@ -130,20 +176,37 @@ class RoutingHealth:
         total = int(self._tokens.sum())
         if total == 0:
             raise ValueError("routing health of no tokens: call update first")
-        usage = self._gates.sum(axis=0) / total
-        scale = np.log(self.specialists)
+        usage = self._gates.sum(axis=0)[self.active]
+        usage = usage / max(usage.sum(), 1e-12)
+        count = len(usage)
+        scale = float(np.log(count)) if count > 1 else 1.0
+        return {
+            "usage_entropy": float(_entropy(usage)) / scale if count > 1 else 1.0,
+            "token_entropy": self._entropy / max(self._routed, 1) / scale,
+            "load_cv2": float(usage.var() / max(usage.mean(), 1e-12) ** 2),
+            "dead_specialists": int((usage < DEAD_SHARE / count).sum()),
+            "max_load": float(usage.max()),
+            "mean_rank": float(self._ranks.sum() / total),
+        }
+
+    def result(self) -> dict:
+        """All statistics of the class docstring, as plain numbers for JSON.
+
+        Domains without a token are left out of ``gate_by_domain`` and ``rank_by_domain``.
+
+        Raises:
+            ValueError: no token was seen.
+        """
+        summary = self.summary()
+        total = int(self._tokens.sum())
         null = self._permuted()
         seen = [index for index in range(len(self.domains)) if self._tokens[index]]
         return {
-            "usage_entropy": float(_entropy(usage / max(usage.sum(), 1e-12)) / scale),
-            "token_entropy": self._entropy / total / float(scale),
-            "load_cv2": float(usage.var() / max(usage.mean(), 1e-12) ** 2),
-            "dead_specialists": int((usage < DEAD_SHARE / self.specialists).sum()),
-            "max_load": float(usage.max()),
-            "mutual_information": normalised_mutual_information(self._gates),
+            **summary,
+            "routed": self._routed / total,
+            "mutual_information": normalised_mutual_information(self._gates[:-1]),
             "mutual_information_null": float(null.mean()),
             "mutual_information_null_95": float(np.quantile(null, 0.95)),
-            "mean_rank": float(self._ranks.sum() / total),
             "gate_by_domain": {
                 self.domains[index]: (self._gates[index] / self._tokens[index]).tolist()
                 for index in seen
@@ -161,7 +224,7 @@ class RoutingHealth:
         generator = np.random.default_rng((self.seed, 1))
         values = np.empty(PERMUTATIONS)
         for index in range(PERMUTATIONS):
-            joint = np.zeros_like(self._gates)
+            joint = np.zeros_like(self._gates[:-1])
             np.add.at(joint, generator.permutation(self._unit_domains), self._unit_gates)
             values[index] = normalised_mutual_information(joint)
         return values

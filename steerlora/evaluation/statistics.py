@@ -5,10 +5,10 @@ Shapes: S seeds, I items, O orders, B bootstrap replicates.
 Two kinds of data come in. *Item scores* [S, I]: one score an item, the same items under both
 conditions and under every seed; items and seeds are resampled, always together for the two
 conditions, hence "paired" (Efron & Tibshirani 1993, ch. 8 and 13). *Summaries* [O, S]: only a
-value and its standard error a run; orders and seeds are resampled, and each run's item noise is
-drawn from a normal distribution. Intervals are percentile intervals. Few seeds make them too
-narrow (the variance over S seeds comes out (S - 1)/S of what it should be), so an interval says
-how many it rests on.
+value and its standard error a run; orders and seeds are resampled, and item noise is drawn from a
+normal distribution, once for all runs of a condition, because they share their items. Intervals
+are percentile intervals. Few seeds make them too narrow (the variance over S seeds comes out
+(S - 1)/S of what it should be), so an interval says how many it rests on.
 """
 
 from __future__ import annotations
@@ -123,6 +123,18 @@ def summary_reduction(baseline: Runs, treatment: Runs, items: int, *, seed: int 
     return _summary_interval(baseline, treatment, items, seed, _percent_drop)
 
 
+def summary_ratio(baseline: Runs, treatment: Runs, items: int, *, seed: int = 0) -> Interval:
+    """``treatment / baseline``, under the conditions of `summary_reduction`."""
+    return _summary_interval(
+        baseline, treatment, items, seed, lambda b, t: 1 - _percent_drop(b, t) / 100
+    )
+
+
+def summary_mean(runs: Runs, items: int, *, seed: int = 0) -> Interval:
+    """Mean over orders and seeds, with the interval that resampling them and the items gives."""
+    return _summary_interval(runs, runs, items, seed, lambda _, t: t)
+
+
 def run_difference(baseline: ArrayLike, treatment: ArrayLike, *, seed: int = 0) -> Interval:
     """Mean paired difference over runs, bootstrapped over runs alone; NaN bounds below two.
 
@@ -136,18 +148,46 @@ def run_difference(baseline: ArrayLike, treatment: ArrayLike, *, seed: int = 0) 
     return Interval(float(difference.mean()), *bounds, count, 0)
 
 
+def effect_size(baseline: ArrayLike, treatment: ArrayLike) -> float:
+    """Cohen's ``d_z = mean(x) / std(x, ddof=1)`` of the paired differences x; NaN below two pairs.
+
+    How far the treatment shifts an item, in units of how much that shift differs between items.
+    NaN also where all differences are equal.
+
+    Source: Cohen 1988, Statistical Power Analysis, 2nd ed., p. 48; Lakens 2013 calls it d_z.
+
+    Args:
+        baseline, treatment: [n] values, paired; of several seeds, the means over them.
+    """
+    difference = np.asarray(treatment, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
+    spread = difference.std(ddof=1) if len(difference) > 1 else 0.0
+    # Equal differences of floats differ by rounding alone, which is no spread.
+    if spread <= 1e-12 * max(1.0, float(np.abs(difference).max(initial=0.0))):
+        return float("nan")
+    return float(difference.mean() / spread)
+
+
 def paired_test(baseline: ArrayLike, treatment: ArrayLike, *, seed: int = 0) -> float:
     """Two-sided p-value of a paired sign-flip test of the mean difference; NaN below two pairs.
 
-    Under the null a difference is as likely negative as positive. 1999 random sign patterns, by
-    ``scipy.stats.monte_carlo_test``, so the least p-value is 0.001.
+    Under the null a difference is as likely negative as positive. Up to 10 pairs every sign
+    pattern is counted, and the p-value is exact (at least 2 / 2^n); beyond, 1999 random ones are,
+    and it is at least 0.001. Pairs count as independent: where runs share a seed or an order, the
+    p-value is on the small side.
+
+    Source: Fisher 1935, The Design of Experiments, section 21; by ``scipy.stats``.
 
     Args:
-        baseline, treatment: [n] values, paired; such as items, or orders.
+        baseline, treatment: [n] values, paired; such as items, or runs.
     """
     difference = np.asarray(treatment, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     if len(difference) < 2:
         return float("nan")
+    if 2 ** len(difference) < REPLICATES:
+        exact = stats.permutation_test(
+            (difference,), np.mean, permutation_type="samples", n_resamples=REPLICATES
+        )
+        return float(exact.pvalue)
     generator = np.random.default_rng(seed)
 
     def flipped(size: tuple[int, ...]) -> np.ndarray:
@@ -211,7 +251,7 @@ def _bootstrap(
 def _summary_interval(
     baseline: Runs, treatment: Runs, items: int, seed: int, statistic: Statistic
 ) -> Interval:
-    """Resample orders and seeds; every run's item noise is drawn afresh in every replicate."""
+    """Resample orders and seeds; a condition's item noise is drawn afresh in every replicate."""
     shared = np.isfinite(baseline.values) & np.isfinite(treatment.values)
     orders, seeds = shared.shape
     seed_count = int(shared.any(axis=0).sum())
@@ -225,7 +265,7 @@ def _summary_interval(
     means, points = [], []
     for runs in (baseline, treatment):
         values, stderr = np.where(shared, runs.values, 0.0), np.where(shared, runs.stderr, 0.0)
-        noise = generator.standard_normal(weights.shape) * stderr
+        noise = generator.standard_normal((len(weights), 1, 1)) * stderr
         means.append((weights * (values + noise)).sum(axis=(1, 2)))
         points.append(values[shared].mean())
     return Interval(float(statistic(*points)), *_bounds(statistic(*means)), seed_count, items)

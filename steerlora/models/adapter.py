@@ -1,6 +1,7 @@
 """The adapter: specialists in the layers above a control site, routed by what the site sees.
 
-B batch, S sequence, D model width, N latents, K active latents, E specialists, R rank components.
+B batch, S sequence, D model width, N latents, K active latents, E specialists, R rank components,
+M adapted modules of a site.
 
 One forward is enough. The stream entering layer c is the base model's own, because nothing below c
 is adapted; its features are therefore exactly the base model's features, with no second pass and
@@ -9,17 +10,19 @@ no backward below c.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from steerlora.models.context import ContextState, average_so_far
-from steerlora.models.decoder import EditedLayer, decoder_of
+from steerlora.models.decoder import EditedLayer, decoder_of, layer_range
 from steerlora.models.interventions import INTERVENTIONS, Intervention, SiteFacts
 from steerlora.models.lowrank import AdaptedLinear, LowRank
-from steerlora.models.router import Router, Routing
+from steerlora.models.prototypes import PrototypeRouter
+from steerlora.models.router import LinearRouter, MLPRouter
+from steerlora.models.routing import Routing
 from steerlora.models.sae import SparseAutoencoder
 from steerlora.models.shape import (
     AdapterShape,
@@ -28,82 +31,25 @@ from steerlora.models.shape import (
     refuse_adapted,
     total_rank,
 )
+from steerlora.models.site import CurrentForward, ModuleScale, Site
 
 __all__ = ["Adapter", "AdapterShape", "Site", "total_rank"]
-
-
-class Site:
-    """One control site at work: reads the stream, routes it, and holds the result for its layers.
-
-    Attributes:
-        scale: [B, S, E*R] of the current forward: (alpha / R) * gate outer mask.
-        routing: the current forward's gate and mask, with gradient in training.
-        context: what the sequences' tokens so far leave behind, for the next call with a KV cache.
-        facts: what interventions may know.
-    """
-
-    def __init__(
-        self, adapter: Adapter, layer: int, router: Router, facts: SiteFacts | None
-    ) -> None:
-        self.adapter, self.layer, self.router, self.facts = adapter, layer, router, facts
-        self.scale: Tensor | None = None
-        self.routing: Routing | None = None
-        self.context: ContextState | None = None
-
-    def edit(self, stream: Tensor) -> Tensor:
-        """Route every token of the stream [B, S, D]; the stream itself passes unchanged."""
-        intervention = self.adapter.active_intervention
-        shape = self.adapter.shape
-        logits, state = average_so_far(
-            self._logits(stream.detach(), intervention),
-            self.adapter.real_tokens(stream),
-            shape.context,
-            shape.decay,
-            self._carried(len(stream)),
-        )
-        self.context = ContextState(*(part.detach() for part in state))
-        routing = self.router.route(logits)
-        if intervention is not None:
-            routing = intervention.routing(routing, self.facts)
-            intervention.ran = True
-        gate = routing.gate * (shape.alpha / shape.rank)
-        pairs = gate.unsqueeze(-1) * routing.mask.unsqueeze(-2)
-        self.scale = pairs.flatten(-2).to(stream.dtype)
-        self.routing = routing
-        return stream
-
-    def _carried(self, batch: int) -> ContextState | None:
-        """The state that a KV cache's tokens left here; None at the beginning of sequences."""
-        if not self.adapter.continuing:
-            return None
-        if self.context is None or len(self.context.total) != batch:
-            raise RuntimeError(
-                "the KV cache holds tokens that this adapter has not seen, and its control signal "
-                "is an average over them: begin with an empty cache"
-            )
-        return self.context
-
-    def _logits(self, stream: Tensor, intervention: Intervention | None) -> Tensor:
-        if self.facts is None:
-            normed = stream.to(torch.promote_types(stream.dtype, torch.float32))
-            normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + 1e-6)
-            return self.router.logits_dense(normed)
-        with torch.no_grad():
-            features = self.facts.sae.encode(stream)
-            if intervention is not None:
-                real = self.adapter.real_tokens(stream)
-                features = intervention.features(features, stream, real, self.facts)
-            values = features.values / self.adapter.feature_scale(self.layer)
-        return self.router.logits_sparse(values, features.indices)
 
 
 class Adapter(nn.Module):
     """Low-rank specialists of a base model, and the routers that weigh them.
 
     Parameter names, which are also the names in ``adapter_model.safetensors``:
-    ``layers.<i>:<module path>.A`` and ``.B`` (module path inside decoder layer i, dots as "/"),
-    ``routers.<site>.weight`` and ``.bias`` (columns: E gate logits, then R mask logits), and the
-    buffer ``scales.<site>`` (mean feature norm, by which features are divided before routing).
+
+    - ``layers.<i>:<path>.A`` [E*R, D_in] and ``.B`` [D_out, E*R]: the specialists of the module at
+      ``<path>`` inside decoder layer i, dots as "/"; specialist e has rows (of B: columns)
+      e*R ... (e+1)*R;
+    - ``routers.<site>.<name>``: the router of the site's layers. Linear: ``weight``, ``bias``; MLP:
+      ``hidden_weight``, ``hidden_bias``, ``gate_weight``, ``gate_bias``, ``rank_weight``,
+      ``rank_bias`` (shapes in ``models/router.py``); prototype: ``prototypes``, ``met``. With
+      ``per_module`` the dimension M runs over :meth:`modules_of` the site, in that order;
+    - ``scales.<site>``: mean feature norm, by which features are divided before routing;
+    - ``active`` [E] bool: specialists that learnt routers may use.
 
     Args:
         model: the base model; it is frozen here, and attached to by :meth:`attach`.
@@ -140,33 +86,32 @@ class Adapter(nn.Module):
                 for name, (_, linear) in targets.items()
             }
         )
+        at_first = shape.specialists if shape.active is None else shape.active
+        self.register_buffer("active", torch.arange(shape.specialists) < at_first)
         self.routers, self.scales = nn.ModuleDict(), nn.ParameterDict()
+        self.forward_state = CurrentForward()
         self.sites: dict[int, Site] = {}
         # Held outside the module tree: the SAEs are inputs of the adapter, not part of it.
         self.saes = _Frozen(saes)
         for site in shape.sites if shape.routing != "none" else ():
             sae = saes.get(site)
-            router = Router(
-                width if sae is None else sae.W_enc.shape[1],
-                specialists=shape.specialists,
-                rank=shape.rank,
-                top_k=shape.top_k,
-                temperature=shape.temperature,
-                dynamic_rank=shape.dynamic_rank,
-                initial_rank=shape.initial_rank,
-                generator=generator,
-            )
-            self.routers[str(site)] = router
+            signal_width = width if sae is None else sae.latents
+            self.routers[str(site)] = self._new_router(site, signal_width, generator)
             scale = float((feature_scales or {}).get(site, 1.0))
             self.scales[str(site)] = nn.Parameter(torch.tensor(scale), requires_grad=False)
             facts = SiteFacts(sae, float(shape.rank), {}) if sae is not None else None
-            self.sites[site] = Site(self, site, router, facts)
-        self.active_intervention: Intervention | None = None
-        self._attention_mask: Tensor | None = None
-        self.continuing = False
+            self.sites[site] = Site(self, site, facts)
+        self._base_cache: DynamicCache | None = None
         # Carrier and its own forward; in a list, so that the model is no part of this module.
         self._carriers: list[tuple[nn.Module, object]] = []
         model.requires_grad_(False)
+
+    def _new_router(self, site: int, width: int, generator: torch.Generator) -> nn.Module:
+        if self.shape.router == "prototype":
+            return PrototypeRouter(width, self.shape)
+        kind = {"linear": LinearRouter, "mlp": MLPRouter}[self.shape.router]
+        modules = len(self.modules_of(site)) if self.shape.per_module else 1
+        return kind(width, self.shape, modules, generator)
 
     # Attaching and detaching
 
@@ -175,22 +120,28 @@ class Adapter(nn.Module):
         decoder = decoder_of(model)
         refuse_adapted(model)
         for name, (parent, linear) in find_targets(model, self.shape).items():
-            source = self._source(int(name.split(":")[0]))
             scale = self.shape.alpha / self.shape.rank
             child = name.rsplit("/", 1)[-1]
-            setattr(parent, child, AdaptedLinear(linear, self.layers[name], source, scale))
+            low_rank, source = self.layers[name], self._source(name)
+            setattr(parent, child, AdaptedLinear(linear, low_rank, source, scale))
         for layer, site in self.sites.items():
             decoder.layers[layer] = EditedLayer(decoder.layers[layer], site.edit)
         forward = decoder.forward
 
-        def with_mask(input_ids=None, attention_mask=None, *args, **kwargs):
-            self._attention_mask = attention_mask
-            cache = kwargs.get("past_key_values", args[1] if len(args) > 1 else None)
-            self.continuing = cache is not None and cache.get_seq_length() > 0
+        def observed(input_ids=None, attention_mask=None, *args, **kwargs):
+            now = self.forward_state
+            if not now.disabled:
+                now.attention_mask = attention_mask
+                now.position_ids = kwargs.get("position_ids", args[0] if args else None)
+                cache = kwargs.get("past_key_values", args[1] if len(args) > 1 else None)
+                now.continuing = cache is not None and cache.get_seq_length() > 0
+                now.base_streams = self._base_streams(
+                    model, input_ids, attention_mask, cache is not None, kwargs
+                )
             return forward(input_ids, attention_mask, *args, **kwargs)
 
         self._carriers.append((model, vars(decoder).get("forward")))
-        decoder.forward = with_mask
+        decoder.forward = observed
         return self
 
     def remove(self) -> None:
@@ -207,40 +158,93 @@ class Adapter(nn.Module):
         for name, (parent, linear) in find_targets(model, self.shape).items():
             setattr(parent, name.rsplit("/", 1)[-1], linear.base)
 
-    def _source(self, layer: int) -> Site | _Constant:
-        below = [site for site in self.sites if site <= layer]
-        return self.sites[max(below)] if below else _CONSTANT
+    def modules_of(self, site: int) -> list[str]:
+        """Names in ``layers`` of the modules that a site controls, lowest layer first."""
+        return [name for name in self.layers if self._site_of(name) == site]
 
-    # What the sites ask of it
+    def _site_of(self, name: str) -> int | None:
+        below = [site for site in self.shape.sites if site <= int(name.split(":")[0])]
+        return max(below, default=None)
 
-    def feature_scale(self, site: int) -> Tensor:
-        """The mean feature norm of a site, a scalar."""
-        return self.scales[str(site)]
+    def _source(self, name: str) -> ModuleScale:
+        site = self.sites.get(self._site_of(name))
+        index = self.modules_of(site.layer).index(name) if site and self.shape.per_module else 0
+        return ModuleScale(self.forward_state, site, index)
 
-    def real_tokens(self, stream: Tensor) -> Tensor:
-        """True on real tokens of this forward, [B, S]; with a KV cache, the mask's end."""
-        mask = self._attention_mask
-        batch, length = stream.shape[:2]
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            return torch.ones(batch, length, dtype=torch.bool, device=stream.device)
-        return mask[:, -length:].bool()
+    # A second forward, of the base: only where the shape asks for one
+
+    @torch.no_grad()
+    def _base_streams(
+        self, model: nn.Module, input_ids: Tensor, mask: Tensor | None, cached: bool, kwargs: dict
+    ) -> dict[int, Tensor]:
+        """{site: stream of the frozen base}; empty where sites read the current streams.
+
+        With one site and source "base" there is nothing to do: below it nothing is adapted.
+        """
+        source, sites = self.shape.source, list(self.sites)
+        if source == "inline" or (source == "base" and len(sites) < 2) or not sites:
+            return {}
+        decoder = decoder_of(model)
+        last = source == "base_last"
+        part = layer_range(model, 0, len(decoder.layers) if last else max(sites))
+        if cached and not self.forward_state.continuing:
+            self._base_cache = DynamicCache()
+        kept = ("position_ids", "inputs_embeds", "cache_position")
+        with self.disabled(), self._recorded() as streams:
+            leaving = part(
+                input_ids=input_ids,
+                attention_mask=mask,
+                past_key_values=self._base_cache if cached else None,
+                use_cache=cached,
+                **{name: kwargs[name] for name in kept if name in kwargs},
+            ).last_hidden_state
+        if last:
+            return dict.fromkeys(sites, decoder.norm(leaving))
+        return {**streams, max(sites): leaving}
+
+    @contextmanager
+    def _recorded(self) -> Iterator[dict[int, Tensor]]:
+        self.forward_state.recorded = {}
+        try:
+            yield self.forward_state.recorded
+        finally:
+            self.forward_state.recorded = None
 
     # What a user asks of it
 
     @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The attached model computes exactly what the base model would, inside this context."""
+        before, self.forward_state.disabled = self.forward_state.disabled, True
+        try:
+            yield
+        finally:
+            self.forward_state.disabled = before
+
+    @contextmanager
     def intervention(
-        self, name: str, *, seed: int = 0, domain: str | None = None
+        self,
+        name: str,
+        *,
+        seed: int = 0,
+        domain: str | None = None,
+        strength: float = 1.0,
+        sites: Sequence[int] = (),
+        domains: Sequence[str] = (),
     ) -> Iterator[Intervention]:
         """Run the model with its control signal changed, inside this context only.
 
         Args:
             name: one of ``INTERVENTIONS``.
             seed: of the intervention's draws.
-            domain: the tokens' true domain, for ``oracle_domain``.
+            domain: the tokens' true domain, for ``oracle_domain`` and ``domains``.
+            strength: from 0 (intact) to 1: how much of the intervened signal is mixed in.
+            sites: that it changes; none given: all.
+            domains: whose tokens it changes; none given: all.
 
         Raises:
-            ValueError: an unknown name, an adapter that is not routed by an SAE, or an intervention
-                inside another.
+            ValueError: an unknown name or site, a strength out of range, an adapter that is not
+                routed by an SAE, or an intervention inside another.
             RuntimeError: the context ended and no control site had run inside it.
         """
         if name not in INTERVENTIONS:
@@ -250,24 +254,42 @@ class Adapter(nn.Module):
                 "interventions act on SAE routing; this adapter's routing is "
                 f"{self.shape.routing!r}"
             )
-        if self.active_intervention is not None:
-            running = type(self.active_intervention).__name__
-            raise ValueError(f"intervention {name!r} inside another ({running}): run one at a time")
-        self.active_intervention = INTERVENTIONS[name](seed=seed, domain=domain)
+        unknown = [site for site in sites if site not in self.sites]
+        if unknown:
+            raise ValueError(f"no control site {unknown[0]}: there are {list(self.sites)}")
+        running = self.forward_state.intervention
+        if running is not None:
+            raise ValueError(
+                f"intervention {name!r} inside another ({type(running).__name__}): "
+                "run one at a time"
+            )
+        intervention = INTERVENTIONS[name](
+            seed=seed, domain=domain, strength=strength, sites=tuple(sites), domains=tuple(domains)
+        )
+        self.forward_state.intervention = intervention
         try:
-            yield self.active_intervention
-            if not self.active_intervention.ran:
+            yield intervention
+            if not intervention.ran:
                 raise RuntimeError(f"intervention {name!r}: its control site never ran inside it")
         finally:
-            self.active_intervention = None
+            self.forward_state.intervention = None
 
     def routing(self) -> dict[int, Routing]:
-        """The last forward's gates [B, S, E] and rank masks [B, S, R] by site, detached."""
-        return {
-            layer: Routing(site.routing.gate.detach(), site.routing.mask.detach())
-            for layer, site in self.sites.items()
-            if site.routing is not None
-        }
+        """The last forward's gates [B, S, E] and rank masks [B, S, R] by site, detached.
+
+        With a router a module: their means over the site's modules.
+        """
+        found = {}
+        for layer, site in self.sites.items():
+            if site.routing is not None:
+                parts = (part.detach() for part in site.routing)
+                parts = (part.mean(-2) if self.shape.per_module else part for part in parts)
+                found[layer] = Routing(*parts)
+        return found
+
+    def real_tokens(self, stream: Tensor) -> Tensor:
+        """True on real tokens of the last forward, [B, S]; with a KV cache, the mask's end."""
+        return self.forward_state.real_tokens(stream)
 
     def parameter_count(self) -> int:
         """Trainable parameters, routers included."""
@@ -280,15 +302,6 @@ class Adapter(nn.Module):
         for sae in self.saes.values():
             sae.to(device)
         return self
-
-
-class _Constant:
-    """The scale source of layers that no site controls."""
-
-    scale = None
-
-
-_CONSTANT = _Constant()
 
 
 class _Frozen(dict):

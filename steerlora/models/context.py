@@ -32,7 +32,12 @@ class ContextState(NamedTuple):
 
 
 def average_so_far(
-    logits: Tensor, real: Tensor, context: str, decay: float, state: ContextState | None = None
+    logits: Tensor,
+    real: Tensor,
+    context: str,
+    decay: float,
+    state: ContextState | None = None,
+    restarts: Tensor | None = None,
 ) -> tuple[Tensor, ContextState]:
     """Average the logits over each sequence's real tokens up to and including every position.
 
@@ -49,6 +54,8 @@ def average_so_far(
         context: one of ``CONTEXTS``.
         decay: of ``ema``, in (0, 1).
         state: of the same sequences, where these tokens continue them (a KV cache).
+        restarts: [B, S], True where another sample begins in the same row (packing): nothing before
+            it counts. None: nowhere.
 
     Returns:
         [B, S, O] and the state after the last position.
@@ -61,28 +68,48 @@ def average_so_far(
     counted = logits * real.unsqueeze(-1)
     weights = real.to(logits.dtype).unsqueeze(-1)
     if context == "causal_mean":
-        totals = counted.cumsum(1) + state.total.unsqueeze(1)
-        weights = weights.cumsum(1) + state.weight.unsqueeze(1)
+        totals = _sums(counted, state.total, restarts)
+        weights = _sums(weights, state.weight, restarts)
     else:
-        totals, weights = _decayed_sums(counted, weights, real, decay, state)
+        totals, weights = _decayed_sums(counted, weights, real, decay, state, restarts)
     averages = totals / weights.clamp_min(torch.finfo(weights.dtype).tiny)
     return averages, ContextState(totals[:, -1], weights[:, -1])
 
 
+def _sums(columns: Tensor, carried: Tensor, restarts: Tensor | None) -> Tensor:
+    """Running sums of [B, S, O] from ``carried`` [B, O] on, from zero again at every restart."""
+    sums = columns.cumsum(1) + carried.unsqueeze(1)
+    if restarts is None:
+        return sums
+    positions = torch.arange(columns.shape[1], device=columns.device)
+    last = torch.where(restarts, positions, -1).cummax(1).values.unsqueeze(-1)
+    before = (sums - columns).gather(1, last.clamp_min(0).expand_as(sums))
+    return torch.where(last >= 0, sums - before, sums)
+
+
 def _decayed_sums(
-    counted: Tensor, weights: Tensor, real: Tensor, decay: float, state: ContextState
+    counted: Tensor,
+    weights: Tensor,
+    real: Tensor,
+    decay: float,
+    state: ContextState,
+    restarts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Sums with weight decay^(real tokens since), of logits [B, S, O] and of ones [B, S, 1]."""
     columns = torch.cat([counted, weights], -1)
     carried = torch.cat(state, -1)
+    sample = torch.zeros_like(real, dtype=torch.long) if restarts is None else restarts.cumsum(1)
+    carried_sample = torch.zeros_like(sample[:, :1])
     sums = []
     for start in range(0, columns.shape[1], CHUNK):
-        part = columns[:, start : start + CHUNK]
+        part, own = columns[:, start : start + CHUNK], sample[:, start : start + CHUNK]
         age = real[:, start : start + CHUNK].to(part.dtype).cumsum(1)
-        # [B, C, C]; later tokens have no say in earlier ones.
+        # [B, C, C]; later tokens have no say in earlier ones, nor other samples in this one.
         powers = decay ** (age.unsqueeze(2) - age.unsqueeze(1)).clamp_min(0)
-        part = powers.tril() @ part + (decay**age).unsqueeze(-1) * carried.unsqueeze(1)
-        carried = part[:, -1]
+        powers = powers.tril() * (own.unsqueeze(2) == own.unsqueeze(1))
+        fading = decay**age * (own == carried_sample)
+        part = powers @ part + fading.unsqueeze(-1) * carried.unsqueeze(1)
+        carried, carried_sample = part[:, -1], own[:, -1:]
         sums.append(part)
     joined = torch.cat(sums, 1)
     return joined[..., :-1], joined[..., -1:]

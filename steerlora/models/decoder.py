@@ -57,16 +57,27 @@ class EditedLayer(nn.Module):
 
 @contextmanager
 def edited(model: nn.Module, edits: dict[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Run ``model`` with the stream entering each given layer edited, inside this context only."""
-    layers = decoder_of(model).layers
-    original = {site: layers[site] for site in edits}
+    """Run ``model`` with the stream of each given site edited, inside this context only.
+
+    Site L is the stream that leaves the last layer. Whatever wraps a layer already stays, and runs
+    after the edit.
+    """
+    decoder = decoder_of(model)
+    original = {}
     for site, edit in edits.items():
-        layers[site] = EditedLayer(layers[site], edit)
+        owner, name = _reader(decoder, site)
+        original[site] = getattr(owner, name)
+        setattr(owner, name, EditedLayer(original[site], edit))
     try:
         yield
     finally:
-        for site, layer in original.items():
-            layers[site] = layer
+        for site, module in original.items():
+            setattr(*_reader(decoder, site), module)
+
+
+def _reader(decoder: nn.Module, site: int) -> tuple[nn.Module, str]:
+    """Whose child, and under which name, reads the stream of ``site``: a layer, or the norm."""
+    return (decoder, "norm") if site == len(decoder.layers) else (decoder.layers, str(site))
 
 
 def layer_range(model: nn.Module, start: int, stop: int) -> nn.Module:

@@ -18,6 +18,10 @@ class ScaleSource(Protocol):
 
     scale: Tensor | None
     """[..., E*R], the outer product of gate and mask times alpha / r; None: a constant."""
+    columns: Tensor | None
+    """The pairs that any token of this forward uses, where others can be left out; None: all."""
+    disabled: bool
+    """The layer is the base's own for now."""
 
 
 class LowRank(nn.Module):
@@ -50,7 +54,7 @@ class AdaptedLinear(nn.Module):
     Args:
         base: the frozen linear layer.
         low_rank: the specialists.
-        source: gives the scale of each token; its ``scale`` may be None.
+        source: gives the scale of each token.
         constant_scale: alpha / r, used where the source gives none (plain LoRA).
     """
 
@@ -74,11 +78,14 @@ class AdaptedLinear(nn.Module):
         # Flat throughout: in-place accumulation into a view would cost a copy in the backward.
         flat = x.reshape(-1, x.shape[-1])
         output = self.base(flat)
-        hidden = F.linear(flat, self.low_rank.A.to(x.dtype))
-        scale = self.source.scale
-        if scale is None:
-            hidden = hidden * self.constant_scale
-        else:
-            hidden = hidden * scale.flatten(0, -2).to(hidden.dtype)
-        output.addmm_(hidden, self.low_rank.B.to(output.dtype).t())
+        if not self.source.disabled:
+            A, B, scale = self.low_rank.A, self.low_rank.B, self.source.scale
+            if self.source.columns is not None:
+                A, B = A[self.source.columns], B[:, self.source.columns]
+            hidden = F.linear(flat, A.to(x.dtype))
+            if scale is None:
+                hidden = hidden * self.constant_scale
+            else:
+                hidden = hidden * scale.flatten(0, -2).to(hidden.dtype)
+            output.addmm_(hidden, B.to(output.dtype).t())
         return output.view(*x.shape[:-1], -1)

@@ -12,6 +12,8 @@ from steerlora.models.lowrank import AdaptedLinear
 from steerlora.models.sae import SparseAutoencoder
 
 ROUTINGS = ("none", "dense", "sae")
+ROUTERS = ("linear", "mlp", "prototype")
+SOURCES = ("inline", "base", "base_last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +25,22 @@ class AdapterShape:
             state at the site) or "sae" (gate and rank from the site's features).
         sites: control sites c_1 < c_2 < ...; site i controls layers [c_i, c_{i+1}). Plain LoRA uses
             the first only, as the first adapted layer.
+        source: of the signal: "inline" (the stream at the site), "base" (that of a separate forward
+            of the frozen base) or "base_last" (the final hidden state of such a forward).
+        router: "linear" or "mlp" (models/router.py), or "prototype" (models/prototypes.py).
+        router_hidden: H of "mlp".
+        per_module: a router for every adapted module, in place of one a site.
         specialists: E.
+        active: specialists active at first; None: all.
         rank: R of each specialist; the total rank is E * R for every routing.
         alpha: the update is scaled by alpha / R.
         top_k: specialists kept per token.
         temperature: tau of the gate.
+        prototypes: reweight a learnt gate by cosine to prototypes.
+        whitened, hard_gate, margin, null_specialist: of prototype routing.
         dynamic_rank: learn a token-dependent rank mask.
         initial_rank: effective rank at initialisation, as a fraction of R.
+        hard_rank: where no gradient is recorded, mask values below it are zero and not computed.
         context: of the control signal: "token", "causal_mean" or "ema" (see models/context.py).
         decay: of "ema", a real token.
         target_modules: last names of the linear layers that are adapted.
@@ -37,13 +48,24 @@ class AdapterShape:
 
     routing: str = "sae"
     sites: tuple[int, ...] = (0,)
+    source: str = "inline"
+    router: str = "linear"
+    router_hidden: int = 256
+    per_module: bool = False
     specialists: int = 4
+    active: int | None = None
     rank: int = 16
     alpha: float = 16.0
     top_k: int = 2
     temperature: float = 1.0
+    prototypes: bool = False
+    whitened: bool = True
+    hard_gate: bool = True
+    margin: float = 0.05
+    null_specialist: bool = True
     dynamic_rank: bool = True
     initial_rank: float = 0.75
+    hard_rank: float = 0.0
     context: str = "token"
     decay: float = 0.9
     target_modules: tuple[str, ...] = (
@@ -74,7 +96,9 @@ def find_targets(model: nn.Module, shape: AdapterShape) -> dict[str, tuple[nn.Mo
         )
     found: dict[str, tuple[nn.Module, nn.Module]] = {}
     for index in range(min(shape.sites), len(layers)):
-        layer = layers[index].layer if isinstance(layers[index], EditedLayer) else layers[index]
+        layer = layers[index]
+        while isinstance(layer, EditedLayer):
+            layer = layer.layer
         for path, module in layer.named_modules():
             adapted = isinstance(module, AdaptedLinear)
             plain = isinstance(module, nn.Linear) and not path.endswith(".base")
@@ -104,10 +128,13 @@ def refuse_adapted(model: nn.Module) -> None:
 
 def check_saes(shape: AdapterShape, saes: Mapping[int, SparseAutoencoder], width: int) -> None:
     """ValueError unless there is an SAE of the model's width for each site that needs one."""
-    if shape.routing not in ROUTINGS:
-        raise ValueError(f"routing {shape.routing!r}: choose from {', '.join(ROUTINGS)}")
+    for name, choices in {"routing": ROUTINGS, "router": ROUTERS, "source": SOURCES}.items():
+        if getattr(shape, name) not in choices:
+            raise ValueError(f"{name} {getattr(shape, name)!r}: choose from {', '.join(choices)}")
     if shape.routing != "sae":
         return
+    if shape.source == "base_last":
+        raise ValueError("source 'base_last' is a hidden state: no SAE of a site reads it")
     missing = [site for site in shape.sites if site not in saes]
     if missing:
         raise ValueError(f"no SAE for control site {missing[0]}; SAEs are given for {sorted(saes)}")

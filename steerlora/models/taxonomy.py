@@ -69,17 +69,20 @@ def classify(
     largest_variation: float = 0.8,
     domain_quantile: float = 0.8,
     least: int = 64,
+    drift: Tensor | None = None,
+    drift_quantile: float = 0.7,
 ) -> Taxonomy:
     """Sort the features (DESIGN: taxonomy; the published thresholds are the defaults).
 
     - general: frequency over all domains at or above its ``general_quantile``, and coefficient of
-      variation over domains at most ``largest_variation``;
+      variation over domains at most ``largest_variation``; and where ``drift`` [N] (from the base
+      to an instruction-tuned model) is given, that at or below its ``drift_quantile``;
     - domain d: mean activation less the mean over the other domains at or above its
       ``domain_quantile`` and positive, and not general.
 
     Where a rule leaves fewer than ``least`` (of few latents: an eighth of N), the nearest to
-    passing it are taken in: the most frequent by lowest variation, or the most selective. A feature
-    that is never active is in neither.
+    passing it are taken in: the frequent by lowest variation (those of little drift first), or the
+    most selective. A feature that is never active is in neither.
 
     Raises:
         ValueError: fewer than two domains: nothing to compare.
@@ -93,9 +96,11 @@ def classify(
     variation = frequency.std(0, unbiased=False) / overall
     variation = torch.where(overall > 0, variation, torch.inf)
     frequent = (overall >= overall.quantile(general_quantile)) & (overall > 0)
-    general = frequent & (variation <= largest_variation)
+    stable = torch.ones_like(frequent) if drift is None else drift <= drift.quantile(drift_quantile)
+    general = frequent & (variation <= largest_variation) & stable
     if general.sum() < least:
-        ranked = torch.where(frequent, variation, torch.inf)
+        # Of D numbers the variation is at most sqrt(D - 1): adding D puts the unstable ones last.
+        ranked = torch.where(frequent, variation + domains * ~stable, torch.inf)
         general = general | _smallest(ranked, least)
     others = (mean.sum(0, keepdim=True) - mean) / (domains - 1)
     selectivity = mean - others

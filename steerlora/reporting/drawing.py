@@ -13,11 +13,21 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from PIL import Image
 
-from steerlora.reporting.labels import BANNER
+from steerlora.reporting.labels import ADAPTERS, BANNER, METHOD, switch_of
 from steerlora.reporting.tables import number
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 PAPER = "#BBBBBB"
+METHOD_COLOURS = {
+    "lora": "#0072B2",
+    "o_lora": "#CC79A7",
+    "moe_lora": "#E69F00",
+    "x_lora": "#56B4E9",
+    "sc_lora": "#009E73",
+    "sc_lora_reference": "#888888",
+    METHOD: "#D55E00",
+}
+SWITCH_MARKERS = "^vsD<>h"
 WIDTH = 9.0
 """Inches; at 150 dots an inch this is 1350 pixels, sharp at a README's 900."""
 
@@ -32,6 +42,22 @@ STYLE = {
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
 }
+
+
+def colour_of(adapter: str) -> str:
+    """An adapter's colour, the same in every figure; our method lends its own to its switches."""
+    return METHOD_COLOURS.get(METHOD if switch_of(adapter) else adapter, "#000000")
+
+
+def marker_of(adapter: str) -> dict:
+    """An adapter's marker: filled, and hollow for a switch of our method, a shape each."""
+    colour = colour_of(adapter)
+    if switch_of(adapter) is None:
+        edge = {"markeredgecolor": "white", "markeredgewidth": 0.5}
+        return {"marker": "o", "color": colour, "markersize": 7} | edge
+    place = ADAPTERS.index(adapter) if adapter in ADAPTERS else len(adapter)
+    shape = SWITCH_MARKERS[place % len(SWITCH_MARKERS)]
+    return {"marker": shape, "color": colour, "markerfacecolor": "white", "markersize": 6}
 
 
 def save(figure: Figure, path: Path, *, meaningful: bool) -> Path:
@@ -63,14 +89,34 @@ def save(figure: Figure, path: Path, *, meaningful: bool) -> Path:
     return path
 
 
+def panels(count: int, *, columns: int, height: float, **shared: bool) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` panels in rows of up to ``columns``, ``height`` inches a row."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    width = min(WIDTH, 1.4 + (WIDTH - 1.4) * columns / 3)
+    figure = Figure(figsize=(width, 0.8 + height * rows))
+    axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+    for place, axis in enumerate(axes):
+        axis.set_visible(place < count)
+        # With shared axes matplotlib labels the last row alone, which may have gaps.
+        if place + columns >= count:
+            axis.tick_params(labelbottom=True)
+    return figure, axes[:count]
+
+
 def bars(
-    axis: Axes, bounds: Sequence[tuple[float, float, float]], index: int, count: int, label: str
+    axis: Axes,
+    bounds: Sequence[tuple[float, float, float]],
+    index: int,
+    count: int,
+    label: str,
+    colour: str = COLOURS[0],
 ) -> np.ndarray:
     """One series of a grouped bar chart from (value, low, high); returns the bars' centres."""
     width = 0.8 / count
     places = np.arange(len(bounds)) + width * (index - (count - 1) / 2)
     values, low, high = np.array(bounds, dtype=float).T
-    axis.bar(places, values, width * 0.92, color=COLOURS[index % len(COLOURS)], label=label)
+    axis.bar(places, values, width * 0.92, color=colour, label=label)
     axis.errorbar(
         places,
         values,
@@ -100,6 +146,7 @@ def heat_map(
     high: float,
     *,
     size: float,
+    digits: int = 2,
 ) -> AxesImage:
     """Values as colours and as text, which is dark on light cells and light on dark ones."""
     image = axis.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
@@ -108,7 +155,7 @@ def heat_map(
         axis.text(
             column,
             row,
-            number(value, 2),
+            number(value, digits),
             ha="center",
             va="center",
             fontsize=size,

@@ -1,13 +1,16 @@
-"""From score records to effects with intervals: gains, drops, reductions.
+"""From score records to effects with intervals: gains, and drops under interventions.
 
 A score record is the JSON object that a stage writes for one ``model``, ``adapter`` ("none" is the
 base model) and ``seed``, with the ``fingerprint`` of its artifact and the ``domains``:
 
 - evaluation: ``tasks`` {task: value, stderr, items, per_item}, ``averages`` {group: value, stderr}
   and ``routing`` (`RoutingHealth.result` or null); optional ``groups`` {group: tasks} and
-  ``target_tasks`` {domain: task}, without which gains are not paired by item;
+  ``target_tasks`` {domain: task}, without which gains are not paired by item; ``intervention`` and
+  ``phase`` ("training": trained under it too); ``routing_by_site`` {site: result} and
+  ``routing_history`` [step and `RoutingHealth.summary`];
 - ablation: ``interventions`` {name, "intact" among them: {domain: value, stderr, per_item}};
-- sequential: ``order``, ``sequence``, ``matrix``, ``stderr`` (see `forgetting`), ``items``.
+  optional ``doses`` {name: {strength below 1: the same}};
+- sequential: see `steerlora.reporting.sequences`.
 
 ``score_name`` and ``score_unit`` may say what the scores are. Every function here takes a list of
 records and returns a `Measure`, or None where those that it needs are not there.
@@ -15,17 +18,12 @@ records and returns a `Measure`, or None where those that it needs are not there
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from steerlora.evaluation import statistics
-from steerlora.evaluation.forgetting import (
-    positive_forgetting,
-    positive_forgetting_stderr,
-    score_matrix,
-)
 from steerlora.evaluation.statistics import Interval, Paired, Runs
 from steerlora.reporting.labels import BASE
 
@@ -42,6 +40,16 @@ def select(records: Iterable[dict], **where: object) -> list[dict]:
     """Records whose fields equal the given ones, by seed."""
     chosen = [r for r in records if all(r[key] == value for key, value in where.items())]
     return sorted(chosen, key=lambda record: record["seed"])
+
+
+def uncontrolled(evaluations: Iterable[dict]) -> list[dict]:
+    """Those of models as they are: neither evaluated nor trained under an intervention."""
+    return [r for r in evaluations if r.get("intervention") in (None, "none")]
+
+
+def retrained(evaluations: Iterable[dict]) -> list[dict]:
+    """Those of adapters that were trained, and then evaluated, under an intervention."""
+    return [r for r in evaluations if r.get("phase") == "training" and not uncontrolled([r])]
 
 
 def fingerprints(records: Iterable[dict]) -> tuple[str, ...]:
@@ -175,62 +183,39 @@ def drop_advantage(
     return Measure(f"controls less {spared}", interval, fingerprints(ablations))
 
 
-def reduction(
-    sequentials: list[dict],
-    adapter: str,
-    baseline: str,
-    keep: Callable[[dict], bool] = lambda record: True,
-    *,
-    seed: int = 0,
+def dose_strengths(ablations: list[dict]) -> dict[str, list[float]]:
+    """{intervention: its strengths below 1, rising}, of those that were run at any."""
+    found: dict[str, set[float]] = {}
+    for record in ablations:
+        for name, doses in record.get("doses", {}).items():
+            found.setdefault(name, set()).update(map(float, doses))
+    return {name: sorted(strengths) for name, strengths in found.items() if strengths}
+
+
+def dose_drop(
+    ablations: list[dict], intervention: str, strength: float, domains: Sequence[str]
 ) -> Measure | None:
-    """Percentage by which an adapter lowers mean positive forgetting, over orders and seeds.
+    """As `drop`, at a strength below 1."""
+    at_strength = [
+        record
+        | {"interventions": {"intact": record["interventions"]["intact"], intervention: dose}}
+        for record in ablations
+        for key, dose in record.get("doses", {}).get(intervention, {}).items()
+        if float(key) == strength
+    ]
+    return drop(at_strength, intervention, domains) if at_strength else None
+
+
+def retrained_drop(evaluations: list[dict], record_of: dict[int, dict]) -> Measure | None:
+    """Percentage drop of the mean target score of retrained controls, against intact adapters.
 
     Args:
-        sequentials: of one model.
-        keep: which records (orders) count.
+        evaluations: of intact adapters: one model and adapter.
+        record_of: {seed: evaluation of the retrained control}, of one intervention.
     """
-    kept = [record for record in sequentials if keep(record)]
-    keys = {
-        name: {(r["order"], r["seed"]) for r in select(kept, adapter=name)}
-        for name in (adapter, baseline)
-    }
-    shared = keys[adapter] & keys[baseline]
-    used = [
-        record
-        for record in kept
-        if record["adapter"] in keys and (record["order"], record["seed"]) in shared
-    ]
-    if not shared:
+    pairs = [(r, record_of[r["seed"]]) for r in evaluations if r["seed"] in record_of]
+    strata = _group_strata(pairs, "target") if pairs else None
+    if strata is None:
         return None
-    orders = sorted({order for order, _ in shared})
-    seeds = sorted({seed for _, seed in shared})
-    runs = [
-        _forgetting_runs(select(used, adapter=name), orders, seeds) for name in (baseline, adapter)
-    ]
-    items = max(record.get("items") or 0 for record in used)
-    interval = statistics.summary_reduction(*runs, items=items, seed=seed)
-    return Measure(f"{adapter} against {baseline}", interval, fingerprints(used))
-
-
-def _forgetting_runs(records: list[dict], orders: list[str], seeds: list[int]) -> Runs:
-    """Positive forgetting and its item error of every (order, seed), NaN where there is none."""
-    values = np.full((len(orders), len(seeds)), np.nan)
-    stderr = np.zeros_like(values)
-    for record in records:
-        scores, errors = ordered(record)
-        cell = orders.index(record["order"]), seeds.index(record["seed"])
-        values[cell] = positive_forgetting(scores)
-        stderr[cell] = positive_forgetting_stderr(scores, errors)
-    return Runs(values, stderr)
-
-
-def ordered(record: dict) -> tuple[np.ndarray, np.ndarray]:
-    """A sequential record's scores and standard errors, columns in the order of learning."""
-    where = {"sequence": record["sequence"], "domains": record["domains"]}
-    stderr = record.get("stderr") or np.zeros_like(np.asarray(record["matrix"], dtype=float))
-    return score_matrix(record["matrix"], **where), np.nan_to_num(score_matrix(stderr, **where))
-
-
-def instruction_first(record: dict) -> bool:
-    """Whether the broad instruction data comes before every narrower domain."""
-    return record["sequence"][0] == "instruction"
+    used = fingerprints(record for pair in pairs for record in pair)
+    return Measure("retrained", statistics.paired_drop(strata), used)

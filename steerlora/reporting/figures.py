@@ -1,4 +1,4 @@
-"""The figures of a report.
+"""The figures of a report: scale, and controls. Others: `routing_figures`, `sequence_figures`.
 
 Every function draws on a figure of its own and returns it, or None where its records are missing;
 `steerlora.reporting.drawing.save` writes it.
@@ -12,12 +12,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from steerlora.reporting import labels
-from steerlora.reporting.drawing import COLOURS, PAPER, STYLE, WIDTH, bars, heat_map, name_ticks
-from steerlora.reporting.effects import drop, gain, ordered, select
+from steerlora.reporting.drawing import (
+    COLOURS,
+    PAPER,
+    STYLE,
+    WIDTH,
+    bars,
+    colour_of,
+    name_ticks,
+    panels,
+)
+from steerlora.reporting.effects import dose_drop, dose_strengths, drop, gain, select
 from steerlora.reporting.labels import in_order, score_label
-
-MAX_ORDERS = 4
-"""Orders in one figure; more would not be readable."""
 
 PAPER_GAINS = {"instruction_following": (0.016, 0.052), "general_knowledge": (0.017, 0.023)}
 
@@ -56,7 +62,7 @@ def scale_gains(evaluations: list[dict]) -> Figure | None:
             for index, adapter in enumerate(adapters):
                 found = [measures[group, adapter, model] for model in models]
                 bounds = [m.interval[:3] if m else (np.nan,) * 3 for m in found]
-                bars(axis, bounds, index, len(adapters), adapter)
+                bars(axis, bounds, index, len(adapters), adapter, colour_of(adapter))
             if group in PAPER_GAINS:
                 axis.axhspan(*PAPER_GAINS[group], color=PAPER, zorder=0, label="paper's range")
             axis.set_title(labels.GROUPS[group])
@@ -64,7 +70,7 @@ def scale_gains(evaluations: list[dict]) -> Figure | None:
             axis.axhline(0, color="black", linewidth=0.8)
         axes[0].set_ylabel("gain over base")
         handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=len(names))
+        figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 5))
     return figure
 
 
@@ -109,120 +115,37 @@ def ablation_bars(ablations: list[dict], model: str, adapter: str) -> Figure | N
     return figure
 
 
-def forgetting_matrices(sequentials: list[dict], model: str) -> Figure | None:
-    """Scores after every stage: a row of heat maps a method, a column an order, seed means.
+def dose_response(ablations: list[dict], model: str, adapter: str) -> Figure | None:
+    """Drop of the mean target score by strength of an intervention: a panel each, others in grey.
 
-    Domains run in the order of learning, left to right, so stage i learns column i. At
-    most `MAX_ORDERS` orders are drawn.
+    Strength 0 is the intact adapter, 1 the intervention in full.
     """
-    records = select(sequentials, model=model)
-    if not records:
+    records = select(ablations, model=model, adapter=adapter)
+    strengths = dose_strengths(records)
+    if not strengths:
         return None
-    adapters = in_order((record["adapter"] for record in records), labels.ADAPTERS)
-    orders = in_order((record["order"] for record in records), ("broad_first", "broad_last"))
-    orders = orders[:MAX_ORDERS]
-    matrices = [
-        np.mean(
-            [ordered(r)[0] for r in select(records, adapter=adapter, order=order)] or [[[0]]],
-            axis=0,
-        )
-        for adapter in adapters
-        for order in orders
-    ]
-    low, high = min(m.min() for m in matrices), max(m.max() for m in matrices)
+    domains = records[0]["domains"]
+    curves = {}
+    for name in in_order(strengths, labels.INTERVENTIONS):
+        found = {at: dose_drop(records, name, at, domains) for at in strengths[name]}
+        found[1.0] = drop(records, name, domains)
+        known = [(at, *m.interval[:3]) for at, m in found.items() if m is not None]
+        # No strength, no change: the intact scores themselves.
+        curves[name] = np.array([(0.0, 0.0, 0.0, 0.0), *known]).T
     with rc_context(STYLE):
-        width = min(WIDTH, 1.4 + 3.0 * len(orders))
-        figure = Figure(figsize=(width, 0.5 + 2.75 * len(adapters)))
-        axes = figure.subplots(len(adapters), len(orders), squeeze=False)
-        for row, adapter in enumerate(adapters):
-            for column, order in enumerate(orders):
-                axis = axes[row, column]
-                found = select(records, adapter=adapter, order=order)
-                if not found:
-                    axis.axis("off")
-                    continue
-                sequence = found[0]["sequence"]
-                stages = ["base", *map(str, range(1, len(sequence) + 1))]
-                image = heat_map(
-                    axis,
-                    matrices[row * len(orders) + column],
-                    stages if column == 0 else None,
-                    sequence,
-                    low,
-                    high,
-                    size=7,
-                )
-                axis.set_title(f"{labels.adapter_label(adapter)}, {order}")
-                axis.tick_params(labelsize=8)
-                axis.tick_params(axis="x", rotation=90)
-                if column == 0:
-                    axis.set_ylabel("after stage")
-        figure.colorbar(image, ax=axes, label=score_label(records), shrink=0.8, aspect=30)
+        figure, axes = panels(len(curves), columns=4, height=2.2, sharex=True, sharey=True)
+        for axis, name in zip(axes, curves, strict=True):
+            for other, (at, value, _, _) in curves.items():
+                if other != name:
+                    axis.plot(at, value, color=PAPER, linewidth=0.8, zorder=1)
+            at, value, low, high = curves[name]
+            axis.fill_between(at, low, high, color=COLOURS[0], alpha=0.25, linewidth=0)
+            axis.plot(at, value, "o-", color=COLOURS[0], markersize=4)
+            axis.axhline(0, color="black", linewidth=0.8)
+            axis.set_title(name)
+            axis.set_xticks([0, 0.5, 1], ["0", "½", "1"])
+            axis.grid(axis="y")
+        figure.supxlabel("strength of the intervention", fontsize=10)
+        figure.supylabel("drop from intact (%)", fontsize=10)
+        figure.suptitle(f"{adapter} on {model}: {score_label(records)} lost", fontsize=10)
     return figure
-
-
-def gate_by_domain(evaluations: list[dict], model: str) -> Figure | None:
-    """Mean gate of every domain on every specialist, one heat map an adapter, side by side.
-
-    One seed: specialists have no identity across seeds, so an average over them shows nothing.
-    """
-    found = _routed(evaluations, model)
-    if not found:
-        return None
-    adapters = list(found)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(min(WIDTH, 1.8 + 3.4 * len(adapters)), 3.2))
-        axes = figure.subplots(1, len(adapters), squeeze=False)[0]
-        for index, (axis, adapter) in enumerate(zip(axes, adapters, strict=True)):
-            record = found[adapter][0]
-            gates = record["routing"]["gate_by_domain"]
-            values = np.array(list(gates.values()))
-            image = heat_map(
-                axis,
-                values,
-                list(gates) if index == 0 else None,
-                list(map(str, range(values.shape[1]))),
-                0.0,
-                1.0,
-                size=9,
-            )
-            axis.set_xlabel("specialist")
-            axis.set_title(
-                f"{adapter} (seed {record['seed']})\nmutual information "
-                f"{record['routing']['mutual_information']:.2f}, by chance "
-                f"{record['routing']['mutual_information_null']:.2f}"
-            )
-        figure.colorbar(image, ax=axes, label="mean gate")
-    return figure
-
-
-def rank_by_domain(evaluations: list[dict], model: str) -> Figure | None:
-    """Mean token rank (sum of the rank mask) by domain and adapter; dots are seeds."""
-    found = _routed(evaluations, model)
-    if not found:
-        return None
-    with rc_context(STYLE):
-        figure = Figure(figsize=(7.0, 3.2))
-        axis = figure.subplots()
-        domains = list(next(iter(found.values()))[0]["routing"]["rank_by_domain"])
-        for index, (adapter, records) in enumerate(found.items()):
-            ranks = np.array(
-                [[r["routing"]["rank_by_domain"].get(d, np.nan) for d in domains] for r in records]
-            )
-            means = ranks.mean(axis=0)
-            bounds = [(mean, np.nan, np.nan) for mean in means]
-            places = bars(axis, bounds, index, len(found), adapter)
-            for seed in ranks:
-                axis.plot(places, seed, "o", color="black", markersize=3, alpha=0.7)
-        name_ticks(axis, domains)
-        axis.set_ylabel("mean token rank")
-        axis.set_title(f"Effective rank by domain, {model} (dots: seeds)")
-        figure.legend(loc="outside right upper")
-    return figure
-
-
-def _routed(evaluations: list[dict], model: str) -> dict[str, list[dict]]:
-    """Evaluations of a model that carry routing health, by adapter; our method first."""
-    records = [record for record in select(evaluations, model=model) if record.get("routing")]
-    adapters = in_order((record["adapter"] for record in records), ("sc_lora", "moe_lora"))
-    return {adapter: select(records, adapter=adapter) for adapter in adapters}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from steerlora.evaluation.statistics import Interval, run_difference
 from steerlora.reporting.claims import Claim, meets, verdict
 from steerlora.reporting.effects import (
@@ -10,10 +12,10 @@ from steerlora.reporting.effects import (
     drop_advantage,
     fingerprints,
     gain,
-    instruction_first,
-    reduction,
     select,
 )
+from steerlora.reporting.health import OverTraining, over_training
+from steerlora.reporting.sequences import instruction_first, reduction
 from steerlora.reporting.tables import interval_text, number
 
 METHOD, DENSE, PLAIN = "sc_lora", "moe_lora", "lora"
@@ -28,7 +30,8 @@ def judge(
     """All eight claims, C1 to C8.
 
     Args:
-        evaluations, ablations, sequentials: score records; any may be empty.
+        evaluations: score records of models without any intervention; may be empty, like the rest.
+        ablations, sequentials: score records.
         main_model: the model that ablations and sequences are judged on.
     """
     own = select(ablations, model=main_model, adapter=METHOD)
@@ -223,25 +226,15 @@ def _collapse(evaluations: list[dict]) -> Claim:
     shared = [key for key in runs[METHOD] if key in runs[DENSE]]
     measures, note, agrees, interval = (), "", False, []
     if shared:
-        own, dense = ([runs[name][key]["routing"] for key in shared] for name in (METHOD, DENSE))
+        pairs = [over_training(runs[METHOD][key], runs[DENSE][key]) for key in shared]
+        own, dense = zip(*pairs, strict=True)
         entropy = run_difference(
-            [routing["usage_entropy"] for routing in dense],
-            [routing["usage_entropy"] for routing in own],
+            [run.usage_entropy for run in dense], [run.usage_entropy for run in own]
         )._replace(seeds=len({seed for _, seed in shared}))
         used = fingerprints(runs[name][key] for name in runs for key in shared)
         measures, interval = (Measure(f"{METHOD} less {DENSE}", entropy, used),), [entropy]
-        dead_own, dead_dense = (
-            sum(routing["dead_specialists"] > 0 for routing in side) for side in (own, dense)
-        )
-        agrees = dead_own == 0 and 2 * dead_dense >= len(shared)
-        note = (
-            f"Runs with a dead specialist, of {len(shared)}: {METHOD} {dead_own}, {DENSE} "
-            f"{dead_dense}. Largest load: {METHOD} "
-            f"{number(max(routing['max_load'] for routing in own), 2)}, {DENSE} "
-            f"{number(max(routing['max_load'] for routing in dense), 2)}."
-        )
-        if len(shared) == 1:
-            note += " One run a side: no interval."
+        agrees = not any(run.died for run in own) and 2 * sum(r.died for r in dense) >= len(shared)
+        note = _collapse_note(own, dense)
     return Claim(
         id="C8",
         text="SAE routing prevents the expert collapse of dense-state routing",
@@ -250,11 +243,41 @@ def _collapse(evaluations: list[dict]) -> Claim:
         high=None,
         unit="usage entropy / log E",
         definition=(
-            f"Usage entropy of {METHOD}'s gates less that of {DENSE}'s, in units of log E, over "
-            "all runs (model, seed) that both have, on the evaluation's tokens. In range: also "
-            f"no run of {METHOD} has a dead specialist and at least half of {DENSE}'s do."
+            f"Usage entropy of {METHOD}'s gates less that of {DENSE}'s, in units of log E, mean "
+            "over the training's measurements (a batch each) and the final evaluation's tokens, "
+            "over all runs (model, seed) that both have. In range: also no run of "
+            f"{METHOD} has a dead specialist at any measurement after the first, and at least "
+            f"half of {DENSE}'s do."
         ),
         measures=measures,
         verdict=verdict(interval, agrees=agrees),
         note=note,
     )
+
+
+def _collapse_note(own: Sequence[OverTraining], dense: Sequence[OverTraining]) -> str:
+    def ends(which: str) -> str:
+        """Means over runs of one point of training."""
+        return " and ".join(
+            number(sum(getattr(run, which) for run in side) / len(side), 2) for side in (own, dense)
+        )
+
+    count = len(own)
+    parts = [
+        f"Runs with a dead specialist, of {count}: {METHOD} {sum(r.died for r in own)}, {DENSE} "
+        f"{sum(r.died for r in dense)}.",
+        f"Largest load: {METHOD} {number(max(r.max_load for r in own), 2)}, {DENSE} "
+        f"{number(max(r.max_load for r in dense), 2)}.",
+    ]
+    measured = [run.measurements for run in own]
+    if max(measured) > 1:
+        parts.append(
+            f"Usage entropy of {METHOD} and {DENSE}: at first {ends('first_entropy')}, lowest "
+            f"{ends('lowest_entropy')}, at evaluation {ends('last_entropy')}."
+        )
+    if min(measured) == 1:
+        late = sum(times == 1 for times in measured)
+        parts.append(f"Runs without a history of training, judged at evaluation alone: {late}.")
+    if count == 1:
+        parts.append("One run a side: no interval.")
+    return " ".join(parts)

@@ -9,7 +9,30 @@ BANNER = "numbers are meaningless (smoke run)"
 BASE = "none"
 """The adapter name of the base model in score records."""
 
-ADAPTERS = ("none", "lora", "moe_lora", "sc_lora")
+METHOD = "sc_lora_context"
+"""The adapter name of the project's own method; ``<METHOD>_<switch>`` has one switch turned."""
+
+SWITCHES = {
+    "soft": "soft gate",
+    "no_margin": "no margin",
+    "free": "nothing frozen",
+    "no_null": "no null specialist",
+    "plain": "not whitened",
+    "token": "each token alone",
+    "dense": "hidden states, no SAE",
+}
+
+ADAPTERS = (
+    BASE,
+    "lora",
+    "o_lora",
+    "moe_lora",
+    "x_lora",
+    "sc_lora",
+    "sc_lora_reference",
+    METHOD,
+    *(f"{METHOD}_{switch}" for switch in SWITCHES),
+)
 
 GROUPS = {
     "instruction_following": "Instruction following",
@@ -50,6 +73,12 @@ METRICS = {
 def adapter_label(name: str) -> str:
     """What a table calls an adapter."""
     return "base" if name == BASE else name
+
+
+def switch_of(name: str) -> str | None:
+    """What is turned in the project's own method; None for any other adapter."""
+    _, own, switch = name.partition(f"{METHOD}_")
+    return SWITCHES.get(switch, switch.replace("_", " ")) if own and switch else None
 
 
 def in_order(names: Iterable[str], known: Iterable[str]) -> list[str]:

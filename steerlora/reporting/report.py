@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from rich.table import Table as TerminalTable
 
-from steerlora.reporting import contents, figures
+from steerlora.reporting import figures, routing_figures, sequence_figures
 from steerlora.reporting.claims import (
     Claim,
     claims_grid,
@@ -19,11 +19,16 @@ from steerlora.reporting.claims import (
     claims_markdown,
     claims_terminal,
 )
+from steerlora.reporting.controls import ablation_table, retrained_table
 from steerlora.reporting.drawing import save
-from steerlora.reporting.effects import fingerprints
+from steerlora.reporting.effects import fingerprints, retrained, uncontrolled
 from steerlora.reporting.judging import METHOD, judge
 from steerlora.reporting.labels import BANNER
-from steerlora.reporting.tables import Table, markdown_grid, write_table
+from steerlora.reporting.method import method_table
+from steerlora.reporting.orders import forgetting_table, order_effects_table
+from steerlora.reporting.scale import scale_table
+from steerlora.reporting.sequences import apart_by_replay
+from steerlora.reporting.tables import Table, markdown_parts, write_table
 
 PACKAGES = (
     "torch",
@@ -44,9 +49,16 @@ PACKAGES = (
 FIGURES = {
     "scale_gains": "Gain over the base model, with 95 % intervals.",
     "ablation": "What the SAE signal carries: drop of target scores under interventions.",
+    "dose_response": "The same by strength of the intervention, with 95 % intervals.",
+    "method": "The project's own method, the others, and each of its switches turned: means over "
+    "orders and seeds with 95 % intervals, and the orders below; dashed lines are the aims.",
+    "pareto": "What is learnt against what is forgotten, by method, with 95 % intervals.",
     "forgetting_matrices": "Score of every domain after every stage of a sequence.",
+    "general_drift": "How far general features move as domains are learnt, with 95 % intervals.",
     "gate_by_domain": "Which specialist each domain uses.",
-    "rank_by_domain": "How much rank each domain uses.",
+    "rank_by_domain": "How much rank each domain uses, at the first control site.",
+    "rank_by_layer": "How much rank each domain uses, at every control site.",
+    "routing_over_time": "How evenly specialists are used in the course of training.",
 }
 
 
@@ -58,8 +70,7 @@ class Report:
         directory: where it is.
         files: every file written, in the order of writing.
         claims: C1 to C8, judged.
-        tables: plain numbers by table name (``scale``, ``ablation``, ``forgetting``), those that
-            had records.
+        tables: plain numbers by table name (see `_tables`), those that had records.
         terminal: what to print: the claims. The other tables are too wide for a terminal.
     """
 
@@ -88,18 +99,19 @@ def write_report(
 
     Args:
         directory: made if need be.
-        evaluations, ablations, sequentials: score records, see `steerlora.reporting.effects`.
+        evaluations: score records (`steerlora.reporting.effects`); those under an intervention
+            may be among them, and enter the table of retrained controls alone.
+        ablations, sequentials: score records, see there and `steerlora.reporting.sequences`.
         name: of the experiment, for headings.
         meaningful: False marks everything as a smoke run.
         provenance: anything JSON that says where the numbers came from (config, times, commit).
         main_model: the model whose ablation, sequences and routing are shown and judged.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    built = {
-        "scale": contents.scale_table(evaluations, meaningful=meaningful),
-        "ablation": contents.ablation_table(ablations),
-        "forgetting": contents.forgetting_table(sequentials, meaningful=meaningful),
-    }
+    provided = [*evaluations, *ablations, *sequentials]
+    controls, evaluations = retrained(evaluations), uncontrolled(evaluations)
+    sequentials = apart_by_replay(sequentials)
+    built = _tables(evaluations, controls, ablations, sequentials, main_model, meaningful)
     tables = [table for table in built.values() if table is not None]
     claims = judge(evaluations, ablations, sequentials, main_model=main_model)
 
@@ -111,9 +123,7 @@ def write_report(
     texts = {
         "claims.md": claims_markdown(claims, name=name, meaningful=meaningful),
         "claims.json": claims_json(claims, name=name, meaningful=meaningful),
-        "provenance.json": _provenance(
-            provenance, name, meaningful, [*evaluations, *ablations, *sequentials]
-        ),
+        "provenance.json": _provenance(provenance, name, meaningful, provided),
         "results.md": _index(name, meaningful, claims, tables, drawn),
     }
     for file, text in texts.items():
@@ -125,6 +135,24 @@ def write_report(
         tables={table.name: table.data for table in tables},
         terminal=claims_terminal(claims, name=name, meaningful=meaningful),
     )
+
+
+def _tables(
+    evaluations: list[dict],
+    controls: list[dict],
+    ablations: list[dict],
+    sequentials: list[dict],
+    main_model: str,
+    meaningful: bool,
+) -> dict[str, Table | None]:
+    return {
+        "scale": scale_table(evaluations, meaningful=meaningful),
+        "ablation": ablation_table(ablations),
+        "retrained": retrained_table(controls, evaluations, ablations),
+        "forgetting": forgetting_table(sequentials, meaningful=meaningful),
+        "order_effects": order_effects_table(sequentials),
+        "method": method_table(sequentials, main_model, meaningful=meaningful),
+    }
 
 
 def _remove(directory: Path, tables: dict[str, Table | None]) -> None:
@@ -147,9 +175,15 @@ def _draw(
     drawn = {
         "scale_gains": figures.scale_gains(evaluations),
         "ablation": figures.ablation_bars(ablations, main_model, METHOD),
-        "forgetting_matrices": figures.forgetting_matrices(sequentials, main_model),
-        "gate_by_domain": figures.gate_by_domain(evaluations, main_model),
-        "rank_by_domain": figures.rank_by_domain(evaluations, main_model),
+        "dose_response": figures.dose_response(ablations, main_model, METHOD),
+        "method": sequence_figures.method(sequentials, main_model),
+        "pareto": sequence_figures.pareto(sequentials, main_model),
+        "forgetting_matrices": sequence_figures.forgetting_matrices(sequentials, main_model),
+        "general_drift": sequence_figures.general_drift(sequentials, main_model),
+        "gate_by_domain": routing_figures.gate_by_domain(evaluations, main_model),
+        "rank_by_domain": routing_figures.rank_by_domain(evaluations, main_model),
+        "rank_by_layer": routing_figures.rank_by_layer(evaluations, main_model),
+        "routing_over_time": routing_figures.routing_over_time(evaluations, main_model),
     }
     return [
         save(figure, directory / f"{name}.png", meaningful=meaningful)
@@ -190,9 +224,8 @@ def _index(
     ]
     for table in tables:
         parts += [
-            f"## {table.name.capitalize()}",
-            table.caption,
-            markdown_grid(table.columns, table.rows),
+            f"## {table.name.replace('_', ' ').capitalize()}",
+            *markdown_parts(table),
             f"As [CSV]({table.name}.csv), [LaTeX]({table.name}.tex).",
         ]
     if drawn:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
+from steerlora.evaluation.statistics import Interval, combined_error
 from steerlora.reporting.labels import BANNER
 
 MISSING = "–"
@@ -29,6 +31,7 @@ class Table(NamedTuple):
         data: plain numbers, one row an observation; what the CSV file and W&B get.
         columns: headings of the table for people.
         rows: its cells, one list a row.
+        notes: sentences to stand under the table.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Table(NamedTuple):
     data: pd.DataFrame
     columns: list[str]
     rows: list[list[Cell]]
+    notes: tuple[str, ...] = ()
 
 
 def write_table(table: Table, directory: Path, *, meaningful: bool) -> list[Path]:
@@ -59,9 +63,15 @@ def write_table(table: Table, directory: Path, *, meaningful: bool) -> list[Path
 
 
 def markdown(table: Table, *, meaningful: bool) -> str:
-    """The table in GitHub's Markdown: banner if need be, caption, table."""
+    """The table in GitHub's Markdown: banner if need be, caption, table, notes."""
     parts = [] if meaningful else [f"> **{BANNER}**"]
-    return "\n\n".join([*parts, table.caption, markdown_grid(table.columns, table.rows)]) + "\n"
+    return "\n\n".join([*parts, *markdown_parts(table)]) + "\n"
+
+
+def markdown_parts(table: Table) -> list[str]:
+    """Caption, table and notes, a paragraph each."""
+    parts = [table.caption, markdown_grid(table.columns, table.rows)]
+    return [*parts, "\n".join(f"- {note}" for note in table.notes)] if table.notes else parts
 
 
 def markdown_grid(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
@@ -97,6 +107,7 @@ def latex(table: Table, *, meaningful: bool) -> str:
         *(f"{row} \\\\" for row in body),
         "\\bottomrule",
         "\\end{tabular}",
+        *(f"\\par {escape(note)}" for note in table.notes),
         "\\end{table}",
     ]
     return "\n".join(lines) + "\n"
@@ -132,6 +143,28 @@ def interval_text(
         return MISSING
     known = MISSING not in (low, high)
     return f"{value}{unit} [{low}, {high}]" if known else f"{value}{unit}"
+
+
+def plus_minus(value: float, error: float) -> str:
+    """``value ± error``, or the value alone where the error is not known."""
+    text = number(value)
+    return text if MISSING in (text, number(error)) else f"{text} ± {number(error)}"
+
+
+def mean_and_error(name: str, scores: Sequence[Mapping | None]) -> dict[str, float]:
+    """Columns ``name`` and ``name_stderr`` of a CSV file: scores of several seeds, or NaN."""
+    known = [score for score in scores if score is not None and score["value"] is not None]
+    if not known:
+        return {name: np.nan, f"{name}_stderr": np.nan}
+    values = [score["value"] for score in known]
+    errors = [score.get("stderr") or 0.0 for score in known]
+    return {name: float(np.mean(values)), f"{name}_stderr": combined_error(values, errors)}
+
+
+def interval_fields(name: str, interval: Interval | None, unit: str = "") -> dict[str, float]:
+    """Columns ``name(_unit)``, ``name_low`` and ``name_high`` of a CSV file."""
+    value, low, high = interval[:3] if interval is not None else (np.nan,) * 3
+    return {f"{name}_{unit}" if unit else name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def best_cells(values: Sequence[float], errors: Sequence[float], *, meaningful: bool) -> list[bool]:

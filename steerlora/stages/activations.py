@@ -1,4 +1,4 @@
-"""Stage ``activations``: the residual streams at the control sites, over all domains' text."""
+"""Stage ``activations``: the streams at control and monitor sites, over all domains' text."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationSettings:
-    """Attributes: max_tokens: over all text; max_length: of a row; seed: of the order of rows."""
+    """Attributes: sites: of control; monitor: a site beside them, None where there is no other;
+    max_tokens: over all text; max_length: of a row; seed: of the order of rows."""
 
     sites: tuple[int, ...]
+    monitor: int | None
     domains: tuple[str, ...]
     max_tokens: int
     max_length: int
@@ -31,8 +33,10 @@ class ActivationSettings:
 
 
 def step(config: Config) -> Step:
+    control = config.control
     settings = ActivationSettings(
-        sites=tuple(config.control.sites),
+        sites=tuple(control.sites),
+        monitor=None if control.monitor in control.sites else control.monitor,
         domains=tuple(config.domains.names),
         max_tokens=config.sae.max_tokens,
         max_length=config.trainer.max_length,
@@ -50,6 +54,11 @@ def build(context: Context) -> dict:
         raise UserError(
             f"control.sites={list(settings.sites)}: the model has layers 0 to {layers - 1}"
         )
+    if (settings.monitor or 0) > layers:
+        raise UserError(
+            f"control.monitor={settings.monitor}: the model has {layers} layers; {layers} is the "
+            "stream that leaves them"
+        )
     source = context.inputs["domains"]
     rows, _ = training_rows(source, list(settings.domains), tokenizer, settings.max_length)
     # As much general text as of one domain, so that features cover what adapters must not disturb.
@@ -61,7 +70,7 @@ def build(context: Context) -> dict:
         store = harvest(
             model,
             _one_epoch(rows, tokenizer.pad_token_id, settings.seed),
-            settings.sites,
+            settings.sites if settings.monitor is None else (*settings.sites, settings.monitor),
             context.directory / "activations",
             max_tokens=settings.max_tokens,
             progress=lambda tokens: task.advance(tokens, tokens=tokens),

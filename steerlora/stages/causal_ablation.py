@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 from steerlora.artifacts import write_json
-from steerlora.config import Config, EvaluationConfig, LoggerConfig
+from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
 from steerlora.errors import UserError, nearest
 from steerlora.evaluation.scoring import Scorer
 from steerlora.formats.adapter import load_adapter
@@ -20,9 +21,13 @@ INTACT = "intact"
 
 @dataclass(frozen=True, kw_only=True)
 class AblationSettings:
-    """Attributes: interventions: names of the controls; seed: of the adapter and of every draw."""
+    """Attributes: interventions: names of the controls; doses: strengths below 1 at which they are
+    repeated; intervention: strength, sites and domains of all of them; seed: of the adapter and of
+    every draw."""
 
     interventions: tuple[str, ...]
+    doses: tuple[float, ...]
+    intervention: InterventionConfig
     evaluation: EvaluationConfig
     model: str
     adapter: str
@@ -43,6 +48,8 @@ def step(config: Config) -> Step:
         )
     settings = AblationSettings(
         interventions=names,
+        doses=tuple(config.study.doses),
+        intervention=config.intervention,
         evaluation=config.evaluation,
         model=config.model.name,
         adapter=config.adapter.name,
@@ -56,7 +63,13 @@ def step(config: Config) -> Step:
         "intact": evaluate.step(config),
     }
     label = f"causal_ablation {config.model.name} {config.adapter.name} seed {config.seed}"
-    return Step("causal_ablation", settings, inputs, label, cost=4 * len(names))
+    return Step(
+        "causal_ablation",
+        settings,
+        inputs,
+        label,
+        cost=4 * len(names) * (1 + len(config.study.doses)),
+    )
 
 
 def build(context: Context) -> dict:
@@ -68,15 +81,23 @@ def build(context: Context) -> dict:
     intact = context.inputs["intact"].json(evaluate.SCORES)
     tasks = {name: intact["tasks"][scorer.domains.target_tasks[name]] for name in names}
     scores = {INTACT: {name: _record(**task) for name, task in tasks.items()}}
-    total = len(settings.interventions) * len(names)
+    strengths = (settings.intervention.strength, *settings.doses)
+    doses: dict[str, dict[str, dict]] = {}
+    total = len(settings.interventions) * len(strengths) * len(names)
     with context.progress.task(context.label, total, unit="score") as task:
-        for intervention in settings.interventions:
-            scores[intervention] = {}
+        for intervention, strength in product(settings.interventions, strengths):
+            changed = replace(
+                settings.intervention, name=intervention, strength=strength, seed=settings.seed
+            )
+            found = {}
             for name in names:
-                with adapter.intervention(intervention, seed=settings.seed, domain=name):
-                    score = scorer.targets([name])[name]
-                scores[intervention][name] = _record(**score.as_dict())
-                task.advance(note=f"{intervention} {name}")
+                with evaluate.control(adapter, changed, name):
+                    found[name] = _record(**scorer.targets([name])[name].as_dict())
+                task.advance(note=f"{intervention} {strength:g} {name}")
+            if strength in settings.doses:
+                doses.setdefault(intervention, {})[f"{strength:g}"] = found
+            else:
+                scores[intervention] = found
     record = {
         "model": settings.model,
         "adapter": settings.adapter,
@@ -84,6 +105,7 @@ def build(context: Context) -> dict:
         "fingerprint": context.fingerprint,
         "domains": list(names),
         "interventions": scores,
+        "doses": doses,
     }
     write_json(context.directory / RESULT, record)
     means = {
@@ -109,5 +131,5 @@ def _record(*, value: float, stderr: float, items: int, per_item: list[float], *
 
 
 STAGE = register(
-    Stage("causal_ablation", 1, build, skip=frozenset({"logger", "evaluation.batch_size"}))
+    Stage("causal_ablation", 2, build, skip=frozenset({"logger", "evaluation.batch_size"}))
 )

@@ -10,16 +10,14 @@ import torch
 from steerlora.artifacts import Artifact, write_json
 from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
 from steerlora.data.chat import collate, encode_chats
-from steerlora.errors import UserError, nearest
 from steerlora.evaluation.harness import averages
 from steerlora.evaluation.routing import RoutingHealth
 from steerlora.evaluation.scoring import Scorer
 from steerlora.formats.adapter import load_adapter
 from steerlora.models.adapter import Adapter
 from steerlora.models.decoder import decoder_of
-from steerlora.models.interventions import INTERVENTIONS
 from steerlora.pipeline import Context, Stage, Step, register
-from steerlora.stages import adapter_training, base, domains
+from steerlora.stages import adapter_training, adapting, base, domains
 from steerlora.stages.common import load_base, read_rows, run_log
 
 SCORES = "scores.json"
@@ -40,17 +38,8 @@ class EvaluationSettings:
 def step(config: Config, *, adapted: bool = True) -> Step:
     """Scores of the adapter, or (``adapted=False``) of the base alone."""
     intervention = config.intervention if adapted else InterventionConfig()
-    if intervention.name != "none":
-        if intervention.name not in INTERVENTIONS:
-            raise UserError(
-                f"intervention.name={intervention.name}: "
-                + nearest(intervention.name, INTERVENTIONS)
-            )
-        if config.adapter.routing != "sae":
-            raise UserError(
-                f"intervention={intervention.name} acts on SAE routing; "
-                f"adapter={config.adapter.name} has routing {config.adapter.routing}"
-            )
+    if adapted:
+        adapting.check_intervention(config)
     settings = EvaluationSettings(
         evaluation=config.evaluation,
         intervention=intervention,
@@ -64,6 +53,7 @@ def step(config: Config, *, adapted: bool = True) -> Step:
         inputs["adapter"] = adapter_training.step(config)
     what = f"{config.adapter.name} seed {config.seed}" if adapted else "base"
     changed = "" if intervention.name == "none" else f" {intervention.name}"
+    changed += " retrained" if changed and intervention.phase == "training" else ""
     return Step(
         "evaluate", settings, inputs, f"evaluate {config.model.name} {what}{changed}", cost=10
     )
@@ -82,13 +72,18 @@ def build(context: Context) -> dict:
     scores = {}
     with context.progress.task(context.label, len(names), unit="task") as task:
         for name in names:
-            with _control(adapter, settings.intervention, owners.get(name)):
+            with control(adapter, settings.intervention, owners.get(name)):
                 scores |= scorer.tasks([name])
             task.advance(note=name)
+    routing = _routing(source, model, tokenizer, adapter, settings)
+    history = []
+    if adapter is not None:
+        history = context.inputs["adapter"].json(adapter_training.HISTORY)["routing"]
     record = {
         "model": settings.model,
         "adapter": settings.adapter,
         "intervention": settings.intervention.name,
+        "phase": settings.intervention.phase,
         "seed": settings.seed,
         "domains": list(scorer.domains.names),
         "fingerprint": context.fingerprint,
@@ -96,7 +91,9 @@ def build(context: Context) -> dict:
         "groups": scorer.domains.groups,
         "tasks": {name: score.as_dict() for name, score in scores.items()},
         "averages": averages(scores, scorer.domains),
-        "routing": _routing(source, model, tokenizer, adapter, settings),
+        "routing": next(iter(routing.values()), None),
+        "routing_by_site": routing,
+        "routing_history": history,
         "stand_ins": scorer.stand_ins,
     }
     write_json(context.directory / SCORES, record)
@@ -112,25 +109,38 @@ def build(context: Context) -> dict:
     return figures
 
 
-def _control(adapter: Adapter | None, intervention: InterventionConfig, domain: str | None):
+def control(adapter: Adapter | None, config: InterventionConfig, domain: str | None):
     """The intervention's context; a task that is no domain's own has no oracle."""
-    oracle = intervention.name == "oracle_domain"
-    if adapter is None or intervention.name == "none" or (oracle and domain is None):
+    oracle = config.name == "oracle_domain"
+    if adapter is None or config.name == "none" or (oracle and domain is None):
         return nullcontext()
-    return adapter.intervention(intervention.name, seed=intervention.seed, domain=domain)
+    return adapter.intervention(
+        config.name,
+        seed=config.seed,
+        domain=domain,
+        strength=config.strength,
+        sites=config.sites,
+        domains=config.domains,
+    )
 
 
 @torch.no_grad()
 def _routing(
     source: Artifact, model, tokenizer, adapter: Adapter | None, settings: EvaluationSettings
-) -> dict | None:
-    """Routing health over the held-out rows of every domain, at the first control site."""
-    if adapter is None or not adapter.sites:
-        return None
+) -> dict[str, dict]:
+    """{site: routing health} over the held-out rows of every domain."""
+    if adapter is None:
+        return {}
     names = source.json("domains.json")["names"]
-    health = RoutingHealth(names, adapter.shape.specialists, seed=settings.seed)
+    active = adapter.active
+    if adapter.shape.router == "prototype" and adapter.sites:
+        active = adapter.routers[str(min(adapter.sites))].met[:-1]
+    health = {
+        site: RoutingHealth(names, adapter.shape.specialists, active=active, seed=settings.seed)
+        for site in adapter.sites
+    }
     size = settings.evaluation.batch_size
-    for owner, name in enumerate(names):
+    for owner, name in enumerate(names) if health else ():
         rows = encode_chats(
             tokenizer, read_rows(source / f"heldout/{name}.jsonl"), settings.evaluation.max_length
         )
@@ -143,11 +153,12 @@ def _routing(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             )
             real = batch.attention_mask.bool()
-            routing = adapter.routing()[min(adapter.sites)]
             owners = batch.domains[:, None].expand_as(real)[real]
             sequences = torch.arange(len(chosen), device=real.device)[:, None].expand_as(real)[real]
-            health.update(routing.gate[real], routing.mask[real].sum(-1), owners, start + sequences)
-    return health.result()
+            for site, routing in adapter.routing().items():
+                ranks = routing.mask[real].sum(-1)
+                health[site].update(routing.gate[real], ranks, owners, start + sequences)
+    return {str(site): seen.result() for site, seen in health.items()}
 
 
-STAGE = register(Stage("evaluate", 1, build, skip=frozenset({"logger", "evaluation.batch_size"})))
+STAGE = register(Stage("evaluate", 2, build, skip=frozenset({"logger", "evaluation.batch_size"})))

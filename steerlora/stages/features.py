@@ -1,6 +1,8 @@
 """Stage ``features``: which features are general, which a domain's own, and what they mean.
 
 Only training text is read, one batch at a time; padding and each row's first token are left out.
+Where an instruction-tuned version of the base is given, general features are those besides that
+drift little from the one to the other.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
-from steerlora.artifacts import write_json
+from steerlora.artifacts import Artifact, write_json
 from steerlora.config import Config, FeaturesConfig, LoggerConfig
 from steerlora.data.activations import first_real_token
 from steerlora.data.chat import collate
@@ -25,7 +28,13 @@ from steerlora.models.sparse import SparseFeatures
 from steerlora.models.taxonomy import FeatureStatistics, Taxonomy, classify
 from steerlora.pipeline import Context, Stage, Step, register
 from steerlora.stages import base, domains, sae_training
-from steerlora.stages.common import load_base, run_log, training_rows
+from steerlora.stages.common import (
+    identity_of,
+    load_base,
+    open_pretrained,
+    run_log,
+    training_rows,
+)
 
 WEIGHTS, LISTING, TABLE = "features.safetensors", "features.json", "features.md"
 BATCH_SIZE = 64
@@ -35,11 +44,13 @@ WINDOW = 6
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSettings:
-    """Attributes: site: of the control signal; max_length: of a row."""
+    """Attributes: site: of the stream; max_length: of a row; identity: of the files behind
+    ``features.instruct_model``, empty where none are given."""
 
     features: FeaturesConfig
     site: int
     max_length: int
+    identity: str
     logger: LoggerConfig
 
 
@@ -63,20 +74,34 @@ class _Tokens(NamedTuple):
 def steps(config: Config) -> tuple[Step, ...]:
     """One step a control site."""
     return tuple(
-        Step(
-            "features",
-            FeatureSettings(
-                features=config.features,
-                site=site,
-                max_length=config.trainer.max_length,
-                logger=config.logger,
-            ),
-            {"domains": domains.step(config), "base": base.step(config), "sae": sae},
-            f"features {config.model.name} site {site}",
-            cost=10,
-        )
+        _step(config, site, sae)
         for site, sae in zip(config.control.sites, sae_training.steps(config), strict=True)
     )
+
+
+def monitor_step(config: Config) -> Step | None:
+    """The features of the monitor site."""
+    sae = sae_training.monitor_step(config)
+    return None if sae is None else _step(config, config.control.monitor, sae)
+
+
+def _step(config: Config, site: int, sae: Step) -> Step:
+    instruct = config.features.instruct_model
+    settings = FeatureSettings(
+        features=config.features,
+        site=site,
+        max_length=config.trainer.max_length,
+        identity=identity_of(instruct) if instruct else "",
+        logger=config.logger,
+    )
+    inputs = {"domains": domains.step(config), "base": base.step(config), "sae": sae}
+    return Step("features", settings, inputs, f"features {config.model.name} site {site}", cost=10)
+
+
+def load_taxonomy(artifact: Artifact) -> Taxonomy:
+    """The taxonomy of this stage's artifact; its domains are in the order of ``domains.names``."""
+    stored = load_file(artifact / WEIGHTS)
+    return Taxonomy(**{name: stored[name] for name in Taxonomy._fields})
 
 
 def build(context: Context) -> dict:
@@ -91,26 +116,37 @@ def build(context: Context) -> dict:
         name: training_rows(source, [name], tokenizer, settings.max_length)[0] for name in names
     }
 
-    def tokens(name: str) -> Iterator[_Tokens]:
-        return _tokens(model, tokenizer.pad_token_id, sae, settings.site, rows[name])
+    def tokens(reader: PreTrainedModel, name: str) -> Iterator[_Tokens]:
+        return _tokens(reader, tokenizer.pad_token_id, sae, settings.site, rows[name])
 
-    statistics = FeatureStatistics(len(names), sae.latents)
-    with context.progress.task(context.label, 2 * len(names), unit="domain") as task:
-        for number, name in enumerate(names):
-            for found in tokens(name):
-                statistics.update(found.features, number)
-            task.advance(note=f"{name} counted")
+    # The base, and its instruction-tuned version where one is given.
+    readers = [model]
+    if settings.features.instruct_model:
+        readers.append(_instruct_model(settings, model, tokenizer))
+    counts = [FeatureStatistics(len(names), sae.latents) for _ in readers]
+    rounds = (len(readers) + 1) * len(names)
+    with context.progress.task(context.label, rounds, unit="domain") as task:
+        for reader, statistics in zip(readers, counts, strict=True):
+            for number, name in enumerate(names):
+                for found in tokens(reader, name):
+                    statistics.update(found.features, number)
+                task.advance(note=f"{name} counted")
+        statistics, *instruct = counts
+        # Of the mean activation, where every domain weighs alike, as in the frequency.
+        drift = (instruct[0].mean() - statistics.mean()).mean(0).abs() if instruct else None
         taxonomy = classify(
             statistics,
             general_quantile=settings.features.general_quantile,
             largest_variation=settings.features.largest_variation,
             domain_quantile=settings.features.domain_quantile,
             least=settings.features.least,
+            drift=drift,
+            drift_quantile=settings.features.drift_quantile,
         )
         listing = {}
         for number, name in enumerate(names):
             chosen = _strongest(taxonomy, number, settings.features.shown)
-            shown = _examples(tokens(name), chosen, tokenizer, settings.features.examples)
+            shown = _examples(tokens(model, name), chosen, tokenizer, settings.features.examples)
             listing[name] = [
                 {
                     "feature": latent,
@@ -125,17 +161,48 @@ def build(context: Context) -> dict:
         **{name: value.contiguous() for name, value in taxonomy._asdict().items()},
         "frequency": statistics.frequency(),
         "mean": statistics.mean(),
+        **({} if drift is None else {"drift": drift}),
     }
     save_file(tensors, context.directory / WEIGHTS, metadata={"domains": ",".join(names)})
     write_json(context.directory / LISTING, listing)
     (context.directory / TABLE).write_text(_table(listing), encoding="utf-8")
-    counts = {"general": int(taxonomy.general.sum())}
-    counts |= {name: int(own.sum()) for name, own in zip(names, taxonomy.domain, strict=True)}
+    sizes = {"general": int(taxonomy.general.sum())}
+    sizes |= {name: int(own.sum()) for name, own in zip(names, taxonomy.domain, strict=True)}
     with run_log(context, settings.logger) as log:
-        log.summary({f"features/{name}": count for name, count in counts.items()})
+        log.summary({f"features/{name}": size for name, size in sizes.items()})
         columns = ["domain", "feature", "selectivity", "frequency", "tokens"]
         log.table("features", columns, [row[:5] for row in _rows(listing)])
-    return {**counts, "tokens": int(statistics.tokens.sum()), **asdict(settings.features)}
+    return {**sizes, "tokens": int(statistics.tokens.sum()), **asdict(settings.features)}
+
+
+def _instruct_model(settings: FeatureSettings, base: PreTrainedModel, tokenizer) -> PreTrainedModel:
+    """The instruction-tuned version of the base, refused where the SAE could not read it."""
+    path = settings.features.instruct_model
+    try:
+        model, own_tokenizer = open_pretrained(path)
+    except UserError as error:
+        raise UserError(str(error).replace("model.path=", "features.instruct_model=")) from error
+    width, wanted = model.config.hidden_size, base.config.hidden_size
+    if width != wanted:
+        raise UserError(f"features.instruct_model={path} has width {width}; the base has {wanted}")
+    layers = model.config.num_hidden_layers
+    if settings.site > layers:
+        raise UserError(
+            f"features.instruct_model={path} has {layers} layers; the SAE reads site "
+            f"{settings.site}"
+        )
+    fewer = model.config.vocab_size < base.config.vocab_size
+    if fewer or _ordinary_tokens(own_tokenizer) != _ordinary_tokens(tokenizer):
+        raise UserError(
+            f"features.instruct_model={path} has another vocabulary than the base: give an "
+            "instruction-tuned version of the same model"
+        )
+    return model
+
+
+def _ordinary_tokens(tokenizer) -> set[tuple[str, int]]:
+    """Tokens and their ids, less those added for chat, which versions of a model may not share."""
+    return tokenizer.get_vocab().items() - tokenizer.get_added_vocab().items()
 
 
 @torch.no_grad()

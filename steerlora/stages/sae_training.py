@@ -1,11 +1,11 @@
-"""Stage ``sae_training``: one sparse autoencoder a control site, with proof of its quality."""
+"""Stage ``sae_training``: one sparse autoencoder a site, with proof of its quality."""
 
 from __future__ import annotations
 
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,8 +42,9 @@ PROOF_ROWS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class SAESettings:
-    """Attributes: site: the layer whose incoming stream it reads; max_length: of a row;
-    identity: of the files behind ``sae.path``, empty where none are given."""
+    """Attributes: site: the layer whose incoming stream it reads, the number of layers for the
+    stream that leaves the last; max_length: of a row; identity: of the files behind ``sae.path``,
+    empty where none are given."""
 
     sae: SAEConfig
     site: int
@@ -55,26 +56,29 @@ class SAESettings:
 
 def steps(config: Config) -> tuple[Step, ...]:
     """One step a control site."""
+    return tuple(_step(config, config.sae, site) for site in config.control.sites)
+
+
+def monitor_step(config: Config) -> Step | None:
+    """The SAE of the monitor site, trained even where ``sae.path`` gives a control site's."""
+    site = config.control.monitor
+    return None if site is None else _step(config, replace(config.sae, path=None), site)
+
+
+def _step(config: Config, sae: SAEConfig, site: int) -> Step:
     inputs = {"domains": domains.step(config), "base": base.step(config)}
-    if config.sae.path is None:
+    if sae.path is None:
         inputs["activations"] = activations.step(config)
-    return tuple(
-        Step(
-            "sae_training",
-            SAESettings(
-                sae=config.sae,
-                site=site,
-                max_length=config.trainer.max_length,
-                identity=identity_of(config.sae.path) if config.sae.path else "",
-                trainer=config.trainer,
-                logger=config.logger,
-            ),
-            inputs,
-            f"sae_training {config.model.name} site {site}",
-            cost=20,
-        )
-        for site in config.control.sites
+    settings = SAESettings(
+        sae=sae,
+        site=site,
+        max_length=config.trainer.max_length,
+        identity=identity_of(sae.path) if sae.path else "",
+        trainer=config.trainer,
+        logger=config.logger,
     )
+    label = f"sae_training {config.model.name} site {site}"
+    return Step("sae_training", settings, inputs, label, cost=20)
 
 
 def build(context: Context) -> dict:
@@ -93,7 +97,7 @@ def build(context: Context) -> dict:
         context.directory / FOLDER,
         metadata={
             "model_name": str(context.inputs["base"].json(POINTER)["path"]),
-            "hook_name": f"blocks.{settings.site}.hook_resid_pre",
+            "hook_name": _hook_name(settings.site, model.config.num_hidden_layers),
             "context_size": settings.max_length,
             "prepend_bos": False,
             "site": settings.site,
@@ -104,6 +108,13 @@ def build(context: Context) -> dict:
     write_json(context.directory / "quality.json", quality)
     shutil.rmtree(context.directory / "checkpoints", ignore_errors=True)
     return {**figures, **quality, "fingerprint": sae_fingerprint(sae)}
+
+
+def _hook_name(site: int, layers: int) -> str:
+    """TransformerLens' name of a stream; the one that leaves the last layer enters no other."""
+    return (
+        f"blocks.{site}.hook_resid_pre" if site < layers else f"blocks.{site - 1}.hook_resid_post"
+    )
 
 
 def _check_fit(settings: SAESettings, width: int, model_width: int, base: Artifact) -> None:
@@ -151,7 +162,11 @@ def _train(context: Context, settings: SAESettings, logger) -> tuple[SparseAutoe
 def _quality(
     source: Artifact, settings: SAESettings, model, tokenizer, sae: SparseAutoencoder
 ) -> dict[str, float]:
-    """Reconstruction, sparsity and cross-entropy recovered, on held-out rows of every domain."""
+    """Reconstruction, sparsity and cross-entropy recovered, on held-out rows of every domain.
+
+    Cross-entropy is recovered by splicing into a layer's input: no figure of it where the stream
+    leaves the last layer and enters none.
+    """
     rows = []
     for name in source.json("domains.json")["names"]:
         rows += read_rows(source / f"heldout/{name}.jsonl")[:PROOF_ROWS]

@@ -1,10 +1,12 @@
 """Adapter training: the task's loss and the auxiliary losses, adapter-only checkpoints.
 
-T real tokens, E specialists, R rank components.
+B batch, S sequence, T real tokens, E specialists, R rank components.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -15,6 +17,7 @@ from steerlora.config import AdapterConfig, TrainerConfig
 from steerlora.data.chat import ChatBatch
 from steerlora.models import losses
 from steerlora.models.adapter import Adapter
+from steerlora.models.monitor import Monitor
 from steerlora.training.language import next_token_loss
 from steerlora.training.loop import rise_hold_fall
 
@@ -25,9 +28,15 @@ class AdapterModule(L.LightningModule):
     Args:
         model: the base, with ``adapter`` attached.
         adapter: what trains.
-        config: weights of the auxiliary losses; a zero weight costs nothing.
+        config: weights of the losses; one of weight zero costs nothing.
         trainer: AdamW's settings.
         total_steps: length of the schedule.
+        monitor: for the preservation and steering losses; unused where both are off.
+        current: the specialist of the domain in training, for the orthogonality loss.
+        earlier: those of the domains before it; with none, that loss is absent.
+
+    Raises:
+        ValueError: a loss that compares features, and no monitor to read them.
     """
 
     strict_loading = False  # checkpoints hold the adapter only
@@ -40,36 +49,77 @@ class AdapterModule(L.LightningModule):
         config: AdapterConfig,
         trainer: TrainerConfig,
         total_steps: int,
+        monitor: Monitor | None = None,
+        current: int | None = None,
+        earlier: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        if config.monitored and monitor is None:
+            raise ValueError(
+                "the preservation and steering losses compare features at a monitor site: give a "
+                "monitor, or set both weights to zero"
+            )
         self.model, self.adapter = model, adapter
         self.config, self.settings, self.total_steps = config, trainer, total_steps
+        self.monitor = monitor if config.monitored else None
+        self.current, self.earlier = current, tuple(earlier)
 
     def training_step(self, batch: ChatBatch, index: int) -> Tensor:
-        terms = {"task": (1.0, next_token_loss(self.model, batch))}
-        terms |= self.auxiliary(batch.attention_mask.bool())
+        with self.monitor.recording() if self.monitor else nullcontext():
+            task = next_token_loss(self.model, batch)
+        terms = {"task": (self.config.task, task), **self.auxiliary(batch)}
         loss = sum(weight * term for weight, term in terms.values())
         self.log("train/loss", loss)
         self.log_dict({f"train/{name}": term for name, (_, term) in terms.items()})
         return loss
 
-    def auxiliary(self, real: Tensor) -> dict[str, tuple[float, Tensor]]:
-        """{name: (weight, value)} of the auxiliary losses that are on; ``real`` is [B, S]."""
-        config, sites = self.config, list(self.adapter.sites.values())
+    def auxiliary(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
+        """{name: (weight, value)} of the losses that are on besides the task's, after its forward.
+
+        Of routing that several sites or modules have, a loss is the mean.
+        """
+        return {**self._on_features(batch), **self._on_routing(batch), **self._on_weights()}
+
+    def _on_features(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
+        config, monitor = self.config, self.monitor
         terms: dict[str, tuple[float, Tensor]] = {}
-        gates = [site.routing.gate[real] for site in sites]
-        if gates and config.gate_sparsity:
-            values = torch.stack([losses.gate_sparsity(gate) for gate in gates])
-            terms["gate_sparsity"] = (config.gate_sparsity, values.mean())
-        if gates and config.load_balance:
-            values = torch.stack([losses.load_balance(gate) for gate in gates])
-            terms["load_balance"] = (config.load_balance, values.mean())
-        if gates and config.rank_budget and config.dynamic_rank:
-            values = torch.stack([losses.rank_budget(site.routing.mask[real]) for site in sites])
-            terms["rank_budget"] = (config.rank_budget, values.mean())
-        if gates and config.diversity and config.specialists > 1:
-            value = losses.specialist_diversity(self.adapter.layers.values(), config.specialists)
+        if monitor is None:
+            return terms
+        adapted = monitor.features()
+        if config.preservation:
+            value = losses.preservation(adapted, monitor.base_features(), monitor.general)
+            terms["preservation"] = (config.preservation, value)
+        if config.steering:
+            real = batch.attention_mask.bool()
+            owners = batch.domains[:, None].expand_as(real)[real]
+            value = losses.steering(adapted, monitor.prototypes, monitor.domain, owners)
+            terms["steering"] = (config.steering, value)
+        return terms
+
+    def _on_routing(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
+        config, sites = self.config, list(self.adapter.sites.values())
+        real, active = batch.attention_mask.bool(), self.adapter.active
+        terms: dict[str, tuple[float, Tensor]] = {}
+        if sites and config.gate_sparsity:
+            values = [losses.gate_sparsity(site.routing.gate[real]) for site in sites]
+            terms["gate_sparsity"] = (config.gate_sparsity, torch.stack(values).mean())
+        if sites and config.load_balance:
+            values = [losses.load_balance(site.routing.gate[real], active) for site in sites]
+            terms["load_balance"] = (config.load_balance, torch.stack(values).mean())
+        if sites and config.rank_budget and config.dynamic_rank:
+            values = [losses.rank_budget(site.routing.mask[real]) for site in sites]
+            terms["rank_budget"] = (config.rank_budget, torch.stack(values).mean())
+        return terms
+
+    def _on_weights(self) -> dict[str, tuple[float, Tensor]]:
+        config, layers = self.config, self.adapter.layers.values()
+        terms: dict[str, tuple[float, Tensor]] = {}
+        if config.diversity and config.specialists > 1 and config.routing != "none":
+            value = losses.specialist_diversity(layers, config.specialists)
             terms["diversity"] = (config.diversity, value)
+        if config.orthogonality and self.earlier:
+            value = losses.orthogonality(layers, config.specialists, self.current, self.earlier)
+            terms["orthogonality"] = (config.orthogonality, value)
         return terms
 
     def configure_optimizers(self):

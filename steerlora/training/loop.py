@@ -7,7 +7,7 @@ import math
 import resource
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,7 @@ def fit(
     progress: Progress,
     description: str,
     run_logger: Any = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, float]:
     """Train ``module`` for ``steps`` steps, from the newest good checkpoint if there is one.
 
@@ -178,6 +179,7 @@ def fit(
         checkpoints: folder of this training's own checkpoints.
         progress, description: where and under which name to report.
         run_logger: a Lightning logger, or None.
+        callbacks: what else happens during the training; their state is in its checkpoints.
 
     Returns:
         tokens, seconds, tokens_per_second and peak memory of this attempt.
@@ -201,6 +203,7 @@ def fit(
                 callbacks=[
                     watch,
                     ClipUnscaled(),
+                    *callbacks,
                     Checkpoints(checkpoints, trainer.checkpoint_seconds),
                 ],
                 enable_checkpointing=False,

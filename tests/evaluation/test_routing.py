@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from steerlora.evaluation import routing
-from steerlora.evaluation.routing import RoutingHealth, normalised_mutual_information
+from steerlora.evaluation.routing import (
+    RoutingHealth,
+    normalised_mutual_information,
+    on_real_tokens,
+)
 
 DOMAINS = ["a", "b", "c", "d"]
 
@@ -143,9 +147,71 @@ def test_dead_threshold_is_a_part_of_the_uniform_share():
     assert health([[1 - 3 * above, above, above, above]], [0])["dead_specialists"] == 0
 
 
+def test_tokens_that_a_null_specialist_took_use_no_specialist_and_no_rank():
+    routed = [[0.8, 0.2], [0.4, 0.6]]
+    null = [[0.0, 0.0]] * 3
+    alone = health(routed, [0, 0], ranks=[6.0, 6.0])
+    mixed = health(routed + null, [0, 0, 0, 2, 2], ranks=[6.0] * 5)
+    for name in ("usage_entropy", "token_entropy", "load_cv2", "dead_specialists", "max_load"):
+        assert mixed[name] == pytest.approx(alone[name]), name
+    assert (alone["routed"], mixed["routed"]) == (1.0, pytest.approx(0.4))
+    assert mixed["mean_rank"] == pytest.approx(12 / 5)
+    assert mixed["rank_by_domain"] == {"a": pytest.approx(4.0), "c": 0.0}
+    assert mixed["gate_by_domain"]["c"] == [0.0, 0.0]
+    nothing = health(null, [0, 1, 2])
+    assert (nothing["usage_entropy"], nothing["dead_specialists"], nothing["routed"]) == (0, 2, 0)
+    assert nothing["mutual_information"] == 0.0
+
+
+def test_inactive_specialists_are_neither_dead_nor_unused_capacity():
+    gates = [[0.5, 0.5, 0.0, 0.0]] * 4
+    assert health(gates, [0, 1, 2, 3])["dead_specialists"] == 2
+    half = health(gates, [0, 1, 2, 3], active=torch.tensor([True, True, False, False]))
+    assert (half["usage_entropy"], half["token_entropy"]) == (pytest.approx(1), pytest.approx(1))
+    assert (half["dead_specialists"], half["load_cv2"]) == (0, pytest.approx(0))
+    assert len(half["gate_by_domain"]["a"]) == 4
+    one = health([[1.0, 0.0]] * 2, [0, 1], active=[True, False])
+    assert (one["usage_entropy"], one["token_entropy"], one["dead_specialists"]) == (1.0, 0.0, 0)
+    assert health([[1.0]], [0])["usage_entropy"] == 1.0
+
+
+def test_tokens_of_no_domain_count_in_the_load_alone():
+    owned = health([[0.9, 0.1], [0.2, 0.8]], [0, 1])
+    more = health([[0.9, 0.1], [0.2, 0.8], [1.0, 0.0]], [0, 1, -1])
+    assert more["max_load"] == pytest.approx(2.1 / 3)
+    assert more["tokens"] == 3
+    assert more["mean_rank"] == pytest.approx(1.0)
+    for name in ("mutual_information", "gate_by_domain", "rank_by_domain"):
+        assert more[name] == owned[name], name
+
+
+def test_the_summary_is_part_of_the_result():
+    meter = RoutingHealth(DOMAINS, 2)
+    meter.update(np.array([[0.9, 0.1]]), np.ones(1), np.zeros(1))
+    assert meter.summary().items() <= meter.result().items()
+    assert "mutual_information" not in meter.summary()
+
+
+def test_routing_of_a_batch_without_its_padding():
+    generator = torch.Generator().manual_seed(0)
+    gate = torch.rand(2, 3, 4, generator=generator)
+    mask = torch.rand(2, 3, 5, generator=generator)
+    real = torch.tensor([[True, True, False], [True, False, False]])
+    gates, ranks = on_real_tokens(gate, mask, real)
+    assert torch.equal(gates, torch.stack([gate[0, 0], gate[0, 1], gate[1, 0]]))
+    assert torch.allclose(ranks, torch.stack([mask[0, 0], mask[0, 1], mask[1, 0]]).sum(-1))
+    # Two modules with routers of their own: the mean over them.
+    both = (torch.stack([gate, 1 - gate], 2), torch.stack([mask, mask + 1], 2))
+    gates, ranks = on_real_tokens(*both, real)
+    assert torch.allclose(gates, torch.full((3, 4), 0.5))
+    assert torch.allclose(ranks, mask[real].sum(-1) + 2.5)
+
+
 def test_misuse_is_refused():
-    with pytest.raises(ValueError, match="at least 2 specialists"):
-        RoutingHealth(DOMAINS, 1)
+    with pytest.raises(ValueError, match="an active one of 2 specialists"):
+        RoutingHealth(DOMAINS, 2, active=[False, False])
+    with pytest.raises(ValueError, match="an active one of 2 specialists"):
+        RoutingHealth(DOMAINS, 2, active=[True, False, False])
     meter = RoutingHealth(DOMAINS, 2)
     with pytest.raises(ValueError, match="no tokens"):
         meter.result()

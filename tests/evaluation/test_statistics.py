@@ -8,6 +8,7 @@ from steerlora.evaluation.statistics import (
     Paired,
     Runs,
     combined_error,
+    effect_size,
     holm,
     paired_difference,
     paired_drop,
@@ -16,6 +17,8 @@ from steerlora.evaluation.statistics import (
     run_difference,
     standard_error,
     summary_difference,
+    summary_mean,
+    summary_ratio,
     summary_reduction,
 )
 
@@ -136,6 +139,35 @@ def test_one_run_still_has_the_error_of_its_items():
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * 0.02, rel=0.1)
 
 
+def test_ratio_is_what_the_reduction_leaves():
+    rng = np.random.default_rng(7)
+    lora = Runs(0.5 + 0.05 * rng.normal(size=(4, 3)), np.full((4, 3), 0.02))
+    own = Runs(0.1 + 0.05 * rng.random((4, 3)), np.full((4, 3), 0.01))
+    ratio, reduction = summary_ratio(lora, own, items=9), summary_reduction(lora, own, items=9)
+    assert ratio.value == pytest.approx(own.values.mean() / lora.values.mean())
+    assert ratio[:3] == tuple(
+        pytest.approx(1 - reduction[place] / 100) for place in (0, 2, 1)
+    )  # its bounds change places
+    assert not summary_ratio(Runs(np.zeros((4, 3)), np.zeros((4, 3))), own, items=1).known
+
+
+def test_item_noise_is_common_to_all_runs_and_does_not_average_out():
+    few = Runs(np.full((1, 1), 0.5), np.full((1, 1), 0.02))
+    many = Runs(np.full((5, 4), 0.5), np.full((5, 4), 0.02))
+    for runs in (few, many):
+        interval = summary_mean(runs, items=200)
+        assert interval.value == pytest.approx(0.5)
+        assert interval.high - interval.low == pytest.approx(2 * 1.96 * 0.02, rel=0.1)
+
+
+def test_mean_of_runs_takes_in_how_orders_and_seeds_differ():
+    values = np.array([[0.2, 0.4], [0.6, 0.8], [0.3, np.nan]])
+    interval = summary_mean(Runs(values, np.zeros((3, 2))), items=7)
+    assert interval.value == pytest.approx(np.nanmean(values))
+    assert interval.low < 0.35 < 0.6 < interval.high
+    assert (interval.seeds, interval.items) == (2, 7)
+
+
 def test_reduction_of_no_forgetting_is_unknown():
     nothing = Runs(np.zeros((2, 2)), np.zeros((2, 2)))
     assert not summary_reduction(nothing, nothing, items=1).known
@@ -162,9 +194,29 @@ def test_paired_test():
     items = rng.normal(0, 5, 200)  # far larger than the effect: an unpaired test would miss it
     assert paired_test(items, items + 0.2 + rng.normal(0, 0.5, 200)) < 0.01
     assert paired_test(items, items) == 1.0
-    # Four pairs of one sign: 2 of 16 sign patterns are as extreme.
-    assert paired_test([0, 0, 0, 0], [1, 2, 3, 4]) == pytest.approx(2 / 16, abs=0.03)
     assert np.isnan(paired_test([1.0], [2.0]))
+
+
+def test_paired_test_of_few_pairs_counts_every_sign_pattern():
+    # All of one sign: both ends of the 2^n patterns are as extreme.
+    assert paired_test([0, 0, 0, 0], [1, 2, 3, 4]) == pytest.approx(2 / 16)
+    assert paired_test(np.zeros(10), np.arange(10) + 1.0) == pytest.approx(2 / 1024)
+    # One of three against: sums 6, 4, 2, 0 and their negatives; 4 is met by 2 of 8 on each side.
+    assert paired_test([1, 0, 0], [0, 2, 3]) == pytest.approx(4 / 8)
+    assert paired_test([0, 0], [1, 1]) == paired_test([0, 0], [-1, -1]) == 0.5
+    assert paired_test([0, 0, 0], [0, 0, 0]) == 1.0
+
+
+def test_effect_size_worked_by_hand():
+    # Differences 1, 2, 3: mean 2, standard deviation 1.
+    assert effect_size([1, 1, 1], [2, 3, 4]) == pytest.approx(2.0)
+    assert effect_size([2, 3, 4], [1, 1, 1]) == pytest.approx(-2.0)
+    rng = np.random.default_rng(8)
+    baseline, treatment = rng.normal(0, 1, (2, 50))
+    t_value = stats.ttest_rel(treatment, baseline).statistic
+    assert effect_size(baseline, treatment) == pytest.approx(t_value / np.sqrt(50))
+    for same in ([1.0], [0.3, 0.3, 0.3], []):
+        assert np.isnan(effect_size(np.zeros(len(same)), same))
 
 
 def test_paired_test_rejects_a_true_null_about_as_often_as_it_says():

@@ -68,7 +68,7 @@ def test_the_sae_travels_by_relative_path_and_facts_come_back(saved, make_model,
     adapter = steerlora.load_adapter(make_model(), tmp_path / "elsewhere" / "adapter")
     assert adapter.sites[1].facts.mean_rank == 1.7
     assert adapter.sites[1].facts.specialist_of_domain == {"law": 2}
-    assert float(adapter.feature_scale(1)) == 2.5
+    assert float(adapter.scales["1"]) == 2.5
 
 
 def test_paths_are_right_for_the_place_an_adapter_is_moved_to(make_model, make_adapter, tmp_path):
@@ -101,7 +101,7 @@ def test_an_sae_can_be_given(saved, make_model, tmp_path, form):
 
 def test_weights_hold_the_adapter_only(saved, make_model):
     names = {name.split(".")[0] for name in load_file(saved / WEIGHTS)}
-    assert names == {"layers", "routers", "scales"}
+    assert names == {"active", "layers", "routers", "scales"}
 
 
 def test_another_base_is_refused(saved, make_model):

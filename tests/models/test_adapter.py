@@ -278,7 +278,7 @@ def test_routing_sends_no_gradient_into_the_stream(make_model, make_adapter, rou
     site = make_adapter(make_model(), routing, sites=(0, 2)).sites[2]
     stream = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert site.edit(stream) is stream
-    assert torch.autograd.grad(site.scale.sum(), stream, allow_unused=True) == (None,)
+    assert torch.autograd.grad(site.scales[0].sum(), stream, allow_unused=True) == (None,)
 
 
 def test_bfloat16_base_with_float32_sae(make_model, make_sae, tokens):
@@ -294,7 +294,7 @@ def test_bfloat16_base_with_float32_sae(make_model, make_sae, tokens):
     loss.backward()
     assert torch.isfinite(loss)
     assert seen[0].values.dtype == torch.float32
-    assert adapter.sites[1].scale.dtype == torch.bfloat16
+    assert adapter.sites[1].scales[0].dtype == torch.bfloat16
     assert all(p.grad is not None for p in adapter.layers.parameters())
     # A change of the adapter's type leaves the features alone.
     adapter.to(torch.bfloat16)
@@ -304,7 +304,8 @@ def test_bfloat16_base_with_float32_sae(make_model, make_sae, tokens):
 def test_saes_are_frozen_and_no_part_of_the_state(make_model, make_adapter):
     adapter = make_adapter(make_model())
     assert not any(p.requires_grad for p in adapter.saes[1].parameters())
-    assert {name.split(".")[0] for name in adapter.state_dict()} == {"layers", "routers", "scales"}
+    names = {name.split(".")[0] for name in adapter.state_dict()}
+    assert names == {"active", "layers", "routers", "scales"}
 
 
 # Several sites
@@ -315,7 +316,7 @@ def test_each_site_controls_the_layers_up_to_the_next(make_model, make_adapter, 
     ids, mask = tokens([7, 5])
     adapter = make_adapter(model, sites=(0, 2))
     layers = [getattr(layer, "layer", layer) for layer in model.model.layers]
-    owners = [layer.mlp.up_proj.source.layer for layer in layers]
+    owners = [layer.mlp.up_proj.source.site.layer for layer in layers]
     assert owners == [0, 0, 2]
     assert set(adapter.routers) == {"0", "2"}
 

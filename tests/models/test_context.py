@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -81,15 +83,18 @@ def test_averaged_logits_are_the_logits_of_averaged_features(
     sae = adapter.saes[1].double()
     streams = []
     site = adapter.sites[1]
-    original = site._logits
-    site._logits = lambda stream, i: streams.append(stream) or original(stream, i)
+    original = site.signal
+    site.signal = lambda stream, real: streams.append(stream) or original(stream, real)
     ids, mask = tokens([9, 6])
     model(input_ids=ids, attention_mask=mask)
     features = sae.encode(streams[0])
     dense = torch.zeros(*ids.shape, sae.latents, dtype=torch.float64)
     dense.scatter_(-1, features.indices, features.values / adapter.scales["1"])
     pooled = slowly(dense, mask.bool(), name, 0.6)
-    expected = adapter.routers["1"].route(adapter.routers["1"].logits_dense(pooled))
+    active = torch.ones(4, dtype=torch.bool)
+    averaging, plain = adapter.routers["1"], replace(adapter.shape, context="token")
+    averaging.shape = plain
+    expected, _ = averaging(pooled, mask.bool(), active)
     found = adapter.routing()[1]
     real = mask.bool()
     torch.testing.assert_close(found.gate[real], expected.gate[real], rtol=1e-9, atol=1e-9)
@@ -128,4 +133,4 @@ def test_no_graph_outlives_its_forward(make_model, make_adapter, tokens):
     adapter = make_adapter(model, context="ema")
     ids, mask = tokens([6])
     model(input_ids=ids, attention_mask=mask)
-    assert not adapter.sites[1].context.total.requires_grad
+    assert not adapter.sites[1].context.signal.total.requires_grad

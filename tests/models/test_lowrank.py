@@ -39,7 +39,7 @@ def slow(layer: AdaptedLinear, x: torch.Tensor, scale: torch.Tensor) -> torch.Te
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_update_and_every_gradient_equal_the_loop(bias, routed, contiguous):
     scale = random(2, 5, E * R, seed=2).requires_grad_() if routed else None
-    layer = adapted(SimpleNamespace(scale=scale), bias=bias)
+    layer = adapted(SimpleNamespace(scale=scale, columns=None, disabled=False), bias=bias)
     x = random(2, 5, D_IN, seed=1) if contiguous else random(5, 2, D_IN, seed=1).transpose(0, 1)
     x.requires_grad_()
     weight = random(2, 5, D_OUT, seed=3)
@@ -55,7 +55,7 @@ def test_update_and_every_gradient_equal_the_loop(bias, routed, contiguous):
 
 
 def test_it_starts_as_the_base_layer():
-    layer = adapted(SimpleNamespace(scale=None))
+    layer = adapted(SimpleNamespace(scale=None, columns=None, disabled=False))
     layer.low_rank = LowRank(D_IN, D_OUT, E * R).double()
     x = random(2, 5, D_IN)
     assert torch.equal(layer(x), layer.base(x))
@@ -72,7 +72,7 @@ def test_fan_in_of_the_stack_is_the_input_width():
 
 
 def test_types_of_the_base_are_kept():
-    layer = adapted(SimpleNamespace(scale=torch.rand(2, 5, E * R)))
+    layer = adapted(SimpleNamespace(scale=torch.rand(2, 5, E * R), columns=None, disabled=False))
     layer.base.to(torch.bfloat16)
     layer.low_rank.float()
     out = layer(torch.randn(2, 5, D_IN, dtype=torch.bfloat16))
@@ -85,7 +85,7 @@ def test_types_of_the_base_are_kept():
 
 
 def test_it_passes_for_the_layer_it_replaces():
-    layer = adapted(SimpleNamespace(scale=None))
+    layer = adapted(SimpleNamespace(scale=None, columns=None, disabled=False))
     assert (layer.in_features, layer.out_features) == (D_IN, D_OUT)
     assert layer.weight is layer.base.weight
     with pytest.raises(AttributeError):

@@ -84,6 +84,31 @@ def test_the_least_number_takes_in_the_nearest():
     assert not (taxonomy.domain & taxonomy.general).any()
 
 
+def test_a_feature_that_drifts_to_the_instruct_model_is_not_general():
+    statistics = FeatureStatistics(2, LATENTS)
+    for domain in range(2):
+        statistics.update(features({0: 1.0, 1: 1.0, 2: 1.0}), domain)
+    drift = torch.full((LATENTS,), 0.1)
+    drift[1] = 5.0
+    still = classify(statistics, least=0, drift=drift, drift_quantile=0.7)
+    assert still.general.nonzero().flatten().tolist() == [0, 2]
+    anything = classify(statistics, least=0, drift=drift, drift_quantile=1.0)
+    assert anything.general.nonzero().flatten().tolist() == [0, 1, 2]
+
+
+def test_the_least_number_takes_in_features_of_little_drift_first():
+    statistics = FeatureStatistics(2, 32)
+    for domain in range(2):  # latent 0 is even over domains, 1 to 3 are not
+        tokens = [{0: 1.0}, {0: 1.0}] if domain else [{0: 1.0, 1: 1.0, 2: 1.0}, {0: 1.0, 3: 1.0}]
+        statistics.update(features(*tokens), domain)
+    drift = torch.zeros(32)
+    drift[[0, 3]] = 1.0
+    settings = {"largest_variation": 0.1, "drift": drift, "drift_quantile": 0.5}
+    for least, general in ((0, []), (2, [1, 2]), (4, [0, 1, 2, 3])):
+        found = classify(statistics, least=least, **settings).general
+        assert found.nonzero().flatten().tolist() == general
+
+
 def test_one_domain_has_nothing_to_compare_with():
     with pytest.raises(ValueError, match="at least 2"):
         classify(FeatureStatistics(1, LATENTS))

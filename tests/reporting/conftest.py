@@ -34,6 +34,7 @@ SEQUENCES = {
     "random_0": ["law", "instruction", "code", "math", "medicine"],
     "random_1": ["instruction", "law", "medicine", "code", "math"],
 }
+STRENGTHS = (0.25, 0.5, 0.75)
 
 
 @dataclass
@@ -95,6 +96,51 @@ class World:
             "routing": self.routing(adapter, seed) if adapter in ("moe_lora", "sc_lora") else None,
         }
 
+    def retrained(self, intervention: str, seed: int, score: float) -> dict:
+        """An evaluation of sc_lora on micro_m, trained and scored under an intervention."""
+        record = self.evaluation("micro_m", "sc_lora", seed)
+        for task in TARGETS.values():
+            record["tasks"][task] |= self.cell(score + 0.001 * seed, task)
+        record["averages"]["target"]["value"] = score + 0.001 * seed
+        name = f"retrained-{intervention}-{seed}"
+        return record | {"intervention": intervention, "phase": "training", "fingerprint": name}
+
+    def history(self, adapter: str, seed: int) -> list[dict]:
+        """Routing over training: both begin evenly; moe_lora loses specialists, sc_lora none."""
+        lost = 0.7 if adapter == "moe_lora" else 0.03
+        noise = np.random.default_rng(seed).normal(0, 0.01, 8)
+        return [
+            {
+                "step": 50 * (at + 1),
+                "usage_entropy": float(0.97 - lost * at / 7 + noise[at]),
+                "token_entropy": 0.4,
+                "load_cv2": 0.1,
+                "dead_specialists": int(adapter == "moe_lora" and at > 3),
+                "max_load": 0.3 + lost * at / 12,
+                "mean_rank": 9.0,
+            }
+            for at in range(8)
+        ]
+
+    def over_training(self, record: dict) -> dict:
+        """The record with what training left: routing over time, and at every site."""
+        if record["routing"] is None:
+            return record | {"routing_history": []}
+        sites = {
+            str(site): record["routing"]
+            | {
+                "rank_by_domain": {
+                    domain: rank - 1.5 * place
+                    for domain, rank in record["routing"]["rank_by_domain"].items()
+                }
+            }
+            for place, site in enumerate((1, 3, 5))
+        }
+        return record | {
+            "routing_history": self.history(record["adapter"], record["seed"]),
+            "routing_by_site": sites if record["adapter"] == "sc_lora" else {"1": sites["1"]},
+        }
+
     def routing(self, adapter: str, seed: int) -> dict:
         collapsed = adapter == "moe_lora"
         if collapsed:
@@ -137,6 +183,21 @@ class World:
             },
         }
 
+    def doses(self, record: dict) -> dict:
+        """The ablation with the doses of every control, the drop growing with the square."""
+        return record | {
+            "doses": {
+                name: {
+                    str(strength): {
+                        d: self.cell(0.6 * (1 - (1 - kept) * strength**2), d) for d in DOMAINS
+                    }
+                    for strength in STRENGTHS
+                }
+                for name, kept in self.kept.items()
+                if name not in ("intact", "oracle_domain")
+            }
+        }
+
     def sequential(self, adapter: str, order: str, seed: int) -> dict:
         sequence = SEQUENCES[order]
         matrix = np.full((6, 5), 0.05)
@@ -156,6 +217,19 @@ class World:
             "matrix": matrix.tolist(),
             "stderr": np.full((6, 5), 0.01).tolist(),
             "items": self.items,
+        }
+
+    def general(self, record: dict) -> dict:
+        """The sequence with general knowledge and drift: what forgets domains forgets facts too."""
+        lost = self.forgetting[record["adapter"]]
+        after = 0.95 * (1 - lost) + 0.002 * record["seed"]
+        return record | {
+            "general": {
+                "before": {"value": 0.95, "stderr": 0.01},
+                "after": {"value": after, "stderr": 0.012},
+            },
+            "drift": [lost * (stage + 1) / 5 + 0.01 * record["seed"] for stage in range(5)],
+            "replay": 0.0,
         }
 
     def sequentials(self, seeds=(0, 1)) -> list[dict]:

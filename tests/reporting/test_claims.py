@@ -170,6 +170,51 @@ def test_c8_without_collapse_is_not_in_range(world):
     assert judge(records, [], [], main_model="micro_m")[7].verdict == NOT_REPRODUCED
 
 
+def c8(records):
+    return judge(records, [], [], main_model="micro_m")[7]
+
+
+def test_c8_looks_at_the_whole_of_training(world):
+    at_the_end = c8(world.evaluations())
+    records = [world.over_training(record) for record in world.evaluations()]
+    claim = c8(records)
+    assert claim.verdict == IN_RANGE
+    # moe_lora begins as evenly as sc_lora, so over training they are less far apart.
+    assert 0.3 < claim.measures[0].interval.value < at_the_end.measures[0].interval.value - 0.2
+    expected = [
+        (sum(at["usage_entropy"] for at in r["routing_history"]) + r["routing"]["usage_entropy"])
+        / 9
+        for name in ("sc_lora", "moe_lora")
+        for r in records
+        if r["adapter"] == name
+    ]
+    own, dense = expected[:4], expected[4:]
+    assert claim.measures[0].interval.value == pytest.approx((sum(own) - sum(dense)) / 4)
+    assert "at first 0.97 and 0.97" in claim.note
+    assert "without a history" not in claim.note
+
+
+def test_c8_specialists_that_die_in_training_count_but_not_at_its_first_measurement(world):
+    records = [world.over_training(record) for record in world.evaluations()]
+    own = next(record for record in records if record["adapter"] == "sc_lora")
+    own["routing_history"][0]["dead_specialists"] = 2  # before routing has settled
+    assert c8(records).verdict == IN_RANGE
+    own["routing_history"][3]["dead_specialists"] = 1  # and alive again at the end
+    assert c8(records).verdict == DIRECTION
+    assert "Runs with a dead specialist, of 4: sc_lora 1, moe_lora 4." in c8(records).note
+
+
+def test_c8_never_compares_a_course_with_an_end(world):
+    """Where one side has no history, its pair is judged at evaluation alone, as are old records."""
+    records = [world.over_training(record) for record in world.evaluations(models=("micro_m",))]
+    for record in records:
+        if record["adapter"] == "moe_lora":
+            record["routing_history"] = []
+    claim = c8(records)
+    assert claim.measures == c8(world.evaluations(models=("micro_m",))).measures
+    assert "without a history of training, judged at evaluation alone: 2" in claim.note
+
+
 def test_c8_of_one_run_has_no_interval(world):
     claim = judge(world.evaluations(models=("micro_s",)), [], [], main_model="micro_s")[7]
     assert claim.verdict == NOT_MEASURED

@@ -13,7 +13,7 @@ from steerlora.reporting.report import FIGURES, write_report
 TEXTS = {"claims.md", "claims.json", "provenance.json", "results.md"}
 TABLES = {
     f"{name}.{suffix}"
-    for name in ("scale", "ablation", "forgetting")
+    for name in ("scale", "ablation", "retrained", "forgetting", "order_effects", "method")
     for suffix in ("md", "csv", "tex")
 }
 
@@ -22,11 +22,14 @@ def report(directory, world=None, *, meaningful=True, **parts):
     records = {"evaluations": [], "ablations": [], "sequentials": []}
     if world is not None:
         records = {
-            "evaluations": world.evaluations(models=("micro_s", "micro_m")),
-            "ablations": [world.ablation(0), world.ablation(1)],
+            "evaluations": [
+                *map(world.over_training, world.evaluations(models=("micro_s", "micro_m"))),
+                *(world.retrained("shuffle", seed, 0.5) for seed in (0, 1)),
+            ],
+            "ablations": [world.doses(world.ablation(seed)) for seed in (0, 1)],
             "sequentials": [
-                world.sequential(adapter, order, 0)
-                for adapter in ("lora", "sc_lora")
+                world.general(world.sequential(adapter, order, 0))
+                for adapter in world.forgetting
                 for order in ("broad_first", "broad_last")
             ],
         }
@@ -42,7 +45,13 @@ def report(directory, world=None, *, meaningful=True, **parts):
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory, make_world):
-    return report(tmp_path_factory.mktemp("results") / "full", make_world(items=20))
+    return report(tmp_path_factory.mktemp("results") / "full", everything(make_world))
+
+
+def everything(make_world):
+    """A world in which every table and figure has records."""
+    methods = {"lora": 0.4, "sc_lora_context": 0.05, "sc_lora_context_soft": 0.1}
+    return make_world(items=20, forgetting=methods)
 
 
 def test_everything_is_written_and_parses(full):
@@ -52,7 +61,7 @@ def test_everything_is_written_and_parses(full):
     for name in FIGURES:
         path = full.directory / f"{name}.png"
         with Image.open(path) as image:
-            assert 700 <= image.width <= 1400
+            assert 500 <= image.width <= 1400
         assert path.stat().st_size < 300_000
     for name, data in full.tables.items():
         assert len(pd.read_csv(full.directory / f"{name}.csv")) == len(data)
@@ -63,19 +72,21 @@ def test_everything_is_written_and_parses(full):
     assert "ablation-sc_lora-1" in provenance["artifacts"]
     index = (full.directory / "results.md").read_text()
     assert all(f"({name}.png)" in index for name in FIGURES)
+    assert "## Order effects" in index
+    assert "\n- Positive forgetting at most 0.2 of lora's: " in index
     assert BANNER not in index
     assert BANNER not in full.terminal.title
     assert full.terminal.row_count == 8
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path, make_world, full):
-    again = report(tmp_path, make_world(items=20))
+    again = report(tmp_path, everything(make_world))
     for one, other in zip(full.files, again.files, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name
 
 
 def test_a_smoke_run_is_marked_everywhere(tmp_path, make_world, full):
-    smoke = report(tmp_path, make_world(items=20), meaningful=False)
+    smoke = report(tmp_path, everything(make_world), meaningful=False)
     for path in smoke.files:
         if path.suffix == ".png":
             assert path.read_bytes() != (full.directory / path.name).read_bytes()
@@ -102,6 +113,48 @@ def test_a_report_of_one_part(tmp_path, make_world, part, tables):
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written.files}
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports without figures, where a test is not about them: drawing is most of the time."""
+    monkeypatch.setattr("steerlora.reporting.report._draw", lambda *_: [])
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_controls_are_no_results(tmp_path, make_world):
+    """Evaluations under an intervention, at either phase, change nothing but their own table."""
+    world = make_world(items=20)
+    plain = [world.over_training(record) for record in world.evaluations(models=("micro_m",))]
+    controls = [world.retrained("shuffle", seed, 0.1) for seed in (0, 1)]
+    for seed in (0, 1):
+        shuffled = world.retrained("shuffle", seed, 0.3) | {"fingerprint": f"shuffled-{seed}"}
+        shuffled["routing"] = shuffled["routing"] | {"usage_entropy": 0.0}
+        controls.append(shuffled | {"phase": "evaluation"})
+    alone = report(tmp_path / "alone", evaluations=plain)
+    mixed = report(tmp_path / "mixed", evaluations=[*controls, *plain])
+    assert set(mixed.tables) == {"scale", "retrained"}
+    assert mixed.tables["retrained"].retrained.tolist() == [pytest.approx(0.1005)]
+    assert mixed.claims == alone.claims
+    for path in alone.files:
+        if path.suffix == ".csv":
+            assert path.read_bytes() == (mixed.directory / path.name).read_bytes(), path.name
+    provenance = json.loads((mixed.directory / "provenance.json").read_text())
+    assert "shuffled-0" in provenance["artifacts"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_runs_with_replay_are_not_averaged_with_those_without(tmp_path, make_world):
+    world = make_world(items=20)
+    orders = ("broad_first", "broad_last")
+    plain = [world.sequential(adapter, o, 0) for adapter in ("lora", "sc_lora") for o in orders]
+    replayed = [
+        world.sequential("sc_lora", o, 0) | {"replay": 0.2, "fingerprint": f"replayed-{o}"}
+        for o in orders
+    ]
+    data = report(tmp_path, sequentials=plain + replayed).tables["forgetting"]
+    rows = data[data.order == "all"].set_index("adapter").runs
+    assert rows.to_dict() == {"lora": 2, "sc_lora": 2, "sc_lora replay 0.2": 2}
+
+
 def test_nothing_of_an_earlier_report_stays(tmp_path, full):
     shutil.copytree(full.directory, tmp_path, dirs_exist_ok=True)
     (tmp_path / "notes.txt").write_text("mine")
@@ -111,6 +164,7 @@ def test_nothing_of_an_earlier_report_stays(tmp_path, full):
     assert {claim.verdict for claim in written.claims} == {"not measured"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_scores_that_are_no_accuracies(tmp_path, make_world):
     """Likelihoods above one, negative scores, no routing, no items: reported, not crashed on."""
     world = make_world(items=20)

@@ -5,8 +5,10 @@ import pandas as pd
 import pytest
 
 from steerlora.evaluation.forgetting import forgetting_metrics
-from steerlora.reporting.contents import ablation_table, forgetting_table, scale_table
+from steerlora.reporting.controls import ablation_table, retrained_table
 from steerlora.reporting.labels import BANNER
+from steerlora.reporting.orders import forgetting_table
+from steerlora.reporting.scale import scale_table
 from steerlora.reporting.tables import (
     MISSING,
     Cell,
@@ -17,6 +19,8 @@ from steerlora.reporting.tables import (
     number,
     write_table,
 )
+
+DOMAINS = ["instruction", "math", "code", "medicine", "law"]
 
 
 def test_numbers_as_text():
@@ -106,6 +110,23 @@ def test_ablation_table(world):
     assert row.drop_low < row.drop_percent < row.drop_high
     assert (row.seeds, row["items"]) == (2, 500)
     assert row.p_holm == pytest.approx(9 * 0.001)  # nine interventions, each at the least p-value
+    intact, inverted = (
+        np.concatenate(
+            [
+                np.mean(
+                    [world.ablation(s)["interventions"][name][d]["per_item"] for s in (0, 1)], 0
+                )
+                for d in DOMAINS
+            ]
+        )
+        for name in ("intact", "invert")
+    )
+    assert row.d_z == pytest.approx((intact - inverted).mean() / (intact - inverted).std(ddof=1))
+    assert data.loc["oracle_domain", "average"].d_z < 0  # a gain is a negative drop
+    assert np.isfinite(data.loc["invert", "law"].d_z)
+    assert np.isnan(data.loc["intact", "average"].d_z)
+    assert table.columns[-2:] == ["d_z", "p (Holm)"]
+    assert [cell.text for cell in table.rows[0]][-2:] == ["", ""]
     assert data.loc["invert", "law"]["items"] == 100
     assert np.isnan(data.loc["intact", "average"].drop_percent)
     assert [row[0].text for row in table.rows][:2] == ["intact", "replace_dense"]
@@ -121,6 +142,40 @@ def test_ablation_of_two_adapters_has_rows_for_both(world):
     table = ablation_table([world.ablation(0), world.ablation(0, adapter="moe_lora")])
     assert table.columns[0] == "Model"
     assert {row[0].text for row in table.rows} == {"micro_m sc_lora", "micro_m moe_lora"}
+
+
+def test_retrained_table(world):
+    evaluations = world.evaluations(models=("micro_m",))
+    controls = [world.retrained("shuffle", seed, 0.45) for seed in (0, 1, 2)]  # 2 has no intact
+    controls += [world.retrained("invert", 0, 0.3)]
+    ablations = [world.ablation(seed) for seed in (0, 1)]
+    table = retrained_table(controls, evaluations, ablations)
+    data = table.data.set_index("intervention")
+    assert list(data.index) == ["shuffle", "invert"]
+    shuffle = data.loc["shuffle"]
+    assert shuffle.intact == pytest.approx(0.6005)
+    assert shuffle.retrained == pytest.approx(0.451)
+    assert shuffle.retrained_drop_percent == pytest.approx(100 * (1 - 0.4505 / 0.6005), abs=0.01)
+    assert shuffle.evaluation_drop_percent == pytest.approx(
+        ablation_table(ablations).data.set_index(["intervention", "domain"])
+        .loc["shuffle", "average"].drop_percent
+    )  # fmt: skip
+    assert shuffle.evaluation_drop_low < shuffle.evaluation_drop_percent
+    assert table.rows[0][5].text.startswith("25.0 % [")
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    # Without an ablation only its column is empty; without an intact adapter there is no drop.
+    alone = retrained_table(controls, evaluations, [])
+    assert [row[6].text for row in alone.rows] == [MISSING, MISSING]
+    assert [row[5].text for row in retrained_table(controls, [], []).rows] == [MISSING, MISSING]
+
+
+def test_notes_stand_under_the_table(tmp_path):
+    table = Table(
+        "demo", "Caption.", pd.DataFrame({"a": [1]}), ["A"], [[Cell("1")]], ("5 % & more.",)
+    )
+    md, _, tex = (file.read_text() for file in write_table(table, tmp_path, meaningful=True))
+    assert md.endswith("| 1 |\n\n- 5 % & more.\n")
+    assert "\\end{tabular}\n\\par 5 \\% \\& more.\n\\end{table}" in tex
 
 
 def test_forgetting_table(world):
@@ -147,3 +202,4 @@ def test_no_records_no_table():
     assert scale_table([], meaningful=True) is None
     assert ablation_table([]) is None
     assert forgetting_table([], meaningful=True) is None
+    assert retrained_table([], [], []) is None

@@ -50,31 +50,64 @@ CHANGES = {
     "control.sites": "[0]",
     "control.context": "ema",
     "control.decay": 0.5,
+    "control.source": "base",
+    "control.monitor": 2,
     "features.general_quantile": 0.6,
     "features.largest_variation": 0.6,
     "features.domain_quantile": 0.6,
     "features.least": 3,
+    "features.instruct_model": "elsewhere",
+    "features.drift_quantile": 0.6,
     "features.shown": 3,
     "features.examples": 3,
     "adapter.routing": None,  # a group of its own: adapter=lora, moe_lora, sc_lora
+    "adapter.router": "mlp",
+    "adapter.router_hidden": 99,
+    "adapter.per_module": "true",
     "adapter.specialists": 3,
+    "adapter.active": 2,
     "adapter.rank": 5,
     "adapter.alpha": 3,
     "adapter.top_k": 1,
     "adapter.temperature": 2,
+    "adapter.prototypes": None,  # needs SAE routing: covered below
+    "adapter.whitened": "false",
+    "adapter.hard_gate": "false",
+    "adapter.margin": 0.3,
+    "adapter.null_specialist": "false",
     "adapter.dynamic_rank": None,  # likewise
+    "adapter.hard_rank": 0.1,
     "adapter.initial_rank": 0.6,
     "adapter.target_modules": "[q_proj]",
+    "adapter.task": 0.7,
+    "adapter.preservation": None,  # needs a monitor site: covered below
+    "adapter.steering": None,
     "adapter.gate_sparsity": 0.7,
     "adapter.rank_budget": 0.7,
     "adapter.load_balance": 0.7,
     "adapter.diversity": 0.7,
+    "adapter.orthogonality": None,  # needs specialists of the domains' own: covered below
+    "routing.log_every": 3,
     "intervention.name": "shuffle",
     "intervention.seed": None,  # only with an intervention, covered below
+    "intervention.strength": 0.3,
+    "intervention.sites": "[1]",
+    "intervention.domains": "[law]",
+    "intervention.phase": None,  # only with an intervention, covered below
     "order.kind": None,  # orders are set by the study
     "order.sequence": None,
     "order.seed": None,
+    "order.index": None,
     "order.steps_per_domain": 9,
+    "continual.specialists": None,  # frozen needs routing, own a specialist a domain: below
+    "continual.replay_ratio": 0.5,
+    "continual.replay_batches": 9,
+    "continual.memory": None,  # needs SAE routing: covered below
+    "continual.memory_every": 9,
+    "continual.spawn_confidence": 0.1,
+    "continual.spawn_similarity": 0.1,
+    "continual.merge_similarity": 0.1,
+    "continual.prune_usage": 0.3,
     "trainer.max_steps": 9,
     "trainer.batch_size": 9,
     "trainer.max_length": 99,
@@ -94,8 +127,11 @@ CHANGES = {
     "study.main_model": "micro_s",
     "study.adapters": "[lora]",
     "study.scale_adapters": None,  # only with a second model, covered below
+    "study.scale_seeds": None,
     "study.seeds": "[3]",
     "study.interventions": "[shuffle]",
+    "study.doses": "[0.5]",
+    "study.retrained": None,  # its variants' own options: covered below
     "study.ablation_adapter": None,  # must be one with SAE routing: there is one
     "study.orders": "[broad_last]",
     "study.sequential_adapters": "[lora]",
@@ -109,6 +145,8 @@ HOW_NOT_WHAT = {
     "adapter.name",
     "order.name",
     "trainer.checkpoint_seconds",
+    "routing.collapse",
+    "routing.collapse_below",
     "evaluation.batch_size",
     "study.name",
     "study.meaningful",
@@ -175,11 +213,50 @@ def test_the_intervention_seed_counts_under_an_intervention():
     assert one != other
 
 
-def test_scale_adapters_count_with_a_second_model():
+def test_scale_options_count_with_a_second_model():
     models = "study.models=[micro_xs,micro_s]"
+    options = ("adapters=[lora]", "adapters=[sc_lora]", "seeds=[3]")
+    found = [fingerprints(models, f"study.scale_{o}", compose_variants=True) for o in options]
+    assert found[0] != found[1] != found[2] != found[0]
+
+
+@pytest.mark.parametrize(
+    ("needs", "options"),
+    [
+        ("adapter=sc_lora", ("adapter.prototypes=true", "adapter.prototypes=false")),
+        ("control.monitor=2", ("adapter.preservation=1", "adapter.steering=1", "adapter.task=1")),
+        (
+            "continual.specialists=own adapter.specialists=5",
+            ("adapter.orthogonality=0.5", "adapter.orthogonality=0.6"),
+        ),
+        (
+            "adapter=sc_lora adapter.specialists=5",
+            tuple(f"continual.specialists={kind}" for kind in ("free", "frozen", "own")),
+        ),
+        ("adapter=sc_lora", ("continual.memory=true", "continual.memory=false")),
+        (
+            "adapter=sc_lora intervention=shuffle",
+            ("intervention.phase=training", "intervention.phase=evaluation"),
+        ),
+    ],
+)
+def test_options_that_need_others_count_with_them(needs, options):
+    found = [frozenset(fingerprints(*needs.split(), option)) for option in options]
+    assert len(set(found)) == len(options)
+
+
+def test_retrained_controls_are_steps_of_their_own():
     one, other = (
-        fingerprints(models, f"study.scale_adapters=[{adapter}]", compose_variants=True)
-        for adapter in ("lora", "sc_lora")
+        fingerprints(f"study.retrained=[{name}]", compose_variants=True)
+        for name in ("shuffle", "invert")
+    )
+    assert one != other
+
+
+def test_permutations_count_by_index():
+    one, other = (
+        fingerprints(f"study.orders=[permutation_{index}]", compose_variants=True)
+        for index in (0, 119)
     )
     assert one != other
 

@@ -1,0 +1,195 @@
+"""Who runs in ``bench_adapter.py``: every arrangement on a Qwen3 of the same size and weights."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, get_peft_model
+from published_arrangement import PublishedArrangement, Setting
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from steerlora.config import AdapterConfig, TrainerConfig
+from steerlora.data.chat import ChatBatch
+from steerlora.models.adapter import Adapter, AdapterShape, total_rank
+from steerlora.models.monitor import Monitor
+from steerlora.models.sae import SparseAutoencoder
+from steerlora.models.taxonomy import Taxonomy
+from steerlora.training.adapter import AdapterModule
+from steerlora.training.language import next_token_loss
+
+DOMAINS = 5
+PUBLISHED_WEIGHTS = {
+    "preservation": 1.0,
+    "steering": 1.0,
+    "gate_sparsity": 1e-2,
+    "rank_budget": 1e-3,
+    "load_balance": 1e-2,
+    "diversity": 1e-3,
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Attributes: step: one whole training step; parameters: that it trains."""
+
+    step: Callable[[], None]
+    parameters: int
+
+
+def make_batch(options: Namespace) -> ChatBatch:
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.batch, options.length)
+    ids = torch.randint(0, options.vocabulary, shape, generator=generator)
+    owners = torch.arange(options.batch) % DOMAINS
+    return ChatBatch(ids, torch.ones_like(ids), ids.clone(), owners, ids.numel())
+
+
+def sc_lora(options: Namespace, batch: ChatBatch, **weights: float) -> Contender:
+    """One site at 3/8 of the depth, a sparse linear router; no loss but the task's."""
+    return _ours(options, batch, {"sites": (_site(options),)}, weights)
+
+
+def sc_lora_all_losses(options: Namespace, batch: ChatBatch) -> Contender:
+    """All seven losses at their published weights, with the monitor above the last layer."""
+    return sc_lora(options, batch, **PUBLISHED_WEIGHTS)
+
+
+def sc_lora_reference(options: Namespace, batch: ChatBatch) -> Contender:
+    """The published equations: a site at every layer, a perceptron router for every module."""
+    changes = {
+        "sites": tuple(range(options.layers)),
+        "source": "base",
+        "router": "mlp",
+        "per_module": True,
+    }
+    return _ours(options, batch, changes, {})
+
+
+def published(options: Namespace, batch: ChatBatch) -> Contender:
+    """The published equations in the published arrangement."""
+    model = _model(options)
+    setting = Setting(specialists=options.specialists, rank=options.rank, alpha=float(options.rank))
+    arrangement = PublishedArrangement(model, _saes(options, range(options.layers)), setting)
+
+    def loss() -> Tensor:
+        arrangement.observe(batch.input_ids, batch.attention_mask)
+        return next_token_loss(model, batch)
+
+    return _contender(loss, arrangement.trainable())
+
+
+def peft_same_layers(options: Namespace, batch: ChatBatch) -> Contender:
+    return _peft(options, batch, range(_site(options), options.layers))
+
+
+def peft_all_layers(options: Namespace, batch: ChatBatch) -> Contender:
+    return _peft(options, batch, range(options.layers))
+
+
+Build = Callable[[Namespace, ChatBatch], Contender]
+CONTENDERS: dict[str, Build] = {
+    build.__name__: build
+    for build in (
+        sc_lora,
+        peft_same_layers,
+        peft_all_layers,
+        sc_lora_all_losses,
+        sc_lora_reference,
+        published,
+    )
+}
+SLOW = {"sc_lora_reference", "published"}
+
+
+def _ours(options: Namespace, batch: ChatBatch, changes: dict, weights: dict) -> Contender:
+    model = _model(options)
+    sizes = {
+        "specialists": options.specialists,
+        "rank": options.rank,
+        "alpha": float(options.rank),
+    }
+    shape = AdapterShape(routing="sae", **sizes, **changes)
+    adapter = Adapter(model, shape, _saes(options, shape.sites)).attach(model)
+    module = AdapterModule(
+        model,
+        adapter,
+        config=AdapterConfig(**sizes, **weights),
+        trainer=TrainerConfig(),
+        total_steps=1000,
+        monitor=_monitor(model, adapter, options) if weights else None,
+    )
+    module.log = module.log_dict = lambda *_: None  # there is no trainer to log to
+    parameters = [p for p in adapter.parameters() if p.requires_grad]
+    return _contender(lambda: module.training_step(batch, 0), parameters)
+
+
+def _monitor(model: nn.Module, adapter: Adapter, options: Namespace) -> Monitor:
+    """At the stream leaving the last layer, with as many features of each sort as is usual."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(1 + DOMAINS, options.latents, generator=generator)
+    general, domain = draws[0] < 0.3, draws[1:] < 0.2
+    unused = torch.zeros(options.latents)
+    taxonomy = Taxonomy(general, domain, draws[1:] * domain, draws[1:], unused)
+    sae = _saes(options, [options.layers])[options.layers]
+    return Monitor(model, adapter, sae, options.layers, taxonomy)
+
+
+def _peft(options: Namespace, batch: ChatBatch, layers: Sequence[int]) -> Contender:
+    """PEFT's rank is the total rank of our specialists."""
+    rank = total_rank(AdapterShape(specialists=options.specialists, rank=options.rank))
+    model = get_peft_model(
+        _model(options),
+        LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            target_modules=list(AdapterShape().target_modules),
+            layers_to_transform=list(layers),
+        ),
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    base = model.get_base_model()
+    return _contender(lambda: next_token_loss(base, batch), parameters)
+
+
+def _contender(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> Contender:
+    """The same clipping and optimizer for everybody."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, eps=1e-6, weight_decay=0.0, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return Contender(step, sum(p.numel() for p in parameters))
+
+
+def _model(options: Namespace) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=options.vocabulary,
+            hidden_size=options.width,
+            intermediate_size=3 * options.width,
+            num_hidden_layers=options.layers,
+            num_attention_heads=options.width // 64,
+            num_key_value_heads=max(1, options.width // 128),
+            head_dim=64,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+
+
+def _site(options: Namespace) -> int:
+    return round(options.layers * 3 / 8)
+
+
+def _saes(options: Namespace, sites: Sequence[int]) -> dict[int, SparseAutoencoder]:
+    return {
+        site: SparseAutoencoder(options.width, options.latents, k=options.k, seed=site)
+        for site in sites
+    }

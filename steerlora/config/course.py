@@ -1,0 +1,159 @@
+"""How training and evaluation go: sequences, trainer, lm-eval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from steerlora.config.checks import not_negative, one_of, positive, share
+from steerlora.errors import UserError
+
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderConfig:
+    """The order in which one adapter meets the domains.
+
+    Attributes:
+        name: what tables call it.
+        kind: "broad_first", "broad_last", "random", "permutation" or "given" (``sequence``).
+        sequence: the domains, for kind "given".
+        seed: of a random order.
+        index: of a permutation, among all of ``domains.names`` in lexicographic order of position.
+        steps_per_domain: optimizer steps in each domain.
+    """
+
+    name: str = "broad_first"
+    kind: str = "broad_first"
+    sequence: list[str] = field(default_factory=list)
+    seed: int = 0
+    index: int = 0
+    steps_per_domain: int = 100
+
+    def __post_init__(self) -> None:
+        one_of(
+            "order.kind",
+            self.kind,
+            ("broad_first", "broad_last", "random", "permutation", "given"),
+        )
+        positive("order", steps_per_domain=self.steps_per_domain)
+        not_negative("order", index=self.index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinualConfig:
+    """What a sequence of domains does against forgetting.
+
+    Attributes:
+        specialists: "free": all of them train in every domain; "frozen": the one that carried a
+            domain most is frozen when the domain ends; "own": each arriving domain trains one of
+            its own, the next, and the others are frozen.
+        replay_ratio: share of the steps that repeat a batch of an earlier domain.
+        replay_batches: batches of each domain that are kept for it.
+        memory: let specialists be spawned, merged and pruned, in sequences and in joint training.
+        memory_every: steps between its decisions.
+        spawn_confidence: a specialist is spawned where the gate's mean confidence (0: even over
+            those kept, 1: one-hot) is below this,
+        spawn_similarity: and the text's mean features are less similar (cosine) than this to every
+            active specialist's.
+        merge_similarity: specialists are merged whose mean features are more similar than this.
+        prune_usage: a specialist is dropped whose usage is below this part of the even share.
+    """
+
+    specialists: str = "free"
+    replay_ratio: float = 0.0
+    replay_batches: int = 128
+    memory: bool = False
+    memory_every: int = 50
+    spawn_confidence: float = 0.5
+    spawn_similarity: float = 0.95
+    merge_similarity: float = 0.99
+    prune_usage: float = 0.1
+
+    def __post_init__(self) -> None:
+        one_of("continual.specialists", self.specialists, ("free", "frozen", "own"))
+        positive("continual", replay_batches=self.replay_batches, memory_every=self.memory_every)
+        share(
+            "continual",
+            replay_ratio=self.replay_ratio,
+            spawn_confidence=self.spawn_confidence,
+            spawn_similarity=self.spawn_similarity,
+            merge_similarity=self.merge_similarity,
+            prune_usage=self.prune_usage,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How adapters train, and on what hardware everything trains.
+
+    Attributes:
+        max_steps: optimizer steps of adapter training.
+        batch_size: conversations a step.
+        max_length: tokens of a conversation; longer prompts lose their beginning.
+        learning_rate, weight_decay, adam_epsilon: of AdamW.
+        gradient_clip: largest gradient norm.
+        warmup_fraction: share of the steps in which the learning rate rises.
+        decay_fraction: share of the steps, the last ones, in which it falls linearly to zero.
+        precision: Lightning's name, such as "32-true" or "bf16-mixed".
+        accelerator: Lightning's.
+        checkpoint_seconds: time between checkpoints of unfinished training.
+    """
+
+    max_steps: int = 400
+    batch_size: int = 32
+    max_length: int = 128
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    adam_epsilon: float = 1e-6
+    gradient_clip: float = 1.0
+    warmup_fraction: float = 0.05
+    decay_fraction: float = 0.5
+    precision: str = "32-true"
+    accelerator: str = "cpu"
+    checkpoint_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        positive(
+            "trainer",
+            max_steps=self.max_steps,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            learning_rate=self.learning_rate,
+            gradient_clip=self.gradient_clip,
+            checkpoint_seconds=self.checkpoint_seconds,
+        )
+        one_of("trainer.accelerator", self.accelerator, ACCELERATORS)
+        one_of("trainer.precision", self.precision, PRECISIONS)
+        for name in ("warmup_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"trainer.{name}={getattr(self, name)}: must be from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What lm-eval runs.
+
+    Attributes:
+        batch_size: sequences at once.
+        limit: items of each task; null: all.
+        generation_items: items of lm-eval's own gsm8k and ifeval, where long answers are generated.
+        tasks: task names; null: all that the domains bring.
+        max_length: tokens of context.
+    """
+
+    batch_size: int = 128
+    limit: int | None = None
+    generation_items: int = 40
+    tasks: list[str] | None = None
+    max_length: int = 256
+
+    def __post_init__(self) -> None:
+        positive(
+            "evaluation",
+            batch_size=self.batch_size,
+            limit=self.limit,
+            generation_items=self.generation_items,
+            max_length=self.max_length,
+        )

@@ -1,0 +1,127 @@
+"""What is run, followed and compared, and where it goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from steerlora.config.checks import given, one_of, positive
+from steerlora.errors import UserError
+
+STAGES = (
+    "domains",
+    "base",
+    "activations",
+    "sae_training",
+    "features",
+    "adapter_training",
+    "evaluate",
+    "causal_ablation",
+    "sequential_forgetting",
+    "report",
+    "status",
+)
+"""What ``stage=`` may name; all but the last two store an artifact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """Attributes: name: the stage to bring up to date, with whatever it needs."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        one_of("stage.name", self.name, STAGES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggerConfig:
+    """Weights & Biases.
+
+    Attributes:
+        name: "wandb", or "none" for no logging; nothing else depends on it.
+        mode: "offline" (no account, no network) or "online".
+        project, entity, tags: W&B's.
+        group: W&B's group of this run's stages.
+        dir: folder of offline runs.
+    """
+
+    name: str = "wandb"
+    mode: str = "offline"
+    project: str = "steerlora"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+    group: str = ""
+    dir: str = "outputs"
+
+    def __post_init__(self) -> None:
+        one_of("logger.name", self.name, ("wandb", "none"))
+        one_of("logger.mode", self.mode, ("offline", "online"))
+        given("logger.dir", self.dir)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """What an experiment compares. Names are options of the config groups.
+
+    Attributes:
+        name: the experiment; the report's title.
+        meaningful: false labels every table and figure of the report as a trial run.
+        models: the scale axis.
+        main_model: the model of the ablation and of the sequences.
+        adapters: methods compared at the main model.
+        scale_adapters: methods trained at the other models.
+        seeds: seeds at the main model.
+        scale_seeds: seeds at the other models.
+        interventions: controls of the ablation.
+        doses: strengths below 1 at which the ablation repeats them.
+        retrained: controls under which the ablated method is trained anew.
+        ablation_adapter: the method that is ablated.
+        orders: orders of the sequences: options of ``order``, random_<seed>, permutation_<index>.
+        sequential_adapters: methods carried through the sequences.
+        workers: stages built side by side, each in a process of its own.
+    """
+
+    name: str = "single"
+    meaningful: bool = True
+    models: list[str] = field(default_factory=list)
+    main_model: str = ""
+    adapters: list[str] = field(default_factory=list)
+    scale_adapters: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    scale_seeds: list[int] = field(default_factory=lambda: [0])
+    interventions: list[str] = field(default_factory=list)
+    doses: list[float] = field(default_factory=list)
+    retrained: list[str] = field(default_factory=list)
+    ablation_adapter: str = "sc_lora"
+    orders: list[str] = field(default_factory=list)
+    sequential_adapters: list[str] = field(default_factory=list)
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        positive("study", workers=self.workers)
+        for name in ("seeds", "scale_seeds"):
+            if not getattr(self, name):
+                raise UserError(f"study.{name}=[]: give at least one seed")
+        for dose in self.doses:
+            if not 0 < dose < 1:
+                raise UserError(f"study.doses={self.doses}: give strengths above 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactsConfig:
+    """Attributes: root: folder of all artifacts."""
+
+    root: str = "artifacts"
+
+    def __post_init__(self) -> None:
+        given("artifacts.root", self.root)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultsConfig:
+    """Attributes: dir: folder of an experiment's tables, figures and claims."""
+
+    dir: str = "results"
+
+    def __post_init__(self) -> None:
+        given("results.dir", self.dir)

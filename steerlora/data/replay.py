@@ -1,0 +1,75 @@
+"""Replay: some steps of a domain's training go to batches of the domains before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+from steerlora.data.chat import ChatBatch
+
+
+class Source(NamedTuple):
+    """Where the batch of a step comes from.
+
+    Attributes:
+        earlier: position of the earlier domain; None: the current one.
+        batch: which of its batches, from 0.
+    """
+
+    earlier: int | None
+    batch: int
+
+
+class ReplayBatches:
+    """Batches as a function of the step alone: the current domain's, with earlier ones among them.
+
+    Step s replays iff floor((s + 1) ratio) > floor(s ratio), so replays come evenly spread, and
+    their share of any number of steps is the ratio's. A replay is one of the first ``kept`` batches
+    of an earlier domain, both drawn uniformly from the seed and the step. The other steps take the
+    current domain's batches in order and leave none out. (Published: ratio 0.2, 128 batches.)
+
+    Args:
+        current: the batch of a step of the current domain.
+        earlier: likewise of every domain before it; with none there is nothing to replay.
+        ratio: share of the steps that replay, in [0, 1).
+        kept: batches that every earlier domain leaves behind.
+        seed: of the draws.
+
+    Raises:
+        ValueError: a ratio outside [0, 1), or nothing kept.
+    """
+
+    def __init__(
+        self,
+        current: Callable[[int], ChatBatch],
+        earlier: Sequence[Callable[[int], ChatBatch]],
+        *,
+        ratio: float,
+        kept: int,
+        seed: int,
+    ) -> None:
+        if not 0 <= ratio < 1:
+            raise ValueError(f"replay ratio {ratio}: choose 0 (none) up to, but not, 1")
+        if kept < 1:
+            raise ValueError(f"{kept} replay batches: keep at least 1, or set the ratio to 0")
+        self.current, self.earlier = current, earlier
+        # As written: in floating point 0.29 of 100 steps would be 28 of them.
+        self.ratio = Fraction(str(ratio)) if earlier else Fraction(0)
+        self.kept, self.seed = kept, seed
+
+    def __call__(self, step: int) -> ChatBatch:
+        """The batch of ``step``, from 0."""
+        source = self.source(step)
+        batches = self.current if source.earlier is None else self.earlier[source.earlier]
+        return batches(source.batch)
+
+    def source(self, step: int) -> Source:
+        """Where the batch of ``step`` comes from."""
+        replayed = step * self.ratio // 1
+        if (step + 1) * self.ratio // 1 == replayed:
+            return Source(None, step - replayed)
+        draws = np.random.SeedSequence([self.seed, step]).generate_state(2)
+        return Source(int(draws[0]) % len(self.earlier), int(draws[1]) % self.kept)

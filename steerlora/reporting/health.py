@@ -1,0 +1,61 @@
+"""Routing health of a run over the whole of its training, and which runs have it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from steerlora.reporting import labels
+from steerlora.reporting.effects import select
+from steerlora.reporting.labels import in_order
+
+
+class OverTraining(NamedTuple):
+    """Routing health at every measurement of a training, and at the evaluation after it.
+
+    Attributes:
+        usage_entropy: mean over all of them, in units of log E.
+        first_entropy, lowest_entropy, last_entropy: its course; the last is at evaluation.
+        died: whether a specialist was dead at any of them but the first.
+        max_load: the largest.
+        measurements: how many there are, the evaluation included.
+    """
+
+    usage_entropy: float
+    first_entropy: float
+    lowest_entropy: float
+    last_entropy: float
+    died: bool
+    max_load: float
+    measurements: int
+
+
+def over_training(*records: dict) -> list[OverTraining]:
+    """Of some evaluations that are to be compared.
+
+    Where one of them has no history of its training, none of them is given one: an average over
+    training beside a value at its end would compare nothing.
+    """
+    whole = all(record.get("routing_history") for record in records)
+    return [_of(record, record["routing_history"] if whole else []) for record in records]
+
+
+def _of(record: dict, history: list[dict]) -> OverTraining:
+    measured = [*history, record["routing"]]
+    entropy = [at["usage_entropy"] for at in measured]
+    later = measured[1:] or measured
+    return OverTraining(
+        usage_entropy=sum(entropy) / len(entropy),
+        first_entropy=entropy[0],
+        lowest_entropy=min(entropy),
+        last_entropy=entropy[-1],
+        died=any(at["dead_specialists"] > 0 for at in later),
+        max_load=max(at["max_load"] for at in measured),
+        measurements=len(measured),
+    )
+
+
+def routed(evaluations: list[dict], model: str) -> dict[str, list[dict]]:
+    """Evaluations of a model that carry routing health, by adapter."""
+    records = [record for record in select(evaluations, model=model) if record.get("routing")]
+    adapters = in_order((record["adapter"] for record in records), labels.ADAPTERS)
+    return {adapter: select(records, adapter=adapter) for adapter in adapters}

@@ -1,0 +1,248 @@
+"""What joint and sequential training of an adapter share: its inputs, the adapter, one training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from steerlora.artifacts import Artifact
+from steerlora.config import (
+    AdapterConfig,
+    Config,
+    ContinualConfig,
+    ControlConfig,
+    InterventionConfig,
+    RoutingConfig,
+)
+from steerlora.data.chat import EncodedChat, collate, encode_chats
+from steerlora.errors import UserError, nearest
+from steerlora.formats.sae import load_sae, sae_metadata
+from steerlora.models.adapter import Adapter, AdapterShape
+from steerlora.models.decoder import decoder_of
+from steerlora.models.interventions import INTERVENTIONS, check_phase
+from steerlora.models.monitor import Monitor
+from steerlora.pipeline import Step
+from steerlora.stages import base, domains, features, sae_training
+from steerlora.stages.common import read_rows
+from steerlora.training.control import TrainUnder
+from steerlora.training.memory import MemoryPolicy
+from steerlora.training.prototypes import prompt_signals
+from steerlora.training.routing import RoutingWatch
+
+FACT_ROWS = 64
+"""Training rows a domain over which mean rank and the domains' specialists are recorded."""
+PROTOTYPE_ROWS = 512
+"""Training rows a domain, and rows of general text, whose signals make a prototype."""
+
+
+def inputs(config: Config, *, monitored: bool) -> dict[str, Step | tuple[Step, ...]]:
+    """What any training of an adapter reads.
+
+    Args:
+        config: the run's.
+        monitored: with the monitor site's SAE and features.
+    """
+    found: dict[str, Step | tuple[Step, ...]] = {
+        "domains": domains.step(config),
+        "base": base.step(config),
+    }
+    if config.adapter.routing == "sae":
+        found["saes"] = sae_training.steps(config)
+    if config.adapter.prototypes:
+        found["features"] = features.steps(config)
+    if monitored:
+        found["monitor_sae"] = sae_training.monitor_step(config)
+        found["monitor_features"] = features.monitor_step(config)
+    return found
+
+
+def check_intervention(config: Config) -> None:
+    """Refuse a control that does not exist, or that this adapter or phase gives no meaning.
+
+    Raises:
+        UserError: says what would be right.
+    """
+    name = config.intervention.name
+    if name == "none":
+        return
+    if name not in INTERVENTIONS:
+        raise UserError(f"intervention.name={name}: {nearest(name, INTERVENTIONS)}")
+    if config.adapter.routing != "sae":
+        raise UserError(
+            f"intervention={name} acts on SAE routing; adapter={config.adapter.name} has routing "
+            f"{config.adapter.routing}"
+        )
+    try:
+        check_phase(name, config.intervention.phase)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def new_adapter(
+    model,
+    config: AdapterConfig,
+    control: ControlConfig,
+    inputs: dict[str, Artifact | tuple[Artifact, ...]],
+    seed: int,
+) -> tuple[Adapter, dict[int, Path]]:
+    """An attached, untrained adapter and where its SAEs lie.
+
+    Raises:
+        UserError: what is asked for does not fit the model.
+    """
+    paths = {
+        site: artifact / sae_training.FOLDER
+        for site, artifact in zip(control.sites, inputs.get("saes", ()), strict=False)
+    }
+    fields = AdapterShape.__dataclass_fields__
+    chosen = {**vars(control), **vars(config)}
+    shape = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in chosen.items()
+        if name in fields
+    }
+    try:
+        adapter = Adapter(
+            model,
+            AdapterShape(**shape),
+            {site: load_sae(path) for site, path in paths.items()},
+            feature_scales={
+                site: sae_metadata(path)["mean_feature_norm"] for site, path in paths.items()
+            },
+            seed=seed,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if config.prototypes:
+        for site, artifact in zip(control.sites, inputs["features"], strict=True):
+            prototypes = features.load_taxonomy(artifact).prototypes
+            adapter.routers[str(site)].set_prototypes(prototypes)
+    return adapter.attach(model), paths
+
+
+def open_monitor(
+    model,
+    adapter: Adapter,
+    control: ControlConfig,
+    inputs: dict[str, Artifact | tuple[Artifact, ...]],
+) -> Monitor | None:
+    """The monitor of ``control.monitor``; None where no loss and no report asks for one."""
+    if "monitor_sae" not in inputs:
+        return None
+    sae = load_sae(inputs["monitor_sae"] / sae_training.FOLDER)
+    taxonomy = features.load_taxonomy(inputs["monitor_features"])
+    return Monitor(model, adapter, sae, control.monitor, taxonomy)
+
+
+def callbacks(
+    adapter: Adapter,
+    names: Sequence[str],
+    routing: RoutingConfig,
+    intervention: InterventionConfig,
+) -> tuple[RoutingWatch, list[Callback]]:
+    """The watch over routing, and all that acts during a training besides the losses."""
+    watch = RoutingWatch(
+        adapter, names, routing.log_every, routing.collapse, routing.collapse_below
+    )
+    found: list[Callback] = [watch]
+    if intervention.name != "none" and intervention.phase == "training":
+        found.append(
+            TrainUnder(
+                adapter,
+                intervention.name,
+                seed=intervention.seed,
+                strength=intervention.strength,
+                sites=intervention.sites,
+                domains=intervention.domains,
+                domain_names=names,
+            )
+        )
+    return watch, found
+
+
+def memory_policy(
+    adapter: Adapter, config: ContinualConfig, domain: str, seed: int, protected: Iterable[int] = ()
+) -> MemoryPolicy | None:
+    """The memory policy of one training, where it is on."""
+    if not config.memory:
+        return None
+    return MemoryPolicy(
+        adapter,
+        every=config.memory_every,
+        spawn_confidence=config.spawn_confidence,
+        spawn_similarity=config.spawn_similarity,
+        merge_similarity=config.merge_similarity,
+        prune_usage=config.prune_usage,
+        domain=domain,
+        protected=tuple(protected),
+        seed=seed,
+    )
+
+
+def meet(
+    model, adapter: Adapter, specialist: int | None, rows: list[EncodedChat], pad_token_id: int
+) -> None:
+    """Give prototype routers the signals of a domain's training rows.
+
+    Args:
+        specialist: the domain's; None: ``rows`` are general text, whose update is none.
+    """
+    spread = rows[:: max(1, len(rows) // PROTOTYPE_ROWS)][:PROTOTYPE_ROWS]
+    for site, signals in prompt_signals(model, adapter, spread, pad_token_id).items():
+        adapter.routers[str(site)].meet(specialist, signals)
+
+
+def meet_general_text(
+    model, adapter: Adapter, source: Artifact, tokenizer, max_length: int
+) -> None:
+    """Give prototype routers the signals of pretraining text, if they are to know general text."""
+    if adapter.shape.null_specialist:
+        rows = read_rows(source / "pretrain.jsonl")
+        rows = rows[:: max(1, len(rows) // PROTOTYPE_ROWS)]
+        encoded = encode_chats(tokenizer, rows, max_length)
+        meet(model, adapter, None, encoded, tokenizer.pad_token_id)
+
+
+@torch.no_grad()
+def usage(
+    model, adapter: Adapter, rows: list[EncodedChat], pad_token_id: int
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """{site: (mean gate [E], token ranks [T])} over the first training rows of one domain."""
+    model.eval()
+    chosen = rows[:FACT_ROWS]
+    batch = collate(chosen, [-1] * len(chosen), pad_token_id).to(model.device)
+    decoder_of(model)(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    )
+    real = batch.attention_mask.bool()
+    return {
+        layer: (routing.gate[real].mean(0), routing.mask[real].sum(-1))
+        for layer, routing in adapter.routing().items()
+    }
+
+
+def record_facts(
+    model,
+    adapter: Adapter,
+    rows: dict[str, list[EncodedChat]],
+    pad_token_id: int,
+    trained_under: str,
+) -> None:
+    """Record, over training rows, what interventions need: mean rank, each domain's specialist.
+
+    What an adapter was trained under (``oracle_domain``'s specialists, ``fixed_rank``'s rank) stays
+    as it was during its training.
+    """
+    found = {name: usage(model, adapter, own, pad_token_id) for name, own in rows.items()}
+    for layer, site in adapter.sites.items():
+        if site.facts is not None:
+            ranks = torch.cat([by_site[layer][1] for by_site in found.values()])
+            if trained_under != "fixed_rank":
+                site.facts.mean_rank = float(ranks.mean())
+            if trained_under != "oracle_domain":
+                site.facts.specialist_of_domain = {
+                    name: int(by_site[layer][0].argmax()) for name, by_site in found.items()
+                }

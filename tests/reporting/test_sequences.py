@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from steerlora.reporting.labels import METHOD, SWITCHES, switch_of
+from steerlora.reporting.method import aims, method_table
+from steerlora.reporting.orders import MAX_ORDERS, forgetting_table, order_effects_table
+from steerlora.reporting.sequences import (
+    apart_by_replay,
+    final,
+    forgotten,
+    kept,
+    mean,
+    p_value,
+    ratio,
+    twins,
+)
+
+DOMAINS = ["instruction", "math", "code"]
+
+
+def record(adapter, sequence, seed, lost, *, order=None, general=None, **more):
+    """Learns every domain to 0.8 and loses ``lost`` of it at once; the base scores 0."""
+    matrix = np.zeros((len(sequence) + 1, len(DOMAINS)))
+    for stage, domain in enumerate(sequence, start=1):
+        matrix[stage:, DOMAINS.index(domain)] = 0.8 - lost
+        matrix[stage, DOMAINS.index(domain)] = 0.8
+    after = None if general is None else {"value": general, "stderr": 0.0}
+    return {
+        "model": "m",
+        "adapter": adapter,
+        "seed": seed,
+        "fingerprint": f"{adapter}-{'-'.join(sequence)}-{seed}",
+        "order": order or "-".join(sequence),
+        "sequence": list(sequence),
+        "domains": DOMAINS,
+        "matrix": matrix.tolist(),
+        "stderr": np.zeros_like(matrix).tolist(),
+        "items": 50,
+        "general": {"before": {"value": 0.8, "stderr": 0.0}, "after": after},
+    } | more
+
+
+FIRST = ("instruction", "math", "code")
+LAST = ("math", "code", "instruction")
+MIDDLE = ("code", "instruction", "math")
+
+
+def test_every_order_is_compared_with_its_own_twin():
+    records = [
+        record("lora", FIRST, 0, 0.2),
+        record("lora", LAST, 0, 0.5),
+        record("lora", FIRST, 1, 0.3),
+        record("lora", LAST, 1, 0.7),
+        record("lora", MIDDLE, 0, 0.9),  # its twin, instruction-code-math, was not run
+        record("lora", LAST, 2, 0.9),  # nor was its twin under this seed
+    ]
+    effect = twins(records)
+    assert (effect.pairs, effect.orders) == (2, 1)
+    assert effect.first == pytest.approx(0.25)
+    assert effect.later == pytest.approx(0.6)
+    assert effect.difference.value == pytest.approx(-0.35)
+    assert effect.difference.low == pytest.approx(-0.4)  # the worse seed alone
+    assert effect.difference.high == pytest.approx(-0.3)
+    assert effect.p == 0.5  # two pairs can say no more
+    with_twin = [*records, record("lora", ("instruction", "code", "math"), 0, 0.1)]
+    assert (twins(with_twin).pairs, twins(with_twin).orders) == (3, 2)
+    assert twins([record("lora", FIRST, 0, 0.2)]) is None
+
+
+def test_one_twin_may_serve_several_orders():
+    records = [record("lora", FIRST, 0, 0.2), record("lora", LAST, 0, 0.5)]
+    records += [record("lora", ("math", "instruction", "code"), 0, 0.4)]
+    effect = twins(records)
+    assert (effect.pairs, effect.orders) == (2, 2)
+    assert effect.difference.value == pytest.approx(-0.25)
+
+
+def test_order_effects_table_has_a_row_a_method_with_pairs():
+    records = [
+        record(name, o, s, 0.3) for name in ("lora", "a") for o in (FIRST, LAST) for s in (0, 1)
+    ]
+    records += [record("alone", LAST, 0, 0.3)]
+    table = order_effects_table(records)
+    assert list(table.data.adapter) == ["lora", "a"]
+    assert [row[2].text for row in table.rows] == ["2 (1)", "2 (1)"]
+    assert table.rows[0][5].text == "+0.000 [+0.000, +0.000]"
+    assert set(table.data.p_holm) == {1.0}
+    assert order_effects_table(records[-1:]) is None
+
+
+def test_ratio_and_p_value_use_only_runs_that_both_have():
+    records = [record("lora", FIRST, seed, 0.4) for seed in range(4)]
+    records += [record("own", FIRST, seed, 0.1) for seed in range(3)]
+    records += [record("own", LAST, 0, 0.8)]  # lora never ran it
+    assert ratio(records, "own", "lora", forgotten).interval.value == pytest.approx(0.25)
+    assert ratio(records, "own", "lora", forgotten).interval.seeds == 3
+    assert ratio(records, "own", "lora", final).interval.value > 1
+    assert p_value(records, "own", "lora", forgotten) == pytest.approx(2 / 8)
+    assert ratio(records, "own", "absent", forgotten) is None
+    assert np.isnan(p_value(records, "own", "absent", forgotten))
+
+
+def test_general_knowledge_kept():
+    records = [record("own", FIRST, seed, 0.1, general=0.6 + 0.1 * seed) for seed in range(2)]
+    assert kept(records).value == pytest.approx(0.65 / 0.8)
+    assert kept(records).low == pytest.approx(0.6 / 0.8)
+    unmeasured = [record("own", FIRST, 2, 0.1), record("own", FIRST, 3, 0.1, general=None)]
+    del unmeasured[0]["general"]
+    assert kept([*records, *unmeasured]) == kept(records)
+    assert kept(unmeasured) is None
+    assert mean([], forgotten) is None
+
+
+def test_replay_has_a_name_of_its_own_only_where_there_is_need():
+    plain, replayed = record("a", FIRST, 0, 0.1), record("a", FIRST, 0, 0.1, replay=0.2)
+    assert [r["adapter"] for r in apart_by_replay([plain, replayed])] == ["a", "a replay 0.2"]
+    assert [r["adapter"] for r in apart_by_replay([replayed, replayed])] == ["a", "a"]
+    assert switch_of(f"{METHOD} replay 0.2") is None
+
+
+def test_every_switch_that_is_shipped_has_a_name():
+    folder = Path(__file__).parents[2] / "conf/adapter"
+    shipped = {path.stem for path in folder.glob(f"{METHOD}_*.yaml")}
+    assert shipped == {f"{METHOD}_{switch}" for switch in SWITCHES}
+
+
+def study(
+    own_lost=0.02, general=0.8, orders=(FIRST, LAST, MIDDLE, ("code", "math", "instruction"))
+):
+    """Four orders and three seeds of LoRA, our method and two switches."""
+    lost = {"lora": 0.7, "sc_lora": 0.5, METHOD: own_lost}
+    lost |= {f"{METHOD}_soft": 0.3, f"{METHOD}_my_switch": 0.4}
+    return [
+        record(name, order, seed, part + 0.005 * seed, general=general if name == METHOD else 0.3)
+        for name, part in lost.items()
+        for order in orders
+        for seed in range(3)
+    ]
+
+
+def test_method_table():
+    table = method_table(study(), "m", meaningful=True)
+    data = table.data.set_index("adapter")
+    assert list(data.index) == ["lora", "sc_lora", METHOD, f"{METHOD}_soft", f"{METHOD}_my_switch"]
+    assert [row[0].text for row in table.rows][2:] == [
+        METHOD,
+        f"{METHOD}: soft gate",
+        f"{METHOD}: my switch",
+    ]
+    own = data.loc[METHOD]
+    assert own.positive_forgetting == pytest.approx(0.025)
+    assert own.forgetting_ratio == pytest.approx(0.025 / 0.705)
+    assert own.final_average == pytest.approx(0.8 - 2 / 3 * 0.025)
+    assert own.general == pytest.approx(1.0)
+    assert (own.runs, own.orders, own.seeds) == (12, 4, 3)
+    assert np.isnan(own.p_holm)
+    assert table.rows[2][1].text == "4 × 3"
+    assert table.rows[2][2].best
+    assert not table.rows[0][2].best
+    assert data.loc["lora"].p_holm == pytest.approx(4 * 0.001)  # four comparisons
+    assert np.isnan(data.loc["lora"].forgetting_ratio)
+
+
+def test_a_method_with_missing_runs_says_how_many_it_has():
+    records = [r for r in study() if (r["adapter"], r["seed"], r["order"]) != ("lora", 0, FIRST)]
+    table = method_table(records[1:], "m", meaningful=True)
+    assert table.rows[0][1].text == "11 runs"
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdicts"),
+    [
+        ({}, ("met", "met", "met")),
+        ({"own_lost": 0.25}, ("not met", "met", "not met")),
+        ({"general": 0.7}, ("met", "not met", "met")),
+        ({"general": None}, ("met", "not measured", "met")),
+    ],
+)
+def test_aims(changes, verdicts):
+    records = study(**changes)
+    assert tuple(aim.verdict for aim in aims(records)) == verdicts
+    notes = method_table(records, "m", meaningful=True).notes
+    assert [note.split(": ")[1].split(" ")[0].rstrip(".") for note in notes[:3]] == [
+        verdict.split(" ")[0] for verdict in verdicts
+    ]
+    assert "Orders: 4, seeds: 3." in notes[3]
+
+
+def test_an_aim_that_the_interval_only_touches_is_not_met():
+    records = study()
+    noisy = [r | {"stderr": np.full((4, 3), 0.1).tolist()} for r in records]
+    forgetting = aims(noisy)[0]
+    assert forgetting.interval.value < 0.2 < forgetting.interval.high
+    assert forgetting.verdict == "not met"
+
+
+def test_without_the_baseline_or_with_too_few_orders():
+    without = [r for r in study() if r["adapter"] != "lora"]
+    assert [aim.verdict for aim in aims(without)] == ["not measured", "met", "not measured"]
+    few = method_table(study(orders=(FIRST,)), "m", meaningful=True)
+    assert few.notes[3].endswith("Orders: 1, seeds: 3; the aims ask for at least 4 and 3.")
+    assert (
+        method_table([r for r in study() if r["adapter"] != METHOD], "m", meaningful=True) is None
+    )
+    assert method_table(study(), "another", meaningful=True) is None
+
+
+def test_forgetting_table_has_general_knowledge_and_p_values():
+    table = forgetting_table(study(), meaningful=True)
+    rows = table.data[table.data.order == "all"].set_index("adapter")
+    assert rows.loc[METHOD].general == pytest.approx(1.0)
+    assert rows.loc["lora"].general == pytest.approx(0.375)
+    assert rows.loc[METHOD].p_holm == pytest.approx(4 * 0.001)
+    assert np.isnan(rows.loc["lora"].p_holm)
+    by_order = table.data[table.data.order == "-".join(LAST)].set_index("adapter")
+    assert by_order.loc[METHOD].p_holm == 1.0  # of three pairs, 0.25 by four comparisons
+    assert "General kept" in table.columns
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    bare = [{k: v for k, v in r.items() if k != "general"} for r in study()]
+    assert "General kept" not in forgetting_table(bare, meaningful=True).columns
+
+
+def test_many_orders_are_left_to_the_csv_file():
+    records = [
+        record("lora", FIRST, 0, 0.3, order=f"permutation_{index}")
+        for index in range(MAX_ORDERS + 1)
+    ]
+    table = forgetting_table(records, meaningful=True)
+    assert [row[1].text for row in table.rows] == ["all orders", "instruction first"]
+    assert len(table.data) == 2 + MAX_ORDERS + 1
+    assert "CSV" in table.caption

@@ -1,0 +1,278 @@
+"""Every method through both ways of training: what it leaves, what it refuses, how it resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from steerlora import compose
+from steerlora.artifacts import ArtifactStore
+from steerlora.errors import UserError
+from steerlora.pipeline import RunReport, run
+from steerlora.stages import adapter_training, evaluate, sequential_forgetting
+from steerlora.stages.common import load_base
+from steerlora.stages.sequential_forgetting import sequence_of
+
+METHODS = compose.groups()["adapter"]
+
+
+@pytest.fixture(scope="module")
+def store(smoke, tmp_path_factory) -> ArtifactStore:
+    """The smoke experiment's artifacts, to add to."""
+    root = tmp_path_factory.mktemp("methods") / "artifacts"
+    shutil.copytree(smoke.root, root)
+    return ArtifactStore(root)
+
+
+def sequence(smoke, store: ArtifactStore, *changes: str) -> tuple[dict, RunReport]:
+    step = sequential_forgetting.step(smoke.config(*changes))
+    report = run([step], store)
+    return report[step].json(sequential_forgetting.RESULT), report
+
+
+def trained(smoke, store: ArtifactStore, *changes: str) -> Path:
+    step = adapter_training.step(smoke.config(*changes))
+    return run([step], store)[step].path
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / adapter_training.FOLDER / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_is_scored_and_goes_through_a_sequence(name, smoke, store):
+    step = evaluate.step(smoke.config(f"adapter={name}"))
+    scores = run([step], store)[step].json(evaluate.SCORES)
+    assert scores["adapter"] == name
+    assert len(scores["tasks"]) == 9
+    sites = smoke.config(f"adapter={name}").control.sites
+    routed = [] if smoke.config(f"adapter={name}").adapter.routing == "none" else sites
+    assert list(scores["routing_by_site"]) == list(map(str, routed))
+    record, _ = sequence(smoke, store, f"adapter={name}")
+    assert len(record["matrix"]) == 6
+    assert set(record["general"]) == {"before", "after"}
+    assert (record["drift"] is None) == (name != "sc_lora_reference")
+
+
+def test_reference_is_the_published_configuration(smoke):
+    config = smoke.config("adapter=sc_lora_reference")
+    assert config.control.sites == [0, 1]
+    assert (config.control.source, config.control.monitor) == ("base", 2)
+    assert config.adapter.weights == {
+        "task": 1.0,
+        "preservation": 1.0,
+        "steering": 1.0,
+        "gate_sparsity": 0.01,
+        "rank_budget": 0.001,
+        "load_balance": 0.01,
+        "diversity": 0.001,
+        "orthogonality": 0.0,
+    }
+
+
+def test_prototypes_come_from_the_domains_met_so_far_in_the_order_of_arrival(
+    smoke, store, monkeypatch
+):
+    met = []
+    original = sequential_forgetting.adapting.meet
+
+    def meet(model, adapter, specialist, rows, pad):
+        original(model, adapter, specialist, rows, pad)
+        met.append((specialist, adapter.routers["1"].met.tolist()))
+
+    monkeypatch.setattr(sequential_forgetting.adapting, "meet", meet)
+    sequence(smoke, store, "adapter=sc_lora_context", "seed=11")
+    general = [False] * 5 + [True]
+    assert met[0] == (None, general)
+    for position, (specialist, known) in enumerate(met[1:]):
+        assert specialist == position
+        assert known == [index <= position for index in range(5)] + [True]
+
+
+@pytest.mark.parametrize("name", ["sc_lora_context", "o_lora"])
+def test_own_specialists_leave_the_earlier_ones_as_they_were(name, smoke, store, monkeypatch):
+    seen = []
+    original = sequential_forgetting._Sequence._keep
+
+    def keep(self, done):
+        original(self, done)
+        seen.append({n: p.detach().clone() for n, p in self.adapter.layers.named_parameters()})
+
+    monkeypatch.setattr(sequential_forgetting._Sequence, "_keep", keep)
+    sequence(smoke, store, f"adapter={name}", "seed=12", "order.steps_per_domain=2")
+    rank = smoke.config(f"adapter={name}").adapter.rank
+    for position in range(1, 5):
+        for key, now in seen[position].items():
+            before = seen[position - 1][key]
+            if key.endswith("B"):
+                now, before = now.t(), before.t()
+            same = (now == before).view(5, rank, -1).flatten(1).all(1).tolist()
+            assert [index for index in range(5) if not same[index]] in ([position], [])
+    moved = seen[4][next(k for k in seen[4] if k.endswith("B"))] != 0
+    assert moved.any()
+
+
+def test_the_specialist_that_carried_a_domain_most_is_frozen(smoke, store, monkeypatch):
+    frozen = []
+    original = sequential_forgetting._Sequence._keep
+
+    def keep(self, done):
+        original(self, done)
+        frozen.append(list(done.frozen))
+
+    monkeypatch.setattr(sequential_forgetting._Sequence, "_keep", keep)
+    sequence(smoke, store, "adapter=sc_lora", "continual.specialists=frozen")
+    assert [len(found) for found in frozen] == [1, 2, 3, 3, 3]  # one of four stays free
+    assert len(set(frozen[-1])) == 3
+
+
+RESUMED = {
+    "prototypes": ("adapter=sc_lora_context",),
+    "memory and replay": (
+        "adapter=sc_lora",
+        "adapter.active=2",
+        "continual.memory=true",
+        "continual.memory_every=1",
+        "continual.spawn_confidence=1",
+        "continual.spawn_similarity=1",
+        "continual.replay_ratio=0.5",
+    ),
+    "frozen": ("adapter=sc_lora", "continual.specialists=frozen"),
+    "monitor": ("adapter=sc_lora_reference",),
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_an_interrupted_sequence_ends_as_an_unbroken_one(kind, smoke, store, monkeypatch):
+    changes = (*RESUMED[kind], "order.steps_per_domain=3", "trainer.checkpoint_seconds=1e-9")
+    ends = []
+
+    def remember(self, done, original=sequential_forgetting._Sequence._keep):
+        original(self, done)
+        ends.append({name: value.clone() for name, value in self.adapter.state_dict().items()})
+
+    monkeypatch.setattr(sequential_forgetting._Sequence, "_keep", remember)
+    step = sequential_forgetting.step(smoke.config(*changes))
+    unbroken = run([step], store)[step]
+    expected, whole = unbroken.json(sequential_forgetting.RESULT), ends[-1]
+    shutil.rmtree(unbroken.path)
+
+    original, calls = sequential_forgetting.fit, []
+
+    def interrupted(module, batch, *args, **kwargs):
+        calls.append(None)
+        if len(calls) != 3:
+            return original(module, batch, *args, **kwargs)
+
+        def until(number):  # a domain's second step never comes
+            if number == 1:
+                raise KeyboardInterrupt
+            return batch(number)
+
+        return original(module, until, *args, **kwargs)
+
+    monkeypatch.setattr(sequential_forgetting, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run([step], store)
+    ends.clear()
+    found = run([step], store)[step].json(sequential_forgetting.RESULT)
+    assert found == expected
+    assert len(ends) == 3  # the first two domains were not learnt again
+    for name, value in whole.items():
+        assert torch.equal(value, ends[-1][name]), name
+    if kind == "memory and replay":
+        assert [event["event"] for event in found["events"]]
+
+
+def test_replay_repeats_earlier_domains(smoke, store, monkeypatch):
+    owners = []
+    original = sequential_forgetting.fit
+
+    def fit(module, batch, steps, **kwargs):
+        owners.append([batch(number).domains.unique().tolist() for number in range(steps)])
+        return original(module, batch, steps, **kwargs)
+
+    monkeypatch.setattr(sequential_forgetting, "fit", fit)
+    changes = ("adapter=lora", "order.steps_per_domain=4", "continual.replay_ratio=0.5")
+    record, _ = sequence(smoke, store, *changes)
+    assert record["replay"] == 0.5
+    assert owners[0] == [[0]] * 4
+    for position in range(1, 5):
+        assert [found == [position] for found in owners[position]] == [True, False, True, False]
+        assert all(found[0] < position for found in owners[position][1::2])
+
+
+def test_orders_by_index_are_all_there_is(smoke):
+    found = {
+        sequence_of(config.order, config.domains)
+        for config in (
+            smoke.config("order=permutation", f"order.index={index}") for index in range(120)
+        )
+    }
+    assert len(found) == 120
+    with pytest.raises(UserError, match=r"order.index=120: 5 domains have 120 orders, 0 to 119"):
+        smoke.config("order=permutation", "order.index=120")
+
+
+def test_a_retrained_control_is_trained_and_scored_under_it(smoke, store):
+    under = ("adapter=sc_lora", "intervention=shuffle", "intervention.phase=training")
+    step = evaluate.step(smoke.config(*under))
+    scores = run([step], store)[step].json(evaluate.SCORES)
+    assert (scores["intervention"], scores["phase"]) == ("shuffle", "training")
+    plain, retrained = (weights(trained(smoke, store, *c)) for c in (under[:1], under))
+    assert any(not torch.equal(plain[name], retrained[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            ("adapter=sc_lora", "intervention=permute_latents", "intervention.phase=training"),
+            "which is no control",
+        ),
+        (("adapter=lora", "intervention=shuffle"), "acts on SAE routing"),
+        (("adapter=sc_lora", "intervention.name=shufle"), "did you mean 'shuffle'"),
+    ],
+)
+def test_controls_that_mean_nothing_are_refused_before_work(changes, says, smoke):
+    with pytest.raises(UserError, match=says):
+        adapter_training.step(smoke.config(*changes)) and evaluate.step(smoke.config(*changes))
+
+
+def test_a_collapse_stops_a_training_that_is_told_to_stop(smoke, store):
+    changes = ("routing.collapse=stop", "routing.collapse_below=1", "routing.log_every=1")
+    step = adapter_training.step(smoke.config("adapter=sc_lora", "seed=9", *changes))
+    with pytest.raises(UserError, match="routing has collapsed"):
+        run([step], store)
+
+
+def test_joint_training_keeps_its_history(smoke, store):
+    folder = trained(smoke, store, "adapter=sc_lora", "routing.log_every=1")
+    history = json.loads((folder / adapter_training.HISTORY).read_text())
+    assert [row["step"] for row in history["routing"]] == [1, 2]
+    assert history["events"] == []
+
+
+def test_prototypes_of_the_taxonomy_reweight_a_learnt_gate(smoke, store):
+    folder = trained(smoke, store, "adapter=sc_lora", "adapter.prototypes=true")
+    prototypes = weights(folder)["routers.1.prototypes"]
+    assert prototypes.shape[0] == 4
+    assert prototypes.abs().sum() > 0
+
+
+def test_a_saved_context_adapter_routes_as_it_did(smoke, store):
+    from steerlora.formats.adapter import load_adapter
+
+    step = adapter_training.step(smoke.config("adapter=sc_lora_context"))
+    report = run([step], store)
+    base = report[next(s for s in step.upstream if s.stage == "base")]
+    model, _ = load_base(base)
+    adapter = load_adapter(model, report[step] / adapter_training.FOLDER)
+    assert adapter.routers["1"].met.all()
+    assert adapter.shape.context == "causal_mean"
+    assert adapter.shape.specialists == 5
