@@ -32,7 +32,6 @@ from steerlora.config.run import (
 from steerlora.config.world import DomainsConfig, ModelConfig
 from steerlora.errors import UserError
 
-
 __all__ = [
     "GROUPS",
     "QWEN3_LINEAR",

@@ -28,7 +28,9 @@ def steps_for(config: Config) -> tuple[Step, ...]:
         "causal_ablation": causal_ablation.step,
         "sequential_forgetting": sequential_forgetting.step,
     }
-    by_site = {"sae_training": sae_training.steps, "features": features.steps}
+    by_site = {"sae_training": sae_training, "features": features}
     if config.stage.name in by_site:
-        return by_site[config.stage.name](config)
+        stage = by_site[config.stage.name]
+        monitor = stage.monitor_step(config)
+        return (*stage.steps(config), *([monitor] if monitor else []))
     return (single[config.stage.name](config),)

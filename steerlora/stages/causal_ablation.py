@@ -46,6 +46,11 @@ def step(config: Config) -> Step:
             f"stage=causal_ablation acts on SAE routing; adapter={config.adapter.name} has "
             f"routing {config.adapter.routing}"
         )
+    if config.intervention.phase == "training":
+        raise UserError(
+            "stage=causal_ablation breaks the signal of an adapter that was trained with it: "
+            "leave intervention.phase at evaluation; stage=evaluate scores retrained controls"
+        )
     settings = AblationSettings(
         interventions=names,
         doses=tuple(config.study.doses),

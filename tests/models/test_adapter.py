@@ -153,15 +153,6 @@ def test_model_and_gradients_equal_the_slow_loop(
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0, msg=name)
 
 
-def test_initial_rank_reaches_the_model(make_model, make_sae, tokens):
-    model = make_model()
-    shape = AdapterShape(sites=(1,), rank=16, initial_rank=0.75)
-    adapter = Adapter(model, shape, {1: make_sae()}, feature_scales={1: 2.5}).attach(model)
-    ids, mask = tokens([9])
-    model(ids, attention_mask=mask)
-    assert adapter.routing()[1].mask.sum(-1).mean().item() == pytest.approx(12, rel=0.05)
-
-
 def test_a_consistent_relabelling_of_latents_is_no_control(make_model, make_adapter, tokens):
     model = make_model(torch.float64)
     ids, mask = tokens([7, 5])

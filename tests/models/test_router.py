@@ -220,8 +220,3 @@ def test_more_domains_than_specialists_share_them():
     ours.set_prototypes(prototypes)
     torch.testing.assert_close(ours.prototypes[0], prototypes[0] + prototypes[E])
     torch.testing.assert_close(ours.prototypes[1:], prototypes[1:E])
-
-
-def test_a_single_vector_is_no_set_of_prototypes():
-    with pytest.raises(ValueError, match=r"prototypes must be \[domains, 40\]; got \[40\]"):
-        router(prototypes=True).set_prototypes(torch.zeros(N))

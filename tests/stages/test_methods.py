@@ -14,7 +14,13 @@ from steerlora import compose
 from steerlora.artifacts import ArtifactStore
 from steerlora.errors import UserError
 from steerlora.pipeline import RunReport, run
-from steerlora.stages import adapter_training, evaluate, sequential_forgetting
+from steerlora.stages import (
+    adapter_training,
+    causal_ablation,
+    evaluate,
+    sequential_forgetting,
+    steps_for,
+)
 from steerlora.stages.common import load_base
 from steerlora.stages.sequential_forgetting import sequence_of
 
@@ -242,6 +248,28 @@ def test_a_retrained_control_is_trained_and_scored_under_it(smoke, store):
 def test_controls_that_mean_nothing_are_refused_before_work(changes, says, smoke):
     with pytest.raises(UserError, match=says):
         adapter_training.step(smoke.config(*changes)) and evaluate.step(smoke.config(*changes))
+
+
+def test_an_ablation_is_of_an_adapter_trained_intact(smoke):
+    with pytest.raises(UserError, match=r"leave intervention\.phase at evaluation"):
+        causal_ablation.step(smoke.config("adapter=sc_lora", "intervention.phase=training"))
+
+
+def test_doses_repeat_the_ablation_at_lesser_strength(smoke, store):
+    changes = ("adapter=sc_lora", "study.interventions=[invert]", "study.doses=[0.001,0.5]")
+    step = causal_ablation.step(smoke.config(*changes))
+    record = run([step], store)[step].json(causal_ablation.RESULT)
+    assert list(record["interventions"]) == ["intact", "invert"]
+    assert list(record["doses"]["invert"]) == ["0.001", "0.5"]
+    nearly_intact = record["doses"]["invert"]["0.001"]
+    assert nearly_intact == {
+        name: record["interventions"]["intact"][name] for name in nearly_intact
+    }
+
+
+def test_the_monitors_own_artifacts_can_be_asked_for(smoke):
+    config = smoke.config("stage=features", "control.monitor=2")
+    assert [step.config.site for step in steps_for(config)] == [1, 2]
 
 
 def test_a_collapse_stops_a_training_that_is_told_to_stop(smoke, store):
