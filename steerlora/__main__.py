@@ -10,6 +10,7 @@ steerlora ... --cfg job --resolve                 the whole configuration
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import time
@@ -156,4 +157,5 @@ def _fail(line: str, code: int) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main()
+    # By its importable name: launchers send the job's function to other processes.
+    importlib.import_module("steerlora.__main__").main()

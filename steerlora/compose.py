@@ -23,6 +23,10 @@ from steerlora.errors import UserError, nearest
 SCHEMA = "_schema"
 """Option of every group that holds its typed defaults; the YAML files build on it."""
 
+# YAML may write ${every_layer:${model.layers}} for a site at every layer. Registered on import, so
+# that the processes of a sweep have it too.
+OmegaConf.register_new_resolver("every_layer", lambda count: [*range(count)], replace=True)
+
 Compose = Callable[..., Config]
 """``compose("model=micro_s", ...)``: this run's configuration with some options changed."""
 
@@ -37,11 +41,7 @@ def config_directory() -> Path:
 
 
 def register_schemas() -> None:
-    """Give every group its typed defaults, so that each key exists and has a type.
-
-    YAML files may write ``${every_layer:${model.layers}}`` for a site at every layer.
-    """
-    OmegaConf.register_new_resolver("every_layer", lambda count: [*range(count)], replace=True)
+    """Give every group its typed defaults, so that each key exists and has a type."""
     for group, schema in GROUPS.items():
         # A frozen dataclass makes a read-only node, which YAML could not fill in.
         node = OmegaConf.structured(schema)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -290,6 +291,10 @@ class Adapter(nn.Module):
     def real_tokens(self, stream: Tensor) -> Tensor:
         """True on real tokens of the last forward, [B, S]; with a KV cache, the mask's end."""
         return self.forward_state.real_tokens(stream)
+
+    def truncate(self, hard_rank: float) -> None:
+        """From now on, leave out mask values below ``hard_rank`` where no gradient is recorded."""
+        self.shape = replace(self.shape, hard_rank=hard_rank)
 
     def parameter_count(self) -> int:
         """Trainable parameters, routers included."""

@@ -106,7 +106,7 @@ class Site:
 
     def __init__(self, adapter: Adapter, layer: int, facts: SiteFacts | None) -> None:
         self.adapter, self.layer, self.facts = adapter, layer, facts
-        self.shape, self.forward = adapter.shape, adapter.forward_state
+        self.forward = adapter.forward_state
         self.scales: tuple[Tensor, ...] = ()
         self.columns: tuple[Tensor, ...] | None = None
         self.features: SparseFeatures | None = None
@@ -166,7 +166,7 @@ class Site:
         return intervention.apply_routing(routing, self.facts, self.layer)
 
     def _use(self, routing: Routing, stream: Tensor) -> None:
-        shape, no_gradient = self.shape, not torch.is_grad_enabled()
+        shape, no_gradient = self.adapter.shape, not torch.is_grad_enabled()
         if shape.hard_rank and no_gradient:
             mask = routing.mask
             routing = routing._replace(mask=mask * (mask >= shape.hard_rank))

@@ -146,6 +146,7 @@ STAGE = register(
         "adapter_training",
         2,
         build,
-        skip=NOT_IDENTITY | {"adapter.name", "routing.collapse", "routing.collapse_below"},
+        skip=NOT_IDENTITY
+        | {"adapter.name", "adapter.hard_rank", "routing.collapse", "routing.collapse_below"},
     )
 )

@@ -22,8 +22,8 @@ INTACT = "intact"
 @dataclass(frozen=True, kw_only=True)
 class AblationSettings:
     """Attributes: interventions: names of the controls; doses: strengths below 1 at which they are
-    repeated; intervention: strength, sites and domains of all of them; seed: of the adapter and of
-    every draw."""
+    repeated; intervention: strength, sites and domains of all of them; hard_rank: of the adapter;
+    seed: of it and of every draw."""
 
     interventions: tuple[str, ...]
     doses: tuple[float, ...]
@@ -31,6 +31,7 @@ class AblationSettings:
     evaluation: EvaluationConfig
     model: str
     adapter: str
+    hard_rank: float
     seed: int
     logger: LoggerConfig
 
@@ -58,6 +59,7 @@ def step(config: Config) -> Step:
         evaluation=config.evaluation,
         model=config.model.name,
         adapter=config.adapter.name,
+        hard_rank=config.adapter.hard_rank,
         seed=config.seed,
         logger=config.logger,
     )
@@ -65,7 +67,7 @@ def step(config: Config) -> Step:
         "domains": domains.step(config),
         "base": base.step(config),
         "adapter": adapter_training.step(config),
-        "intact": evaluate.step(config),
+        "intact": evaluate.step(config, every_task=True),
     }
     label = f"causal_ablation {config.model.name} {config.adapter.name} seed {config.seed}"
     return Step(
@@ -81,6 +83,7 @@ def build(context: Context) -> dict:
     settings: AblationSettings = context.config
     model, tokenizer = load_base(context.inputs["base"])
     adapter = load_adapter(model, context.inputs["adapter"] / adapter_training.FOLDER)
+    adapter.truncate(settings.hard_rank)
     scorer = Scorer(context.inputs["domains"], model, tokenizer, settings.evaluation)
     names = scorer.domains.names
     intact = context.inputs["intact"].json(evaluate.SCORES)

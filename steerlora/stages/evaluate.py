@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,26 +25,33 @@ SCORES = "scores.json"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """Attributes: adapter: its name, "none" for the base; otherwise as in the configuration."""
+    """Attributes: adapter: its name, "none" for the base; hard_rank: of it; otherwise as in the
+    configuration."""
 
     evaluation: EvaluationConfig
     intervention: InterventionConfig
     model: str
     adapter: str
+    hard_rank: float
     seed: int
     logger: LoggerConfig
 
 
-def step(config: Config, *, adapted: bool = True) -> Step:
-    """Scores of the adapter, or (``adapted=False``) of the base alone."""
+def step(config: Config, *, adapted: bool = True, every_task: bool = False) -> Step:
+    """Scores of the adapter, or (``adapted=False``) of the base alone.
+
+    ``every_task`` is for what compares with these scores: all tasks, whatever the user asked for.
+    """
+    evaluation = replace(config.evaluation, tasks=None) if every_task else config.evaluation
     intervention = config.intervention if adapted else InterventionConfig()
     if adapted:
         adapting.check_intervention(config)
     settings = EvaluationSettings(
-        evaluation=config.evaluation,
+        evaluation=evaluation,
         intervention=intervention,
         model=config.model.name,
         adapter=config.adapter.name if adapted else "none",
+        hard_rank=config.adapter.hard_rank if adapted else 0.0,
         seed=config.seed if adapted else 0,
         logger=config.logger,
     )
@@ -65,6 +72,7 @@ def build(context: Context) -> dict:
     adapter = None
     if "adapter" in context.inputs:
         adapter = load_adapter(model, context.inputs["adapter"] / adapter_training.FOLDER)
+        adapter.truncate(settings.hard_rank)
     source = context.inputs["domains"]
     scorer = Scorer(source, model, tokenizer, settings.evaluation)
     names = settings.evaluation.tasks or scorer.domains.tasks

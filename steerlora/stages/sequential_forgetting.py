@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice, permutations
 
 from safetensors.torch import load_file, save_file
 
@@ -16,15 +14,14 @@ from steerlora.config import (
     Config,
     ContinualConfig,
     ControlConfig,
-    DomainsConfig,
     EvaluationConfig,
     InterventionConfig,
     LoggerConfig,
-    OrderConfig,
     RoutingConfig,
     TrainerConfig,
 )
 from steerlora.data.chat import ChatBatches, collate, encode_chats
+from steerlora.data.orders import sequence_of
 from steerlora.data.replay import ReplayBatches
 from steerlora.evaluation.forgetting import forgetting_metrics
 from steerlora.evaluation.harness import Score, averages
@@ -83,22 +80,6 @@ class Progress:
     events: list[dict] = field(default_factory=list)
 
 
-def sequence_of(order: OrderConfig, domains: DomainsConfig) -> tuple[str, ...]:
-    """The domains in the order that ``order`` says."""
-    narrow = [name for name in domains.names if name != domains.broad]
-    if order.kind == "broad_first":
-        return (domains.broad, *narrow)
-    if order.kind == "broad_last":
-        return (*narrow, domains.broad)
-    if order.kind == "given":
-        return tuple(order.sequence)
-    if order.kind == "permutation":
-        return next(islice(permutations(domains.names), order.index, None))
-    shuffled = list(domains.names)
-    random.Random(order.seed).shuffle(shuffled)
-    return tuple(shuffled)
-
-
 def step(config: Config) -> Step:
     adapting.check_intervention(config)
     settings = SequenceSettings(
@@ -117,7 +98,7 @@ def step(config: Config) -> Step:
         logger=config.logger,
     )
     inputs = adapting.inputs(config, monitored=config.control.monitor is not None)
-    inputs["base_scores"] = evaluate.step(config, adapted=False)
+    inputs["base_scores"] = evaluate.step(config, adapted=False, every_task=True)
     label = (
         f"sequential_forgetting {config.model.name} {config.adapter.name} "
         f"{config.order.name} seed {config.seed}"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from steerlora import compose
 from steerlora.artifacts import ArtifactStore
+from steerlora.data.orders import sequence_of
 from steerlora.errors import UserError
 from steerlora.pipeline import RunReport, run
 from steerlora.stages import (
@@ -22,7 +23,6 @@ from steerlora.stages import (
     steps_for,
 )
 from steerlora.stages.common import load_base
-from steerlora.stages.sequential_forgetting import sequence_of
 
 METHODS = compose.groups()["adapter"]
 
@@ -267,9 +267,28 @@ def test_doses_repeat_the_ablation_at_lesser_strength(smoke, store):
     }
 
 
+def test_what_compares_scores_needs_no_task_by_name(smoke, store):
+    """``evaluation.tasks`` is what stage=evaluate reports, not what others may compare with."""
+    changes = ("adapter=sc_lora", "evaluation.tasks=[micro_law]", "study.interventions=[invert]")
+    record, _ = sequence(smoke, store, *changes)
+    assert len(record["matrix"][0]) == 5
+    step = causal_ablation.step(smoke.config(*changes))
+    record = run([step], store)[step].json(causal_ablation.RESULT)
+    assert len(record["interventions"]["intact"]) == 5
+
+
 def test_the_monitors_own_artifacts_can_be_asked_for(smoke):
     config = smoke.config("stage=features", "control.monitor=2")
     assert [step.config.site for step in steps_for(config)] == [1, 2]
+
+
+def test_hard_rank_is_of_the_evaluation_not_of_the_training(smoke):
+    soft, hard = (
+        evaluate.step(smoke.config("adapter=sc_lora", f"adapter.hard_rank={rank}"))
+        for rank in (0, 0.5)
+    )
+    assert soft.fingerprint != hard.fingerprint
+    assert soft.inputs["adapter"].fingerprint == hard.inputs["adapter"].fingerprint
 
 
 def test_a_collapse_stops_a_training_that_is_told_to_stop(smoke, store):
