@@ -44,15 +44,18 @@ TINY = {
     "evaluation.generation_items": 1,
     "logger": "none",
     "study.workers": 1,
+    "study.seeds": "[0]",
+    "study.scale_seeds": "[0]",
+    "study.orders": "[broad_first]",
 }
 
 
 def test_it_counts_its_commands():
     steerlora = [command for command in COMMANDS if command.startswith("steerlora")]
     make = [command for command in COMMANDS if command.startswith("make")]
-    assert len(steerlora) == 11
+    assert len(steerlora) == 16
     assert make == ["make reproduce", "make test"]
-    assert len(COMMANDS) == 14  # and lm-eval's own command line
+    assert len(COMMANDS) == 19  # and lm-eval's own command line
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,9 @@ def shrunk(command: str, text_folder: Path, root: Path, pretrained: Path) -> lis
     tiny = {**TINY, "artifacts.root": root, "results.dir": root / "results"}
     if any(word.startswith("model=qwen3") for word in words):
         tiny["model.path"] = pretrained
+    if "experiment=micro_full" in words:
+        tiny |= {"study.interventions": "[shuffle]", "study.retrained": "[shuffle]"}
+        tiny |= {"study.doses": "[0.5]"}
     if "experiment=smoke" in words:
         tiny = {"artifacts.root": root, "results.dir": root / "results", "logger": "none"}
     if "--cfg" in words:

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ class SteerLoRALM(HFLM):
         adapter: folder of a saved adapter; None scores the base (or what a live model carries).
         sae: folder of its SAE, where it is not at the recorded place.
         intervention: a control that acts during every request (``steerlora.models.interventions``).
-        intervention_seed, intervention_domain: its seed, and the true domain for ``oracle_domain``.
+        intervention_seed, intervention_domain, intervention_strength: its seed, the true domain for
+            ``oracle_domain``, and how much of the changed signal is mixed in, from 0 to 1.
         kwargs: HFLM's own.
     """
 
@@ -56,24 +58,22 @@ class SteerLoRALM(HFLM):
         intervention: str | None = None,
         intervention_seed: int = 0,
         intervention_domain: str | None = None,
+        intervention_strength: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(pretrained=pretrained, **kwargs)
         self.adapter = load_adapter(self.model, adapter, sae=sae) if adapter else None
         if intervention and self.adapter is None:
             raise UserError(f"intervention={intervention} needs adapter=<folder>")
-        self._controlled = (
-            (intervention, int(intervention_seed), intervention_domain) if intervention else None
-        )
-
-    @contextlib.contextmanager
-    def _control(self):
-        if self._controlled is None:
-            yield
-        else:
-            name, seed, domain = self._controlled
-            with self.adapter.intervention(name, seed=seed, domain=domain):
-                yield
+        self._control = contextlib.nullcontext
+        if intervention:
+            self._control = partial(
+                self.adapter.intervention,
+                intervention,
+                seed=int(intervention_seed),
+                domain=intervention_domain,
+                strength=float(intervention_strength),
+            )
 
     def generate_until(self, requests, disable_tqdm: bool = True):
         with self._control():

@@ -205,6 +205,16 @@ class PrototypeRouter(nn.Module):
         self.total_variance.copy_(trace / after)
         self.samples.copy_(after)
 
+    def _apply(self, function, recurse=True):
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(function, recurse)
+        # To another device, but not to a shorter type: small variances would be lost beside large.
+        for name, buffer in before.items():
+            after = getattr(self, name)
+            if after.element_size() < buffer.element_size():
+                setattr(self, name, buffer.to(after.device))
+        return self
+
     def metric(self) -> Metric | None:
         """M, of what was met so far; None: the identity."""
         if not self.shape.whitened:

@@ -161,6 +161,7 @@ def test_an_intervention_changes_what_lm_eval_sees(trained):
     intact = likelihoods()
     assert likelihoods() == intact
     assert likelihoods(intervention="uniform_gate") != intact
+    assert likelihoods(intervention="uniform_gate", intervention_strength=0.0) == intact
 
 
 def test_an_intervention_without_an_adapter_is_refused(trained):

@@ -225,6 +225,15 @@ def test_signals_that_are_no_matrix_of_the_width_are_refused(signals):
         PrototypeRouter(N, shape()).meet(0, signals)
 
 
+def test_a_shorter_type_leaves_the_prototypes_as_they_were():
+    ours = PrototypeRouter(N, shape(whitened=True))
+    ours.meet(0, some_domains()[0])
+    before = {name: buffer.clone() for name, buffer in ours.named_buffers()}
+    ours.to(torch.bfloat16)
+    for name, buffer in ours.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
 def test_nothing_met_is_refused():
     with pytest.raises(ValueError, match="before any domain was met"):
         router(met=(), general=False)(signals()[1], REAL, ACTIVE)
