@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steerlora.errors import UserError, nearest
-from steerlora.formats.adapter import load_adapter
+from steerlora.formats.adapter import load_adapter, trained_under
 
 TASKS = Path(__file__).parent / "tasks"
 FEWSHOT_SEED = 1234
@@ -44,7 +44,8 @@ class SteerLoRALM(HFLM):
         pretrained: directory or hub id of the base, or a live model.
         adapter: folder of a saved adapter; None scores the base (or what a live model carries).
         sae: folder of its SAE, where it is not at the recorded place.
-        intervention: a control that acts during every request (``steerlora.models.interventions``).
+        intervention: a control that acts during every request (``steerlora.models.interventions``),
+            or "none"; an adapter that was trained under one must be told which.
         intervention_seed, intervention_domain, intervention_strength: its seed, the true domain for
             ``oracle_domain``, and how much of the changed signal is mixed in, from 0 to 1.
         kwargs: HFLM's own.
@@ -65,8 +66,14 @@ class SteerLoRALM(HFLM):
         self.adapter = load_adapter(self.model, adapter, sae=sae) if adapter else None
         if intervention and self.adapter is None:
             raise UserError(f"intervention={intervention} needs adapter=<folder>")
+        under = trained_under(adapter) if adapter else "none"
+        if intervention is None and under != "none":
+            raise UserError(
+                f"adapter {adapter} was trained under an intervention: pass intervention={under}, "
+                "or intervention=none to score it without"
+            )
         self._control = contextlib.nullcontext
-        if intervention:
+        if intervention not in (None, "none"):
             self._control = partial(
                 self.adapter.intervention,
                 intervention,

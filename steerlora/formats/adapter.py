@@ -28,6 +28,7 @@ def save_adapter(
     base_fingerprint: str,
     sae_paths: Mapping[int, Path] | None = None,
     written_for: Path | None = None,
+    trained_under: str = "none",
 ) -> None:
     """Write an adapter; what it depends on goes in as fingerprints.
 
@@ -37,6 +38,7 @@ def save_adapter(
         base_fingerprint: of the base model (:func:`model_fingerprint`).
         sae_paths: {site: folder of its SAE}; stored relative to the adapter's folder.
         written_for: the folder where the adapter will lie, if it is moved after writing.
+        trained_under: the intervention of a retrained control; "none": it was trained intact.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -56,6 +58,7 @@ def save_adapter(
         "format": FORMAT,
         "base_fingerprint": base_fingerprint,
         "shape": adapter.shape.as_dict(),
+        "trained_under": trained_under,
         "saes": saes,
         "sites": {
             str(site): {
@@ -127,6 +130,11 @@ def load_adapter(
     first = next(model.parameters())
     adapter.to(first.device)
     return adapter.attach(model)
+
+
+def trained_under(path: Path | str) -> str:
+    """The intervention that a saved adapter was trained under; "none" where there was none."""
+    return _read_config(Path(path) / CONFIG).get("trained_under", "none")
 
 
 def _read_config(path: Path) -> dict:

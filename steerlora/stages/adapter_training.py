@@ -129,6 +129,7 @@ def build(context: Context) -> dict:
         base_fingerprint=base_artifact.json(POINTER)["fingerprint"],
         sae_paths=sae_paths,
         written_for=context.home / FOLDER,
+        trained_under=settings.intervention.name,
     )
     write_json(
         context.directory / HISTORY,

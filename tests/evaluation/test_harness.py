@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -167,6 +168,20 @@ def test_an_intervention_changes_what_lm_eval_sees(trained):
 def test_an_intervention_without_an_adapter_is_refused(trained):
     with pytest.raises(UserError, match="intervention=invert needs adapter=<folder>"):
         simple_evaluate(trained, ["micro_mmlu"], adapter=None, intervention="invert")
+
+
+def test_a_retrained_control_is_not_scored_without_its_control_unasked(trained, tmp_path):
+    adapter = shutil.copytree(trained.model_args["adapter"], tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["trained_under"] == "none"
+    config["saes"][0]["path"] = None
+    config["trained_under"] = "shuffle"
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    sae = next(trained.base.path.parent.parent.glob("sae_training/*/sae"))
+    given = {"adapter": adapter, "sae": sae}
+    with pytest.raises(UserError, match=r"trained under .*: pass intervention=shuffle, or .*=none"):
+        simple_evaluate(trained, ["micro_mmlu"], **given)
+    simple_evaluate(trained, ["micro_mmlu"], intervention="none", **given)
 
 
 def test_the_evaluate_stage_applies_its_intervention(trained, tmp_path, monkeypatch):
