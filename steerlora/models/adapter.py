@@ -278,7 +278,8 @@ class Adapter(nn.Module):
     def routing(self) -> dict[int, Routing]:
         """The last forward's gates [B, S, E] and rank masks [B, S, R] by site, detached.
 
-        With a router a module: their means over the site's modules.
+        With a router a module: their means over the site's modules; ``sites[<site>].routing`` has
+        each, [B, S, M, E] and [B, S, M, R].
         """
         found = {}
         for layer, site in self.sites.items():
