@@ -359,7 +359,7 @@ def test_a_sweep_with_one_wrong_job_starts_none(steerlora, tmp_path, swept, says
 
 
 def test_ctrl_c_is_resumable_and_the_rest_equals_an_unbroken_run(tmp_path):
-    overrides = [*TINY, "model.steps=100"]
+    overrides = [*TINY, "model.steps=400"]
     root = tmp_path / "artifacts"
     process = subprocess.Popen(
         [

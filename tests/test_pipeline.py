@@ -382,7 +382,7 @@ def test_ctrl_c_saves_and_the_next_run_resumes(tmp_path: Path, workers: int, to:
     driver = start(tmp_path, "test_train", workers, running=workers)
     children = psutil.Process(driver.pid).children(recursive=True)
     (os.kill if to == "the process" else os.killpg)(driver.pid, signal.SIGINT)
-    output, _ = driver.communicate(timeout=10)
+    output, _ = driver.communicate(timeout=60)
     assert output == "interrupted\n"
     assert driver.returncode == 0
     assert ended(children)

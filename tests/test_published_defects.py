@@ -254,7 +254,7 @@ def test_gate_statistics_that_count_padding(make_module, tmp_path):
             )
 
         module = make_module(**dict.fromkeys(LOSSES, 1.0))
-        watch = RoutingWatch(module.adapter, ["law", "math"], 1, "ignore", 0.0)
+        watch = RoutingWatch(module.adapter, ["law", "math"], padded(0), 1, "ignore", 0.0)
         never = {"spawn_confidence": 0.0, "spawn_similarity": 0.0}
         never |= {"merge_similarity": 1.0, "prune_usage": 0.0}
         policy = MemoryPolicy(module.adapter, every=100, domain="law", **never)

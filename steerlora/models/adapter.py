@@ -223,6 +223,15 @@ class Adapter(nn.Module):
             self.forward_state.disabled = before
 
     @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Inside, a control that is running has no part in the forwards."""
+        running, self.forward_state.intervention = self.forward_state.intervention, None
+        try:
+            yield
+        finally:
+            self.forward_state.intervention = running
+
+    @contextmanager
     def intervention(
         self,
         name: str,

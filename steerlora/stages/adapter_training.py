@@ -88,7 +88,14 @@ def build(context: Context) -> dict:
         adapting.meet_general_text(model, adapter, source, tokenizer, max_length)
         for specialist, own in enumerate(by_domain.values()):
             adapting.meet(model, adapter, specialist, own, tokenizer.pad_token_id)
-    watch, callbacks = adapting.callbacks(adapter, names, settings.routing, settings.intervention)
+    watch, callbacks = adapting.callbacks(
+        adapter,
+        names,
+        by_domain,
+        tokenizer.pad_token_id,
+        settings.routing,
+        settings.intervention,
+    )
     memory = None
     if settings.memory:
         memory = adapting.memory_policy(adapter, settings.memory, "all", settings.seed)
@@ -145,7 +152,7 @@ def build(context: Context) -> dict:
 STAGE = register(
     Stage(
         "adapter_training",
-        2,
+        3,
         build,
         skip=NOT_IDENTITY
         | {"adapter.name", "adapter.hard_rank", "routing.collapse", "routing.collapse_below"},

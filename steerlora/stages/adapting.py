@@ -34,6 +34,8 @@ from steerlora.training.routing import RoutingWatch
 
 FACT_ROWS = 64
 """Training rows a domain over which mean rank and the domains' specialists are recorded."""
+PROBE_ROWS = 16
+"""Training rows a domain on which the health of routing is followed."""
 PROTOTYPE_ROWS = 512
 """Training rows a domain, and rows of general text, whose signals make a prototype."""
 
@@ -140,12 +142,25 @@ def open_monitor(
 def callbacks(
     adapter: Adapter,
     names: Sequence[str],
+    rows: dict[str, list[EncodedChat]],
+    pad_token_id: int,
     routing: RoutingConfig,
     intervention: InterventionConfig,
 ) -> tuple[RoutingWatch, list[Callback]]:
-    """The watch over routing, and all that acts during a training besides the losses."""
+    """The watch over routing, and all that acts during a training besides the losses.
+
+    Args:
+        names: of all domains.
+        rows: training rows of the domains that are trained on.
+    """
+    probe = [(row, names.index(name)) for name, own in rows.items() for row in own[:PROBE_ROWS]]
     watch = RoutingWatch(
-        adapter, names, routing.log_every, routing.collapse, routing.collapse_below
+        adapter,
+        names,
+        collate(*zip(*probe, strict=True), pad_token_id),
+        routing.log_every,
+        routing.collapse,
+        routing.collapse_below,
     )
     found: list[Callback] = [watch]
     if intervention.name != "none" and intervention.phase == "training":

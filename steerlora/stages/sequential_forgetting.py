@@ -229,7 +229,14 @@ class _Sequence:
             self._meet(position, batches)
         # One domain at a time may well have one specialist: that is no collapse.
         routing = replace(settings.routing, collapse="ignore")
-        _, callbacks = adapting.callbacks(self.adapter, self.names, routing, settings.intervention)
+        _, callbacks = adapting.callbacks(
+            self.adapter,
+            self.names,
+            {domain: batches.rows},
+            pad,
+            routing,
+            settings.intervention,
+        )
         if self.memory:
             # One policy a domain, which takes over what the one before knew.
             known = self.memory.state_dict()

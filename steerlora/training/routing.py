@@ -14,13 +14,17 @@ from steerlora.data.chat import ChatBatch
 from steerlora.errors import UserError
 from steerlora.evaluation.routing import RoutingHealth, on_real_tokens
 from steerlora.models.adapter import Adapter
+from steerlora.models.decoder import decoder_of
 from steerlora.models.prototypes import PrototypeRouter
 
 logger = logging.getLogger(__name__)
 
 
 class RoutingWatch(Callback):
-    """Measures the first control site's routing on the batch at hand, every ``log_every`` steps.
+    """Measures the first control site's routing on the same text, every ``log_every`` steps.
+
+    Training batches are of rows of like length, and so of few domains: their routing would say more
+    of the batch than of the router. A control that the adapter trains under has no part in it.
 
     Each measurement is logged as ``routing/<name>`` and kept in ``history``: the step and
     `RoutingHealth.summary`. The history is part of the checkpoint; for it to hold the step of the
@@ -29,7 +33,8 @@ class RoutingWatch(Callback):
 
     Args:
         adapter: the attached adapter in training.
-        domain_names: what the batches' domain ids stand for.
+        domain_names: what the domain ids of ``probe`` stand for.
+        probe: rows of every domain that is trained on.
         log_every: optimizer steps between measurements.
         collapse: what to do where the usage entropy over active specialists is below
             ``collapse_below``: "ignore", "warn" (logged once a training) or "stop".
@@ -40,11 +45,12 @@ class RoutingWatch(Callback):
         self,
         adapter: Adapter,
         domain_names: Sequence[str],
+        probe: ChatBatch,
         log_every: int,
         collapse: str,
         collapse_below: float,
     ) -> None:
-        self.adapter, self.domain_names = adapter, tuple(domain_names)
+        self.adapter, self.domain_names, self.probe = adapter, tuple(domain_names), probe
         self.log_every, self.collapse, self.collapse_below = log_every, collapse, collapse_below
         self.history: list[dict[str, float | int]] = []
         self.warned = False
@@ -65,22 +71,27 @@ class RoutingWatch(Callback):
         step = trainer.global_step
         if not self.adapter.sites or step % self.log_every:
             return
-        measured = self._measure(batch)
+        measured = self._measure(module)
         self.history.append({"step": step, **measured})
         module.log_dict({f"routing/{name}": float(value) for name, value in measured.items()})
         if measured["usage_entropy"] < self.collapse_below:
             self._collapsed(step, measured["usage_entropy"])
 
     @torch.no_grad()
-    def _measure(self, batch: ChatBatch) -> dict[str, float | int]:
-        first = min(self.adapter.sites)
-        router, routing = self.adapter.routers[str(first)], self.adapter.sites[first].routing
+    def _measure(self, module: L.LightningModule) -> dict[str, float | int]:
+        adapter, probe = self.adapter, self.probe.to(module.device)
+        with adapter.unchanged():
+            decoder_of(module.model)(
+                input_ids=probe.input_ids, attention_mask=probe.attention_mask, use_cache=False
+            )
+        first = min(adapter.sites)
+        router, routing = adapter.routers[str(first)], adapter.sites[first].routing
         # Prototype routing has no use for specialists whose domain is still to come.
-        active = router.met[:-1] if isinstance(router, PrototypeRouter) else self.adapter.active
-        real = batch.attention_mask.bool()
-        health = RoutingHealth(self.domain_names, self.adapter.shape.specialists, active=active)
+        active = router.met[:-1] if isinstance(router, PrototypeRouter) else adapter.active
+        real = probe.attention_mask.bool()
+        health = RoutingHealth(self.domain_names, adapter.shape.specialists, active=active)
         gates, ranks = on_real_tokens(routing.gate, routing.mask, real)
-        health.update(gates, ranks, batch.domains[:, None].expand_as(real)[real])
+        health.update(gates, ranks, probe.domains[:, None].expand_as(real)[real])
         return health.summary()
 
     def _collapsed(self, step: int, entropy: float) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from torch import nn
 
 from steerlora.data.chat import ChatBatch, ChatBatches, EncodedChat
 from steerlora.errors import UserError
@@ -77,7 +79,8 @@ def train(make_model, make_adapter, watch_of, *, steps=6, first=0, checkpoint=No
 
 
 def watch_with(log_every=2, collapse="ignore", collapse_below=0.3):
-    return lambda adapter: RoutingWatch(adapter, NAMES, log_every, collapse, collapse_below)
+    probe = batches()(7)
+    return lambda adapter: RoutingWatch(adapter, NAMES, probe, log_every, collapse, collapse_below)
 
 
 @pytest.mark.parametrize("shape", [{}, {"per_module": True}, {"routing": "dense"}, {"active": 2}])
@@ -89,7 +92,7 @@ def test_history_holds_the_health_of_the_real_tokens(make_model, make_adapter, s
         {f"routing/{name}": entry[name] for name in MEASURED} for entry in watch.history
     ]
     # The last step's routing is still there: measured by hand, over real tokens alone.
-    batch, routing = batches()(5), module.adapter.sites[1].routing
+    batch, routing = batches()(7), module.adapter.sites[1].routing
     real = batch.attention_mask.bool()
     assert not real.all()
     gates, ranks = routing.gate[real].detach(), routing.mask[real].detach().sum(-1)
@@ -118,6 +121,17 @@ def test_no_router_no_history(make_model, make_adapter):
     assert module.logged == []
 
 
+class Still(nn.Module):
+    """A model whose forward changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+
+    def forward(self, **inputs) -> None:
+        pass
+
+
 def still(gate, *, active=None, met=None, collapse="warn", below=0.3):
     """A watch on an adapter whose routing [B, S, E] stands still; one call is one step."""
     specialists = gate.shape[-1]
@@ -130,14 +144,15 @@ def still(gate, *, active=None, met=None, collapse="warn", below=0.3):
         routers={"1": router},
         active=torch.ones(specialists, dtype=torch.bool) if active is None else active,
         shape=SimpleNamespace(specialists=specialists),
+        unchanged=nullcontext,
     )
-    watch = RoutingWatch(adapter, NAMES, 10, collapse, below)
     ones = torch.ones(gate.shape[:2], dtype=torch.long)
-    batch = ChatBatch(ones, ones, ones, torch.tensor([0, -1]), ones.numel())
+    probe = ChatBatch(ones, ones, ones, torch.tensor([0, -1]), ones.numel())
+    watch = RoutingWatch(adapter, NAMES, probe, 10, collapse, below)
+    module = SimpleNamespace(log_dict=lambda values: None, model=Still(), device="cpu")
 
     def end_step(step):
-        module = SimpleNamespace(log_dict=lambda values: None)
-        watch.on_train_batch_end(SimpleNamespace(global_step=step), module, None, batch, 0)
+        watch.on_train_batch_end(SimpleNamespace(global_step=step), module, None, None, 0)
 
     return watch, end_step
 
