@@ -66,6 +66,12 @@ def test_every_shipped_option_builds_a_typed_configuration(option):
         assert section.kind == name
 
 
+def test_an_experiment_says_where_its_results_go():
+    found = compose.load(["experiment=micro_full", "study.main_model=micro_s"])
+    assert found.results.dir == "results/micro_full/micro_s"
+    assert compose.load(["experiment=micro"]).results.dir == "results/micro"
+
+
 def test_every_stage_has_an_option():
     assert compose.groups()["stage"] == sorted(STAGES)
 
