@@ -372,6 +372,8 @@ def test_ctrl_c_is_resumable_and_the_rest_equals_an_unbroken_run(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell's background job ignores the interrupt, and so would the children of its tests.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not list(root.glob("base/*.partial/checkpoints/*.ckpt")):

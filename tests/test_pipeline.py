@@ -359,6 +359,8 @@ def start(tmp_path: Path, stage: str, workers: int, running: int) -> subprocess.
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # A shell's background job ignores the interrupt, and so would the children of its tests.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_until(lambda: len(logged(tmp_path / "log", stage.removeprefix("test_"))) == running)
     return driver
