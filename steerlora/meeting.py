@@ -7,6 +7,7 @@ and looks for the others', and ends with a line that says which one is gone.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -62,8 +63,11 @@ class Group:
             timeout=timedelta(hours=2),
         )
         # A connection of its own: another thread may be waiting on the first.
+        self._over = threading.Event()
         self._watch = threading.Thread(target=self._follow, args=(self._connect(),), daemon=True)
         self._watch.start()
+        # An interpreter that ends while a thread is inside the store's C++ is aborted.
+        atexit.register(self._stop_following)
 
     def _connect(self, *, keeps: bool = False):
         place = f"{self.ranks.address}:{self.ranks.port}"
@@ -199,7 +203,7 @@ class Group:
     def _follow(self, store) -> None:
         """Give signs of life and look for those of the others, until the process ends."""
         others_ended = None
-        while True:
+        while not self._over.is_set():
             self._look(store, SILENCE)
             if not self._gone or not self._watches or self._failing:
                 others_ended = None
@@ -210,7 +214,11 @@ class Group:
                 line = f"{next(iter(self._gone.values()))}; rank {self.ranks.rank} ends too"
                 print(f"error: {line}", file=sys.stderr, flush=True)
                 os._exit(1)
-            time.sleep(BEAT)
+            self._over.wait(BEAT)
+
+    def _stop_following(self) -> None:
+        self._over.set()
+        self._watch.join(FAREWELL)
 
     def _look(self, store, silence: float) -> None:
         """Give a sign of life; note which ranks ended, and which gave none for so many seconds."""

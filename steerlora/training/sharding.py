@@ -95,7 +95,15 @@ def whole_state(module: nn.Module, zero: Any) -> dict[str, Tensor]:
         for name, parameter in module.named_parameters(remove_duplicate=False)
         if parameter in trained or not sharded(parameter)
     }
-    return {**weights, **dict(module.named_buffers(remove_duplicate=False))}
+    return {**weights, **dict(_stored_buffers(module))}
+
+
+def _stored_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Those that belong to a state dict; a rotary embedding's frequencies, for one, do not."""
+    for path, owner in module.named_modules(remove_duplicate=False):
+        for leaf, buffer in owner.named_buffers(recurse=False):
+            if leaf not in owner._non_persistent_buffers_set:
+                yield f"{path}.{leaf}".lstrip("."), buffer
 
 
 @torch.no_grad()
@@ -103,7 +111,7 @@ def restore_state(module: nn.Module, zero: Any, state: Mapping[str, Tensor]) -> 
     """Put stored buffers and weights in place, in the shards and in what forwards use."""
     import deepspeed
 
-    for name, buffer in module.named_buffers(remove_duplicate=False):
+    for name, buffer in _stored_buffers(module):
         if name in state:
             buffer.copy_(state[name])
     stored = {

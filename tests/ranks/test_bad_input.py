@@ -50,8 +50,8 @@ def test_all_ranks_refuse_before_any_work(arguments, says, start, root):
     ],
 )
 def test_every_training_checks_its_own_batch(step, option, says, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
     asked = step(compose.load(["experiment=smoke", option]))
     with pytest.raises(UserError, match=says):
         get_stage(asked.stage).check(asked.config)
