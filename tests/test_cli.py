@@ -31,6 +31,7 @@ TINY = (
     "model.steps=2",
     "model.batch_size=4",
     "domains.train_items=10",
+    "domains.pretrain_items=100",
     "domains.evaluation_items=4",
     "sae.max_tokens=400",
     "sae.steps=2",
@@ -220,7 +221,7 @@ def test_the_contract_command_runs_and_leaves_only_artifacts(steerlora, tmp_path
         "artifacts.root=DIR",
         "logger=none",
         *("model.steps=2", "model.batch_size=4", "trainer.batch_size=2", "trainer.max_steps=2"),
-        *("domains.train_items=10", "domains.evaluation_items=4"),
+        *("domains.train_items=10", "domains.pretrain_items=100", "domains.evaluation_items=4"),
         *("sae.max_tokens=400", "sae.steps=2", "sae.batch_size=32"),
     )
     assert ended.code == 0, ended
@@ -321,7 +322,12 @@ def test_a_sweep_runs_every_job_and_says_how_each_ended(steerlora, root, tmp_pat
 def test_a_sweep_runs_in_processes_of_joblibs(tmp_path):
     """As ``python -m``, where the job's function must still be one that other processes find."""
     jobs = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "domains.seed=0,1"]
-    small = ["domains.train_items=8", "domains.evaluation_items=4", "adapter=sc_lora_reference"]
+    small = [
+        "domains.train_items=8",
+        "domains.pretrain_items=100",
+        "domains.evaluation_items=4",
+        "adapter=sc_lora_reference",
+    ]
     ended = subprocess.run(
         [sys.executable, "-m", "steerlora", *jobs, *small, "stage=domains", "logger=none"],
         cwd=tmp_path,

@@ -42,6 +42,7 @@ TINY = {
     "trainer.max_length": 64,
     "order.steps_per_domain": 1,
     "domains.train_items": 16,
+    "domains.pretrain_items": 100,
     "domains.evaluation_items": 8,
     "evaluation.limit": 4,
     "evaluation.max_length": 64,

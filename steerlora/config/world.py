@@ -132,6 +132,8 @@ class DomainsConfig:
         broad: the broad domain, which the orders put first or last; for kind "hub" some of it is
             held back as general text.
         train_items: rows for adapter training, per domain (at most, unless generated).
+        pretrain_items: of general text, which is what a base made here learns from (at most, unless
+            generated).
         evaluation_items: items of each evaluation set (at most, unless generated).
         seed: of the generated world, or of the split of the text.
     """
@@ -146,12 +148,14 @@ class DomainsConfig:
     )
     broad: str = "instruction"
     train_items: int = 2000
+    pretrain_items: int = 24_000
     evaluation_items: int = 200
     seed: int = 0
 
     def __post_init__(self) -> None:
         one_of("domains.kind", self.kind, ("micro", "text", "hub"))
-        positive("domains", train_items=self.train_items, evaluation_items=self.evaluation_items)
+        counts = ("train_items", "pretrain_items", "evaluation_items")
+        positive("domains", **{name: getattr(self, name) for name in counts})
         if len(set(self.names)) != len(self.names) or not self.names:
             raise UserError(f"domains.names={self.names}: name each domain once")
         one_of("domains.broad", self.broad, self.names)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,19 +44,21 @@ def encode_chats(tokenizer, rows: Sequence[tuple[str, str]], max_length: int) ->
         rows: (prompt, response) pairs.
         max_length: tokens of a conversation at most.
     """
-    openings, closings = [], []
-    for prompt, response in rows:
-        turns = [{"role": "user", "content": prompt}]
-        opening = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(
-            [*turns, {"role": "assistant", "content": response}], tokenize=False
-        )
+    if not rows:
+        return []
+    render = partial(tokenizer.apply_chat_template, tokenize=False)
+    asked = [[{"role": "user", "content": prompt}] for prompt, _ in rows]
+    answered = [
+        [*turns, {"role": "assistant", "content": response}]
+        for turns, (_, response) in zip(asked, rows, strict=True)
+    ]
+    openings, closings = render(asked, add_generation_prompt=True), []
+    for opening, whole, (_, response) in zip(openings, render(answered), rows, strict=True):
         # Templates that open the answer differently in training and generation: trust generation.
         end_of_turn = tokenizer.eos_token or ""
         closing = whole[len(opening) :] if whole.startswith(opening) else response + end_of_turn
         if end_of_turn and end_of_turn in closing:  # templates may go on after it, with a newline
             closing = closing[: closing.rindex(end_of_turn) + len(end_of_turn)]
-        openings.append(opening)
         closings.append(closing)
     prompts = tokenizer(openings, add_special_tokens=False)["input_ids"]
     responses = tokenizer(closings, add_special_tokens=False)["input_ids"]

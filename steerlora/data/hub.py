@@ -86,7 +86,8 @@ def write(directory: Path, config: DomainsConfig, progress: Progress, descriptio
                 general = pretrain if one.name == config.broad else None
                 rows = rows_of(one.name, one.source, one.train, seed=config.seed)
                 rows = training_rows(rows, reserved, counts[one.name])
-                total = min(config.train_items * (2 if general else 1), len(one.train))
+                wanted = config.train_items + (config.pretrain_items if general else 0)
+                total = min(wanted, len(one.train))
                 with (
                     progress.task(f"{description}: {one.name}", total, unit="row") as task,
                     (directory / f"train/{one.name}.jsonl").open("w", encoding="ascii") as own,
@@ -132,16 +133,16 @@ def _dealt(
     config: DomainsConfig,
     counts: DomainCounts,
 ) -> Iterator[tuple[IO[str], SourceRow]]:
-    """Each row and the file that it goes to, until both have ``train_items``; they are counted."""
-    wanted = config.train_items
+    """Each row and the file that it goes to, until both have enough; they are counted."""
+    most = config.pretrain_items if general else 0
     for row in rows:
-        if counts.adaptation == wanted and (not general or counts.pretraining == wanted):
+        if counts.adaptation == config.train_items and counts.pretraining == most:
             return
         if general and uniform(row.prompt, config.seed, "pretraining") < GENERAL_SHARE:
-            if counts.pretraining < wanted:
+            if counts.pretraining < most:
                 counts.pretraining += 1
                 yield general, row
-        elif counts.adaptation < wanted:
+        elif counts.adaptation < config.train_items:
             counts.adaptation += 1
             yield own, row
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import heapq
 import json
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -62,6 +63,7 @@ def write(
     names: tuple[str, ...] | None = None,
     pretraining_fraction: float = 0.5,
     heldout_fraction: float = 0.2,
+    pretrain_items: int | None = None,
     train_items: int | None = None,
     evaluation_items: int = 200,
     max_prompt_characters: int = 480,
@@ -77,6 +79,7 @@ def write(
         pretraining_fraction: share of the training rows given to pretraining, in [0, 1).
         heldout_fraction: share of the training rows held out at most where a domain has no test
             file, in (0, 1).
+        pretrain_items: most rows to pretrain on, as many of each domain; None: all.
         train_items: most rows of a domain to adapt to, the first ones; None: all.
         evaluation_items: most held-out rows of a domain and most items of an evaluation task.
         max_prompt_characters: prompts above it lose their middle: the first quarter and the last
@@ -108,6 +111,7 @@ def write(
 
     counts = {name: DomainCounts(held.origin, len(held.rows)) for name, held in heldout.items()}
     answers = {name: ShortAnswers() for name in names if name in SHORT_ANSWER_DOMAINS}
+    share = pretrain_items and math.ceil(pretrain_items / len(names))
     with (directory / "pretrain.jsonl").open("w", encoding="ascii") as pretrain:
         for name in names:
             path = source / (name + SUFFIX)
@@ -118,8 +122,9 @@ def write(
                         answers[name].add(row)
                     line = json.dumps(_chat(row, max_prompt_characters)) + "\n"
                     if uniform(row.prompt, seed, "pretraining") < pretraining_fraction:
-                        pretrain.write(line)
-                        counts[name].pretraining += 1
+                        if share is None or counts[name].pretraining < share:
+                            pretrain.write(line)
+                            counts[name].pretraining += 1
                     elif train_items is None or counts[name].adaptation < train_items:
                         train.write(line)
                         counts[name].adaptation += 1

@@ -53,6 +53,7 @@ def build(context: Context) -> dict:
         micro.write(
             context.directory,
             seed=domains.seed,
+            pretraining_items=domains.pretrain_items,
             train_items_per_domain=domains.train_items,
             evaluation_items=domains.evaluation_items,
         )
@@ -64,6 +65,7 @@ def build(context: Context) -> dict:
             source=Path(domains.dir),
             seed=domains.seed,
             names=tuple(domains.names),
+            pretrain_items=domains.pretrain_items,
             train_items=domains.train_items,
             evaluation_items=domains.evaluation_items,
         )

@@ -31,7 +31,12 @@ def load(path: Path) -> list[dict]:
 
 
 def config(sources: dict[str, dict], **changes) -> DomainsConfig:
-    made = {"evaluation_items": 10, "train_items": 30, "broad": next(iter(sources))}
+    made = {
+        "evaluation_items": 10,
+        "train_items": 30,
+        "pretrain_items": 30,
+        "broad": next(iter(sources)),
+    }
     return DomainsConfig(kind="hub", names=list(sources), sources=sources, **{**made, **changes})
 
 
@@ -103,8 +108,15 @@ def test_the_artifact_is_that_of_real_text(talk, sums, tmp_path):
         assert row["prompt"].removeprefix("Sum ") == f"{row['response'][11:-1]}?"
 
 
+def test_general_text_has_a_size_of_its_own(talk, tmp_path):
+    made = config({"talk": talk}, train_items=20, pretrain_items=5)
+    counts = write(made, tmp_path / "out")["counts"]["talk"]
+    assert (counts["adaptation"], counts["pretraining"]) == (20, 5)
+
+
 def test_no_prompt_is_in_two_sets(talk, sums, tmp_path):
-    everything = config({"talk": talk, "sums": sums}, train_items=1000, evaluation_items=20)
+    sizes = {"train_items": 1000, "pretrain_items": 1000, "evaluation_items": 20}
+    everything = config({"talk": talk, "sums": sums}, **sizes)
     counts = write(everything, tmp_path / "out")["counts"]
     sets = [
         {" ".join(row["prompt"].split()).casefold() for row in load(path)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -353,4 +354,14 @@ def test_train_items_caps_what_adapters_see_and_nothing_else(source: Path, tmp_p
     text.write(capped, source=source, seed=0, train_items=3)
     assert load(capped / "train/math.jsonl") == load(whole / "train/math.jsonl")[:3]
     for name in ("pretrain.jsonl", "heldout/math.jsonl"):
+        assert (capped / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_pretrain_items_takes_as_many_of_each_domain(source: Path, tmp_path: Path) -> None:
+    whole, capped = tmp_path / "whole", tmp_path / "capped"
+    text.write(whole, source=source, seed=0)
+    text.write(capped, source=source, seed=0, pretrain_items=9)
+    counts = json.loads((capped / "domains.json").read_text())["counts"]
+    assert {count["pretraining"] for count in counts.values()} == {math.ceil(9 / len(counts))}
+    for name in ("train/math.jsonl", "heldout/math.jsonl"):
         assert (capped / name).read_bytes() == (whole / name).read_bytes()

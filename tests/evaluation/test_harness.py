@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 
@@ -33,6 +31,7 @@ TINY = (
     "model.steps=2",
     "model.batch_size=4",
     "domains.train_items=10",
+    "domains.pretrain_items=100",
     "domains.evaluation_items=12",
     "sae.max_tokens=400",
     "sae.steps=2",
@@ -216,25 +215,26 @@ def run_command(trained: Trained, **changes) -> list[str]:
     ]
 
 
-def test_lm_evals_command_line_runs_our_model_on_our_tasks(trained, tmp_path):
-    arguments = [*run_command(trained, intervention="shuffle"), "--output_path", str(tmp_path)]
-    ended = subprocess.run(
-        [sys.executable, "-m", "steerlora.evaluation", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "micro_law" in ended.stdout
+@pytest.fixture
+def own_argv(monkeypatch) -> None:
+    """What lm-eval's command line changes in its process, changed back."""
+    monkeypatch.setattr(sys, "argv", ["steerlora.evaluation"])
+    monkeypatch.setattr(lm_eval.utils, "_LOGGING_CONFIGURED", True)  # this test's streams close
+
+
+@pytest.mark.usefixtures("own_argv")
+def test_lm_evals_command_line_runs_our_model_on_our_tasks(trained, tmp_path, capsys):
+    """In this process; the README's test starts one."""
+    command.main([*run_command(trained, intervention="shuffle"), "--output_path", str(tmp_path)])
+    assert "micro_law" in capsys.readouterr().out
     (written,) = tmp_path.rglob("results_*.json")
     results = json.loads(written.read_text())
     assert set(results["results"]) == {"micro_law", "micro_mmlu"}
     assert results["config"]["model"] == "steerlora"
 
 
-def test_a_mistake_on_lm_evals_command_line_is_one_line(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["steerlora.evaluation"])
+@pytest.mark.usefixtures("own_argv")
+def test_a_mistake_on_lm_evals_command_line_is_one_line(trained, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         command.main(run_command(trained, adapter=str(tmp_path)))
     assert ended.value.code == 2

@@ -27,6 +27,7 @@ TINY = (
     "model.steps=2",
     "model.batch_size=4",
     "domains.train_items=10",
+    "domains.pretrain_items=100",
     "domains.evaluation_items=6",
     "logger=none",
 )

@@ -33,6 +33,7 @@ TINY = (
     "model.steps=3",
     "model.batch_size=8",
     "domains.train_items=20",
+    "domains.pretrain_items=100",
     "domains.evaluation_items=6",
     "sae.max_tokens=800",
     "sae.steps=3",

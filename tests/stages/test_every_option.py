@@ -39,6 +39,7 @@ CHANGES = {
     "domains.names": "[law,math,code,medicine,instruction]",
     "domains.broad": "law",
     "domains.train_items": 11,
+    "domains.pretrain_items": 17,
     "domains.evaluation_items": 7,
     "domains.seed": 4,
     "sae.path": "elsewhere",

@@ -20,6 +20,7 @@ TINY = (
     "sae.steps=2",
     "sae.batch_size=64",
     "domains.train_items=12",
+    "domains.pretrain_items=100",
     "domains.evaluation_items=4",
     "trainer.max_steps=2",
     "trainer.batch_size=4",

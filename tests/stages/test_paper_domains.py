@@ -36,6 +36,7 @@ ROWS = {
 TINY = (
     "domains=paper",
     "domains.train_items=24",
+    "domains.pretrain_items=100",
     "domains.evaluation_items=4",
     "model=text_s",
     "model.layers=2",

@@ -65,7 +65,7 @@ def test_compiled_layers_train_alike(plain, models, tmp_path, monkeypatch):
 
     def eager(function, **kwargs):
         compiled.append(kwargs)
-        return original(function, backend="aot_eager", **kwargs)
+        return original(function, backend="eager", **kwargs)
 
     monkeypatch.setattr(torch, "compile", eager)
     found = weights(tmp_path, compile=True)
