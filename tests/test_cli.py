@@ -5,13 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +20,7 @@ import steerlora.__main__ as command
 from steerlora import compose
 from steerlora.artifacts import ArtifactStore
 from steerlora.pipeline import run
-from steerlora.progress import SilentProgress
-from steerlora.stages import adapter_training, base
+from steerlora.stages import adapter_training
 
 TINY = (
     "model=micro_xs",
@@ -362,45 +358,3 @@ def test_a_sweep_with_one_wrong_job_starts_none(steerlora, tmp_path, swept, says
     ended = steerlora("-m", *TINY, *stage, *swept.split(), "artifacts.root=artifacts")
     assert says in ended.mistake
     assert list(tmp_path.iterdir()) == []
-
-
-def test_ctrl_c_is_resumable_and_the_rest_equals_an_unbroken_run(tmp_path):
-    overrides = [*TINY, "model.steps=400"]
-    root = tmp_path / "artifacts"
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "steerlora", "stage=base", f"artifacts.root={root}"),
-            *(*overrides, "trainer.checkpoint_seconds=0.02"),
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # A shell's background job ignores the interrupt, and so would the children of its tests.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 120
-    while not list(root.glob("base/*.partial/checkpoints/step-????????")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no checkpoint"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    (line,) = err.splitlines()
-    assert line == "interrupted: run the same command again, and it goes on where it was"
-
-    said: list[str] = []
-
-    class Lines(SilentProgress):
-        def message(self, text: str) -> None:
-            said.append(text)
-
-    step = base.step(compose.load(overrides))
-    resumed = run([step], ArtifactStore(root), progress=Lines())[step]
-    assert any("resuming from step-" in line for line in said)
-    unbroken = run([step], ArtifactStore(tmp_path / "unbroken"))[step]
-    name = "model/model.safetensors"
-    assert (resumed / name).read_bytes() == (unbroken / name).read_bytes()

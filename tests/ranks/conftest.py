@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -13,14 +12,6 @@ import pytest
 import runs
 from runs import ADAPTER, Starter, reached, until, weights
 from torch import Tensor
-
-# They kill and signal runs and wait for what becomes of them, and may fail on a busy machine: they
-# run where they are asked for, RANK_TESTS=1 make test.
-if not os.environ.get("RANK_TESTS"):
-    collect_ignore_glob = [
-        f"test_{name}.py"
-        for name in ("kill", "dead_ranks", "preemption", "resume", "bad_input", "torchrun")
-    ]
 
 
 @pytest.fixture(scope="session")

