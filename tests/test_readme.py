@@ -98,7 +98,11 @@ def shrunk(command: str, text_folder: Path, root: Path, pretrained: Path) -> lis
         shape = shape_of(AutoConfig.from_pretrained(pretrained))
         tiny |= {f"model.{key}": value for key, value in shape.items()}
         tiny |= {"model.path": pretrained, "model.thinking": "null", "sae.path": "null"}
+    if "experiment=continual" in words:
+        tiny |= {"study.sequential_adapters": "[lora,sc_lora_context]"}
     if "experiment=micro_full" in words:
+        tiny |= {f"study.{those}adapters": "[lora,sc_lora]" for those in ("", "scale_")}
+        tiny |= {"study.sequential_adapters": "[lora,sc_lora]"}
         tiny |= {"study.interventions": "[shuffle]", "study.retrained": "[shuffle]"}
         tiny |= {"study.doses": "[0.5]"}
     if "experiment=smoke" in words:
@@ -146,7 +150,7 @@ def test_the_download_finds_what_there_is_to_fetch():
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("torchrun")])
-def test_torchrun_commands_run(command, root, pretrained, tmp_path):
+def test_torchrun_commands_run(command, text_folder, root, pretrained, tmp_path):
     """With two ranks in place of sixteen, every agent of them here, and local files."""
     machines = 2 if "--nnodes" in command else 1
     with socket.socket() as free:
@@ -154,8 +158,9 @@ def test_torchrun_commands_run(command, root, pretrained, tmp_path):
         command = command.replace("HOST:29500", f"127.0.0.1:{free.getsockname()[1]}")
     command = command.replace("--nproc-per-node 8", f"--nproc-per-node {2 // machines}")
     launcher, asked = command.split(" -m steerlora ")
-    asked = shrunk(f"steerlora {asked}", root, tmp_path / "artifacts", pretrained)
-    hardware = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
+    asked = shrunk(f"steerlora {asked}", text_folder, root, pretrained)
+    hardware = ["trainer.accelerator=cpu", "trainer.precision=32-true", f"seed={machines}"]
+    before = set((root / "adapter_training").glob("*/adapter"))
     words = [sys.executable, "-m", "torch.distributed.run", *shlex.split(launcher)[1:]]
     agents = [
         subprocess.Popen(
@@ -170,7 +175,7 @@ def test_torchrun_commands_run(command, root, pretrained, tmp_path):
     ]
     said = [agent.communicate(timeout=240)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0] * machines, said
-    assert len(list((tmp_path / "artifacts/adapter_training").glob("*/adapter"))) == 1
+    assert len({*(root / "adapter_training").glob("*/adapter")} - before) == 1
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])

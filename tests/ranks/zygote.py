@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 
 SLOW = ("deepspeed", "steerlora.study", "steerlora.stages", "steerlora.meeting")
@@ -35,6 +36,8 @@ def serve() -> dict | None:
 def become(request: dict) -> None:
     """Take the place of a process that was started with these arguments."""
     os.setsid()
+    # A background job of a shell ignores the interrupt, and so would what it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
