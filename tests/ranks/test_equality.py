@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import trainings
+from runs import MEMORY, trained
 from safetensors.torch import load_file
 
 LOSS, WEIGHT, AUTOCAST = 1e-5, 5e-5, 2e-2
@@ -120,3 +122,18 @@ def test_the_exported_adapter_is_the_file_of_one_process(strategy, one, two):
     assert all(tensor.numel() for tensor in files[0].values())
     sizes = [(folder / "adapter_model.safetensors").stat().st_size for folder in (ours, theirs)]
     assert sizes[0] == sizes[1]
+
+
+def test_a_sequence_of_two_ranks_forgets_what_one_process_does(start, root, tmp_path):
+    """Every score, and what the memory policy did on the way; under ZeRO-3."""
+    aside = Path(shutil.copytree(root, tmp_path / "aside"))
+    sequence = ("stage=sequential_forgetting", "continual.replay_ratio=0.5", *MEMORY)
+    zero3 = ("trainer.strategy=zero3", "trainer.persistent_elements=0")
+    pair = start.ranks(*sequence, *zero3, f"artifacts.root={root}")
+    assert [run.wait() for run in pair] == [0, 0], pair[0].err
+    start(*sequence, f"artifacts.root={aside}").ends_well()
+    ours, theirs = (
+        (trained(where, "sequential_forgetting")[0].parent / "sequential.json").read_text()
+        for where in (root, aside)
+    )
+    assert ours == theirs
