@@ -136,8 +136,10 @@ def barrier() -> None:
 
 
 def meet_alone() -> None:
-    """A process group of one, where there is none yet: DeepSpeed wants one of a single process."""
+    """What DeepSpeed wants of any process: a local rank in its environment, which only torchrun
+    puts there, and a process group; of one, where there is none yet."""
     import torch.distributed as dist
 
+    os.environ["LOCAL_RANK"] = str(current().local_rank)
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

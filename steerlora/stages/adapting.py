@@ -98,11 +98,17 @@ def check_shares(trainer: TrainerConfig) -> None:
 
 
 def load_to_train(artifact: Artifact, trainer: TrainerConfig) -> tuple[nn.Module, Any]:
-    """The base model as this rank holds it in training, and its tokenizer.
+    """The base model as this rank holds it in training, and its tokenizer."""
+    place = place_of(artifact)
+    model = open_to_train(place.path, place.revision, trainer)
+    return model, open_tokenizer(place.path, place.revision, thinking=place.thinking)
+
+
+def open_to_train(path: str, revision: str | None, trainer: TrainerConfig) -> nn.Module:
+    """A base model to train an adapter on: on this rank's device, in the type that suits it.
 
     Under ZeRO-3 it is spread over the ranks as it is read, and never whole on any.
     """
-    place = place_of(artifact)
     device = device_of(trainer.accelerator)
     half = torch.float16 if trainer.precision == "16-mixed" else torch.bfloat16
     # A frozen base has nothing to gain from more bits than autocast leaves of it. On the CPU, where
@@ -110,12 +116,8 @@ def load_to_train(artifact: Artifact, trainer: TrainerConfig) -> tuple[nn.Module
     full = trainer.precision == "32-true" or device == "cpu"
     dtype = torch.float32 if full else half
     if trainer.strategy == "zero3":
-        model = open_model(
-            place.path, place.revision, dtype=dtype, sharding=sharding_settings(trainer)
-        )
-    else:
-        model = open_model(place.path, place.revision, device=device, dtype=dtype)
-    return model, open_tokenizer(place.path, place.revision, thinking=place.thinking)
+        return open_model(path, revision, dtype=dtype, sharding=sharding_settings(trainer))
+    return open_model(path, revision, device=device, dtype=dtype)
 
 
 def around(before: Callable[[], None], after: Callable[[], None]) -> Callback:
@@ -148,17 +150,10 @@ def new_adapter(
         site: artifact / sae_training.FOLDER
         for site, artifact in zip(control.sites, inputs.get("saes", ()), strict=False)
     }
-    fields = AdapterShape.__dataclass_fields__
-    chosen = {**vars(control), **vars(config)}
-    shape = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in chosen.items()
-        if name in fields
-    }
     try:
         adapter = Adapter(
             model,
-            AdapterShape(**shape),
+            shape_of(config, control),
             {site: load_sae(path) for site, path in paths.items()},
             feature_scales={
                 site: sae_metadata(path)["mean_feature_norm"] for site, path in paths.items()
@@ -172,6 +167,18 @@ def new_adapter(
             prototypes = features.load_taxonomy(artifact).prototypes
             adapter.routers[str(site)].set_prototypes(prototypes)
     return adapter.attach(model), paths
+
+
+def shape_of(config: AdapterConfig, control: ControlConfig) -> AdapterShape:
+    """What a configuration says of an adapter's tensors."""
+    chosen = {**vars(control), **vars(config)}
+    return AdapterShape(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in chosen.items()
+            if name in AdapterShape.__dataclass_fields__
+        }
+    )
 
 
 def open_monitor(

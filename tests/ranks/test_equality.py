@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 import trainings
-from runs import MEMORY, trained
+from runs import ADAPTER, MEMORY, trained
 from safetensors.torch import load_file
 
 LOSS, WEIGHT, AUTOCAST = 1e-5, 5e-5, 2e-2
@@ -122,6 +123,12 @@ def test_the_exported_adapter_is_the_file_of_one_process(strategy, one, two):
     assert all(tensor.numel() for tensor in files[0].values())
     sizes = [(folder / "adapter_model.safetensors").stat().st_size for folder in (ours, theirs)]
     assert sizes[0] == sizes[1]
+
+
+def test_one_process_under_zero_needs_no_launcher(start, root, unbroken):
+    zero3 = ("trainer.strategy=zero3", "trainer.persistent_elements=0")
+    start(ADAPTER, *zero3, f"artifacts.root={root}").ends_well()
+    runs.assert_close(runs.weights(root), unbroken)
 
 
 def test_a_sequence_of_two_ranks_forgets_what_one_process_does(start, root, tmp_path):
