@@ -23,7 +23,7 @@ reproduce: setup ## the paper's tables in the micro world, into results/micro
 	$(BIN)/steerlora experiment=micro
 
 test: setup ## the tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup ## style and common mistakes
 	$(BIN)/ruff check .

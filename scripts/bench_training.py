@@ -16,6 +16,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -44,7 +45,7 @@ from steerlora.planning.parameters import adapter_parameters
 from steerlora.planning.plan import part_of
 from steerlora.planning.shapes import model_shape
 from steerlora.progress import SilentProgress
-from steerlora.stages.adapting import open_to_train, shape_of
+from steerlora.stages.adapting import check_shares, open_to_train, shape_of
 from steerlora.training.adapter import AdapterModule
 from steerlora.training.language import next_token_loss
 from steerlora.training.loop import begins_step, ends_step, fit
@@ -59,29 +60,41 @@ def main() -> None:
     try:
         config = _config(options.overrides)
         check_hardware(config.trainer)
+        check_shares(config.trainer)
     except UserError as error:
-        raise SystemExit(f"error: {error}") from None
-    with tempfile.TemporaryDirectory(prefix="steerlora-bench-") as folder:
-        _in_a_process_of_its_own(write_base, config, folder)
-        rounds = [
-            {name: _in_a_process_of_its_own(measure, name, config, folder) for name in CONTENDERS}
-            for _ in range(options.rounds)
-        ]
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    rounds = _rounds(config, options.rounds)
     result = _summary(config, options.overrides, rounds)
     table = _table(result)
     Console().print(table)
     if options.write:
-        options.write.parent.mkdir(parents=True, exist_ok=True)
-        options.write.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-        with options.write.with_suffix(".txt").open("w") as file:
+        options.write.mkdir(parents=True, exist_ok=True)
+        (options.write / "training.json").write_text(json.dumps(result, indent=2) + "\n")
+        with (options.write / "training.txt").open("w") as file:
             Console(file=file, width=120).print(table)
+
+
+def _rounds(config: Config, count: int) -> list[dict[str, dict]]:
+    """What `measure` gives of each contender, round by round."""
+    rounds: list[dict[str, dict]] = [{} for _ in range(count)]
+    with (
+        tempfile.TemporaryDirectory(prefix="steerlora-bench-") as folder,
+        Console(stderr=True).status("random weights") as status,
+    ):
+        _in_a_process_of_its_own(write_base, config, folder)
+        for number, found in enumerate(rounds, 1):
+            for name in CONTENDERS:
+                status.update(f"round {number} of {count}: {name}")
+                found[name] = _in_a_process_of_its_own(measure, name, config, folder)
+    return rounds
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2, help="processes of each contender")
     parser.add_argument("--steps", type=int, default=10, help="counted steps of each process")
-    parser.add_argument("--write", type=Path, help="<name>.json and <name>.txt, without the suffix")
+    parser.add_argument("--write", type=Path, help="folder for training.json and training.txt")
     parser.add_argument("overrides", nargs="+", help="model=qwen3_4b trainer=gpu ...")
     options = parser.parse_args()
     options.overrides.append(f"trainer.max_steps={WARM_UP + options.steps}")

@@ -17,6 +17,13 @@ LAYERS, WIDTH, VOCABULARY, LATENTS, K = 3, 32, 61, 64, 5
 
 torch.set_num_threads(1)
 
+SLOW = ("ranks", "test_readme.py", "test_slurm.py", "test_launching.py", "test_cli.py", "stages")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests take seconds come first: what is quick fills both workers to the end."""
+    items.sort(key=lambda item: not set(SLOW) & set(item.path.parts))
+
 
 @pytest.fixture
 def make_model() -> Callable[..., Qwen3ForCausalLM]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from runs import ADAPTER, MINUTE, checkpoints, reached, until
+from runs import ADAPTER, MINUTE, assert_close, checkpoints, reached, until, weights
 
 
 def test_rank_0_is_killed(start, root):
@@ -54,7 +54,7 @@ AdapterModule.training_step = training_step
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_fails_is_named_with_its_reason(victim, start, root):
+def test_a_rank_that_fails_is_named_with_its_reason(victim, start, root, unbroken):
     first = RAISES.format(victim=victim)
     runs = start.ranks(ADAPTER, "trainer.strategy=ddp", f"artifacts.root={root}", first=first)
     assert runs[victim].wait() == 1
@@ -65,3 +65,7 @@ def test_a_rank_that_fails_is_named_with_its_reason(victim, start, root):
     assert time.monotonic() - began < MINUTE
     assert other.line == f"error: rank {victim} ended: out of luck; rank {1 - victim} ends too"
     assert [path.name for path in checkpoints(root)] == ["step-00000006", "step-00000007"]
+    # One process goes on from there.
+    again = start(ADAPTER, f"artifacts.root={root}").ends_well()
+    assert "resuming from step-00000007" in again.out
+    assert_close(weights(root), unbroken)

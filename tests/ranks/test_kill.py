@@ -93,8 +93,8 @@ def kill_while_a_domain_is_kept(run: Run, root: Path, stage: str, draw: random.R
 
 
 KILLS = {
-    "base": (kill_in_a_step, kill_in_a_checkpoint, kill_at_the_end),
-    "sae_training": (kill_in_a_step, kill_in_a_checkpoint, kill_at_the_end),
+    "base": (kill_in_a_step, kill_at_the_end),
+    "sae_training": (kill_in_a_checkpoint, kill_at_the_end),
     "adapter_training": (kill_in_a_checkpoint, kill_in_a_step, kill_at_the_end),
     "sequential_forgetting": (
         *(kill_in_a_step, kill_in_a_checkpoint, kill_in_a_step),
@@ -172,4 +172,4 @@ def test_a_killed_training_ends_as_an_unbroken_one(stage, ends):
 
 
 def test_there_were_more_than_ten_kills():
-    assert sum(map(len, KILLS.values())) == 13
+    assert sum(map(len, KILLS.values())) == 11

@@ -102,7 +102,6 @@ HANDED_ON = {
         (ADAPTER, *MEMORY),
         ("trainer.strategy=zero2",),
         ("trainer.strategy=zero3", "trainer.persistent_elements=0", "trainer.offload=true"),
-        ("trainer.strategy=ddp",),
     ),
     "sae": (("stage=sae_training", "sae.steps=40"), ("trainer.strategy=zero3",)),
     "base": (("stage=base", "model.steps=40"), ("trainer.strategy=zero2",)),

@@ -27,10 +27,10 @@ def bench(monkeypatch):
 
 
 def test_both_contenders_train_what_was_asked_for(bench, tmp_path, capsys):
-    bench("--rounds", "2", "--steps", "3", "--write", str(tmp_path / "new/tiny"), *OVERRIDES)
+    bench("--rounds", "2", "--steps", "3", "--write", str(tmp_path / "new/qwen3_0.6b"), *OVERRIDES)
     assert "times PEFT's step" in capsys.readouterr().out
-    assert "MFU" in (tmp_path / "new/tiny.txt").read_text()
-    found = json.loads((tmp_path / "new/tiny.json").read_text())
+    assert "MFU" in (tmp_path / "new/qwen3_0.6b/training.txt").read_text()
+    found = json.loads((tmp_path / "new/qwen3_0.6b/training.json").read_text())
     assert found["device"] == "CPU"
     assert found["overrides"][:-1] == OVERRIDES
     ours, theirs = (found["contenders"][name] for name in ("steerlora", "peft"))
@@ -46,5 +46,8 @@ def test_both_contenders_train_what_was_asked_for(bench, tmp_path, capsys):
 
 
 def test_a_mistake_is_one_line(bench, capsys):
-    with pytest.raises(SystemExit, match=r"error: .*did you mean 'micro_s' or 'micro_xs'"):
-        bench("model=micro_sx")
+    with pytest.raises(SystemExit) as ended:
+        bench(*OVERRIDES, "trainer.batch_size=5")
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: trainer.batch_size=5: 2 equal parts")
