@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from published_arrangement import PublishedArrangement, Setting
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -141,18 +141,25 @@ def _monitor(model: nn.Module, adapter: Adapter, options: Namespace) -> Monitor:
 def _peft(options: Namespace, batch: ChatBatch, layers: Sequence[int]) -> Contender:
     """PEFT's rank is the total rank of our specialists."""
     rank = total_rank(AdapterShape(specialists=options.specialists, rank=options.rank))
-    model = get_peft_model(
-        _model(options),
-        LoraConfig(
-            r=rank,
-            lora_alpha=rank,
-            target_modules=list(QWEN3_LINEAR),
-            layers_to_transform=list(layers),
-        ),
-    )
+    model = peft_lora(_model(options), rank, layers)
     parameters = [p for p in model.parameters() if p.requires_grad]
     base = model.get_base_model()
     return _contender(lambda: next_token_loss(base, batch), parameters)
+
+
+def peft_lora(
+    model: nn.Module, rank: int, layers: Sequence[int], modules: Sequence[str] | None = None
+) -> PeftModel:
+    """Of a scale of one, on these layers' linear modules, or on those of them that are named."""
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            target_modules=list(modules or QWEN3_LINEAR),
+            layers_to_transform=list(layers),
+        ),
+    )
 
 
 def _contender(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> Contender:

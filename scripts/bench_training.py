@@ -25,28 +25,28 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from bench_contenders import peft_lora
 from lightning.pytorch.callbacks import Callback
-from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from steerlora import compose
-from steerlora.config import QWEN3_LINEAR, Config, TrainerConfig
+from steerlora.config import Config, TrainerConfig
 from steerlora.data.chat import ChatBatch
 from steerlora.errors import UserError
+from steerlora.formats.pretrained import qwen3_config
 from steerlora.models.adapter import Adapter, total_rank
 from steerlora.models.sae import SparseAutoencoder
 from steerlora.planning import memory
 from steerlora.planning.devices import peak_flops
 from steerlora.planning.flops import training_flops_per_token
-from steerlora.planning.parameters import adapter_parameters
 from steerlora.planning.plan import part_of
 from steerlora.planning.shapes import model_shape
 from steerlora.progress import SilentProgress
 from steerlora.stages.adapting import check_shares, open_to_train, shape_of
-from steerlora.training.adapter import AdapterModule
+from steerlora.training.adapter import AdapterModule, scheduled_adamw
 from steerlora.training.language import next_token_loss
 from steerlora.training.loop import begins_step, ends_step, fit
 from steerlora.training.sharding import elements
@@ -116,20 +116,10 @@ def _in_a_process_of_its_own(work, *arguments):
 
 def write_base(config: Config, folder: str) -> None:
     """A Qwen3 of the configured shape, with random weights, as transformers stores it."""
-    shape = config.model
     torch.manual_seed(0)
     with torch.device(device_of(config.trainer.accelerator)):
         Qwen3ForCausalLM._from_config(
-            Qwen3Config(
-                vocab_size=shape.vocabulary,
-                hidden_size=shape.width,
-                intermediate_size=shape.ffn_width,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                num_key_value_heads=shape.kv_heads,
-                head_dim=shape.head_width,
-                tie_word_embeddings=shape.tied,
-            ),
+            qwen3_config(config.model),
             dtype=torch.bfloat16,
         ).save_pretrained(folder)
 
@@ -183,30 +173,29 @@ class PeftModule(L.LightningModule):
 
     def __init__(self, model: nn.Module, config: Config) -> None:
         super().__init__()
-        self.settings, rank = config.trainer, total_rank(shape_of(config.adapter, config.control))
-        first = min(config.control.sites)
-        self.adapted = get_peft_model(
-            model,
-            LoraConfig(
-                r=rank,
-                lora_alpha=rank,
-                target_modules=config.adapter.target_modules or list(QWEN3_LINEAR),
-                layers_to_transform=[*range(first, config.model.layers)],
-            ),
-        )
-        self.model = model
+        self.model, self.config = model, config
+        rank = total_rank(shape_of(config.adapter, config.control))
+        layers = range(min(config.control.sites), config.model.layers)
+        self.adapted = peft_lora(model, rank, layers, config.adapter.target_modules)
 
     def training_step(self, batch: ChatBatch, index: int) -> torch.Tensor:
         return next_token_loss(self.model, batch)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            [p for p in self.parameters() if p.requires_grad],
-            lr=self.settings.learning_rate,
-            eps=self.settings.adam_epsilon,
-            weight_decay=self.settings.weight_decay,
-            fused=True,
+    def flops_per_token(self, batch: ChatBatch) -> float:
+        return training_flops_per_token(
+            model_shape(self.config.model),
+            adapter_parameters=sum(elements(p) for p in trained(self)),
+            first_adapted_layer=min(self.config.control.sites),
+            sequence=self.config.trainer.max_length,
         )
+
+    def configure_optimizers(self):
+        trainer = self.config.trainer
+        return scheduled_adamw(trained(self), trainer, trainer.max_steps)
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def ours(model: nn.Module, config: Config) -> L.LightningModule:
@@ -233,11 +222,12 @@ def measure(name: str, config: Config, folder: str) -> dict:
     torch.manual_seed(0)
     model = open_to_train(folder, None, config.trainer)
     module, times = CONTENDERS[name](model, config), StepTimes()
-    parameters = sum(elements(p) for p in module.parameters() if p.requires_grad)
+    text = RandomText(config.model.vocabulary, config.trainer)
+    parameters, flops = sum(map(elements, trained(module))), module.flops_per_token(text(0))
     with tempfile.TemporaryDirectory() as checkpoints:
         figures = fit(
             module,
-            RandomText(config.model.vocabulary, config.trainer),
+            text,
             config.trainer.max_steps,
             trainer=config.trainer,
             checkpoints=Path(checkpoints),
@@ -251,22 +241,9 @@ def measure(name: str, config: Config, folder: str) -> dict:
         "seconds": times.seconds[WARM_UP:],
         "peak_memory_bytes": figures["peak_memory_bytes"],
         "parameters": parameters,
-        "flops_per_token": _flops(config, reads_saes=name != "peft"),
+        "flops_per_token": flops,
         "peak_flops": peak_flops(device, config.trainer.precision),
     }
-
-
-def _flops(config: Config, *, reads_saes: bool) -> float:
-    """Of either contender: PEFT's low-rank products are as large, but it reads no SAE."""
-    shape, control, latents = model_shape(config.model), config.control, config.sae.latents
-    saes = len(control.sites) * (reads_saes and config.adapter.routing == "sae")
-    return training_flops_per_token(
-        shape,
-        adapter_parameters=adapter_parameters(shape, config.adapter, control, latents).low_rank,
-        first_adapted_layer=min(control.sites),
-        sequence=config.trainer.max_length,
-        sae_parameters=saes * shape.width * latents,
-    )
 
 
 def _summary(config: Config, overrides: list[str], rounds: list[dict[str, dict]]) -> dict:

@@ -6,12 +6,12 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from runs import free_port
 from transformers import AutoConfig
 
 from steerlora.__main__ import main
@@ -153,9 +153,7 @@ def test_the_download_finds_what_there_is_to_fetch():
 def test_torchrun_commands_run(command, text_folder, root, pretrained, tmp_path):
     """With two ranks in place of sixteen, every agent of them here, and local files."""
     machines = 2 if "--nnodes" in command else 1
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        command = command.replace("HOST:29500", f"127.0.0.1:{free.getsockname()[1]}")
+    command = command.replace("HOST:29500", f"127.0.0.1:{free_port()}")
     command = command.replace("--nproc-per-node 8", f"--nproc-per-node {2 // machines}")
     launcher, asked = command.split(" -m steerlora ")
     asked = shrunk(f"steerlora {asked}", text_folder, root, pretrained)

@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen3Config,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
@@ -213,6 +214,26 @@ def shape_of(config: PretrainedConfig) -> dict[str, int | bool]:
         "tied": config.tie_word_embeddings,
     }
     return {name: value for name, value in shape.items() if isinstance(value, int)}
+
+
+def qwen3_config(shape: Any, **more: Any) -> Qwen3Config:
+    """The inverse of :func:`shape_of`, for a Qwen3.
+
+    Args:
+        shape: has our names as attributes: a ``ModelConfig``, a ``DecoderShape``.
+        more: of transformers' names; they take precedence.
+    """
+    sizes = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.ffn_width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_width,
+        "tie_word_embeddings": shape.tied,
+    }
+    return Qwen3Config(**sizes | more)
 
 
 def _line(error: Exception) -> str:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from steerlora import ranks
 from steerlora.artifacts import write_json
@@ -16,7 +16,13 @@ from steerlora.data.micro import build_tokenizer as build_micro_tokenizer
 from steerlora.data.text_tokenizer import build_tokenizer as build_text_tokenizer
 from steerlora.errors import UserError
 from steerlora.formats.base_model import model_fingerprint
-from steerlora.formats.pretrained import PretrainedFacts, describe, open_tokenizer, shape_of
+from steerlora.formats.pretrained import (
+    PretrainedFacts,
+    describe,
+    open_tokenizer,
+    qwen3_config,
+    shape_of,
+)
 from steerlora.pipeline import Context, Stage, Step, register
 from steerlora.stages import domains
 from steerlora.stages.common import (
@@ -114,16 +120,10 @@ def _pretrain(context: Context, settings: BaseSettings) -> tuple[Qwen3ForCausalL
     tokenizer = AutoTokenizer.from_pretrained(home)
     torch.manual_seed(shape.seed)
     model = Qwen3ForCausalLM(
-        Qwen3Config(
+        qwen3_config(
+            shape,
             vocab_size=len(tokenizer),
-            hidden_size=shape.width,
-            intermediate_size=shape.ffn_width,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_width,
             max_position_embeddings=max(1024, settings.max_length),
-            tie_word_embeddings=shape.tied,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,

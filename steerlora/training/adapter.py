@@ -153,21 +153,27 @@ class AdapterModule(L.LightningModule):
         )
 
     def configure_optimizers(self):
-        settings = self.settings
-        optimizer = torch.optim.AdamW(
-            [p for p in self.adapter.parameters() if p.requires_grad],
-            lr=settings.learning_rate,
-            eps=settings.adam_epsilon,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-        total = self.total_steps
-        rise, fall = (round(s * total) for s in (settings.warmup_fraction, settings.decay_fraction))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: rise_hold_fall(step, total, rise, fall)
-        )
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        parameters = [p for p in self.adapter.parameters() if p.requires_grad]
+        return scheduled_adamw(parameters, self.settings, self.total_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k.startswith("adapter.")}
+
+
+def scheduled_adamw(
+    parameters: Sequence[nn.Parameter], settings: TrainerConfig, total: int
+) -> tuple[list[torch.optim.Optimizer], list[dict[str, Any]]]:
+    """AdamW whose rate rises, holds and falls over ``total`` steps, as Lightning takes it."""
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        eps=settings.adam_epsilon,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    rise, fall = (round(s * total) for s in (settings.warmup_fraction, settings.decay_fraction))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rise_hold_fall(step, total, rise, fall)
+    )
+    return [optimizer], [{"scheduler": schedule, "interval": "step"}]

@@ -5,7 +5,6 @@ Allocations inside one kernel are not seen. All of it is on a CPU.
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,18 +15,19 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from steerlora.config import Config
 from steerlora.data.activations import harvest
 from steerlora.data.chat import ChatBatch
-from steerlora.models.adapter import Adapter, AdapterShape
+from steerlora.formats.pretrained import qwen3_config
+from steerlora.models.adapter import Adapter
 from steerlora.models.monitor import Monitor
 from steerlora.models.sae import SparseAutoencoder
 from steerlora.models.taxonomy import Taxonomy
 from steerlora.planning.shapes import model_shape
 from steerlora.progress import SilentProgress
-from steerlora.stages.adapting import PROBE_ROWS
+from steerlora.stages.adapting import PROBE_ROWS, shape_of
 from steerlora.training.adapter import AdapterModule
 from steerlora.training.loop import fit
 from steerlora.training.routing import RoutingWatch
@@ -143,25 +143,10 @@ class _Same:
 def built(config: Config) -> AdapterModule:
     """A random model in the type it computes in, with the configured adapter attached."""
     shape, latents, k = model_shape(config.model), config.sae.latents, config.sae.k
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=shape.vocabulary,
-            hidden_size=shape.width,
-            intermediate_size=shape.ffn_width,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_width,
-            max_position_embeddings=4096,
-            tie_word_embeddings=shape.tied,
-        )
-    )
+    model = Qwen3ForCausalLM(qwen3_config(shape, max_position_embeddings=4096))
     model.train().to(torch.bfloat16 if "bf16" in config.trainer.precision else torch.float32)
-    chosen = {**vars(config.control), **vars(config.adapter)}
-    fields = {field.name for field in dataclasses.fields(AdapterShape)}
-    chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items() if k in fields}
     saes = {site: SparseAutoencoder(shape.width, latents, k=k) for site in config.control.sites}
-    adapter = Adapter(model, AdapterShape(**chosen), saes).attach(model)
+    adapter = Adapter(model, shape_of(config.adapter, config.control), saes).attach(model)
     if config.adapter.router == "prototype":
         for router in adapter.routers.values():
             for specialist in range(config.adapter.specialists):

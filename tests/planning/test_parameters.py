@@ -11,14 +11,14 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
-    Qwen3Config,
     Qwen3ForCausalLM,
 )
 
 from steerlora import compose
 from steerlora.config import ModelConfig
 from steerlora.errors import UserError
-from steerlora.models.adapter import Adapter, AdapterShape
+from steerlora.formats.pretrained import qwen3_config
+from steerlora.models.adapter import Adapter
 from steerlora.models.sae import SparseAutoencoder
 from steerlora.planning.parameters import (
     adapter_parameters,
@@ -28,6 +28,7 @@ from steerlora.planning.parameters import (
     sae_parameters,
 )
 from steerlora.planning.shapes import DecoderShape, model_shape
+from steerlora.stages.adapting import shape_of
 
 QWEN3 = {  # layers, width, heads, MLP, tied; 8 heads of keys of width 128, vocabulary 151936
     "0.6B": (28, 1024, 16, 3072, True),
@@ -53,24 +54,11 @@ def qwen3(size: str) -> DecoderShape:
     )
 
 
-def transformers_config(shape: DecoderShape) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        intermediate_size=shape.ffn_width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_width,
-        tie_word_embeddings=shape.tied,
-    )
-
-
 @pytest.mark.parametrize("size", QWEN3)
 def test_a_base_has_as_many_as_transformers_gives_it(size):
     shape = qwen3(size)
     with torch.device("meta"):
-        model = Qwen3ForCausalLM(transformers_config(shape))
+        model = Qwen3ForCausalLM(qwen3_config(shape))
     found = base_parameters(shape)
     assert found.total == sum(p.numel() for p in model.parameters())
     assert found.layer == sum(p.numel() for p in model.model.layers[0].parameters())
@@ -98,15 +86,12 @@ def test_an_adapter_has_as_many_as_it_says(changes):
     config = compose.load(["model=micro_m", *changes.split()])
     shape, latents = model_shape(config.model), config.sae.latents
     with torch.device("meta"):
-        model = Qwen3ForCausalLM(transformers_config(shape))
-    chosen = {**vars(config.control), **vars(config.adapter)}
-    fields = {field.name for field in dataclasses.fields(AdapterShape)}
-    chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items() if k in fields}
+        model = Qwen3ForCausalLM(qwen3_config(shape))
     saes = {
         site: SparseAutoencoder(shape.width, latents, k=config.sae.k)
         for site in config.control.sites
     }
-    adapter = Adapter(model, AdapterShape(**chosen), saes)
+    adapter = Adapter(model, shape_of(config.adapter, config.control), saes)
     found = adapter_parameters(shape, config.adapter, config.control, latents)
     assert found.total == adapter.parameter_count()
     assert found.low_rank == sum(p.numel() for p in adapter.layers.parameters())
@@ -146,7 +131,7 @@ def test_the_shape_of_other_families_is_read_from_their_configuration(config):
 
 def test_a_folder_speaks_for_itself(tmp_path):
     shape = qwen3("0.6B")
-    transformers_config(shape).save_pretrained(tmp_path)
+    qwen3_config(shape).save_pretrained(tmp_path)
     told = ModelConfig(name="x", path=str(tmp_path), width=64)
     assert model_shape(told) == shape
     assert model_shape(dataclasses.replace(told, path="Qwen/elsewhere")).width == 64
