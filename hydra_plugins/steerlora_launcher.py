@@ -1,4 +1,4 @@
-"""Where Hydra looks for launchers: those of `steerlora.launching`, by the names it knows."""
+"""Where Hydra looks for launchers: those of `steerlora.cli.launchers`, by the names it knows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ try:
 except ImportError:  # the extra `launchers`, without which there is nothing to launch with
     pass
 else:
-    from steerlora.launching import LocalJobs, SlurmJobs
+    from steerlora.cli.launchers import LocalJobs, SlurmJobs
 
     class SlurmLauncher(SlurmJobs, submitit_launcher.SlurmLauncher):
         """``hydra/launcher=submitit_slurm``."""

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from steerlora.models.sae import SparseAutoencoder
-from steerlora.training.sae import SAEModule
+from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.training import SAEModule
 
 Step = Callable[[Tensor], None]
 

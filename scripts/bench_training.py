@@ -32,25 +32,25 @@ from rich.table import Table
 from torch import nn
 from transformers import Qwen3ForCausalLM
 
-from steerlora import compose
+from steerlora.cli import compose
 from steerlora.config import Config, TrainerConfig
 from steerlora.data.chat import ChatBatch
+from steerlora.distributed.devices import peak_flops
+from steerlora.distributed.shards import elements
+from steerlora.distributed.strategies import check_hardware, device_of
+from steerlora.engine.progress import SilentProgress
 from steerlora.errors import UserError
-from steerlora.formats.pretrained import qwen3_config
-from steerlora.models.adapter import Adapter, total_rank
-from steerlora.models.sae import SparseAutoencoder
+from steerlora.lm.flops import training_flops_per_token
+from steerlora.lm.pretrained import qwen3_config
+from steerlora.lm.shapes import model_shape
+from steerlora.methods.routed_lora.adapter import Adapter, total_rank
 from steerlora.planning import memory
-from steerlora.planning.devices import peak_flops
-from steerlora.planning.flops import training_flops_per_token
 from steerlora.planning.plan import part_of
-from steerlora.planning.shapes import model_shape
-from steerlora.progress import SilentProgress
+from steerlora.saes.autoencoder import SparseAutoencoder
 from steerlora.stages.adapting import check_shares, open_to_train, shape_of
-from steerlora.training.adapter import AdapterModule, scheduled_adamw
 from steerlora.training.language import next_token_loss
 from steerlora.training.loop import begins_step, ends_step, fit
-from steerlora.training.sharding import elements
-from steerlora.training.strategies import check_hardware, device_of
+from steerlora.training.module import AdapterModule, scheduled_adamw
 
 WARM_UP = 3  # steps that are not counted
 

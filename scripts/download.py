@@ -21,9 +21,9 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import filter_repo_objects
 
-from steerlora import compose
+from steerlora.cli import compose
 from steerlora.config import Config, SourceConfig
-from steerlora.data.hub_source import heldout_split_of, open_split
+from steerlora.data.domains.hub.source import heldout_split_of, open_split
 from steerlora.errors import UserError
 from steerlora.evaluation import registered
 from steerlora.evaluation.punkt import require_ifeval_packages

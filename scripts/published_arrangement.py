@@ -6,7 +6,7 @@ H hidden width.
 Every adapted linear layer of every decoder layer runs two perceptrons of its own on dense features
 [B, S, N], and keeps every specialist's output apart, [B, S, E, D_out]; the features come from a
 copy of the base model. ``scripts/bench_adapter.py`` races against it, and in float64
-``tests/models/test_reference.py`` holds ``sc_lora_reference`` to it.
+``tests/methods/routed_lora/test_reference.py`` holds ``sc_lora_reference`` to it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from steerlora.models.sae import SparseAutoencoder
+from steerlora.saes.autoencoder import SparseAutoencoder
 
 
 @dataclass(frozen=True, kw_only=True)

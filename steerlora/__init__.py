@@ -9,11 +9,11 @@ __all__ = ["export_peft", "load_adapter", "load_sae"]
 def __getattr__(name: str):
     # Loaded on first use: the command line answers --help without importing torch.
     if name == "load_adapter":
-        from steerlora.formats.adapter import load_adapter as value
+        from steerlora.methods.routed_lora.saving import load_adapter as value
     elif name == "load_sae":
-        from steerlora.formats.sae import load_sae as value
+        from steerlora.saes.saelens import load_sae as value
     elif name == "export_peft":
-        from steerlora.formats.peft import export_peft as value
+        from steerlora.methods.routed_lora.peft import export_peft as value
     else:
         raise AttributeError(f"module 'steerlora' has no attribute {name!r}")
     return value

@@ -24,16 +24,18 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from steerlora import compose, planning, ranks
+from steerlora import planning
+from steerlora.cli import compose
+from steerlora.cli.sweep import Sweep
 from steerlora.config import Config
+from steerlora.distributed import ranks
+from steerlora.engine import preemption
+from steerlora.engine.manifests import plain
 from steerlora.errors import Preempted, RankGone, UserError
-from steerlora.manifests import plain
-from steerlora.sweep import Sweep
-from steerlora.training import preemption
 
 if TYPE_CHECKING:
-    from steerlora.pipeline import Step
-    from steerlora.study import Plan
+    from steerlora.cli.experiment import Plan
+    from steerlora.engine.run import Step
 
 # A log file has no width of its own; 80 columns would squeeze the claims. Of several ranks, the
 # first one prints.
@@ -135,7 +137,7 @@ def execute(config: Config, variant: compose.Compose) -> None:
         planning.show(console, config)
         return
     if config.stage and config.stage.name == "status":
-        from steerlora.artifacts import ArtifactStore, status_table
+        from steerlora.engine.artifacts import ArtifactStore, status_table
 
         console.print(status_table(ArtifactStore(config.artifacts.root).listing()))
         return
@@ -146,11 +148,11 @@ def execute(config: Config, variant: compose.Compose) -> None:
 def _build(config: Config, variant: compose.Compose) -> None:
     """Build what is missing, and say what came of it."""
     # Only now: the command line answers --help and mistakes without importing torch.
-    from steerlora import closing, study
-    from steerlora.artifacts import ArtifactStore
-    from steerlora.pipeline import run
-    from steerlora.progress import ConsoleProgress
-    from steerlora.training.strategies import check_hardware
+    from steerlora.cli import experiment, summary
+    from steerlora.distributed.strategies import check_hardware
+    from steerlora.engine.artifacts import ArtifactStore
+    from steerlora.engine.progress import ConsoleProgress
+    from steerlora.engine.run import run
 
     began = time.monotonic()
     planned, steps = _planned(config, variant)
@@ -161,22 +163,22 @@ def _build(config: Config, variant: compose.Compose) -> None:
     if not ranks.is_main():
         return
     if planned:
-        written = study.report(config, planned, finished)
-        closing.experiment(console, config, finished, written, time.monotonic() - began)
+        written = experiment.report(config, planned, finished)
+        summary.experiment(console, config, finished, written, time.monotonic() - began)
     else:
-        closing.stage(console, steps, finished, time.monotonic() - began)
+        summary.stage(console, steps, finished, time.monotonic() - began)
 
 
 def _planned(config: Config, variant: compose.Compose) -> tuple[Plan | None, tuple[Step, ...]]:
     """The experiment, or None, and the steps to build; refuses what cannot be built."""
-    from steerlora import study
+    from steerlora.cli import experiment
     from steerlora.stages import steps_for
 
     if config.stage and config.stage.name in ("status", "plan"):
         return None, ()
     if config.stage and config.stage.name != "report":
         return None, steps_for(config)
-    planned = study.plan(config, variant)
+    planned = experiment.plan(config, variant)
     return planned, planned.steps
 
 

@@ -15,7 +15,7 @@ from runs import free_port
 from transformers import AutoConfig
 
 from steerlora.__main__ import main
-from steerlora.formats.pretrained import shape_of
+from steerlora.lm.pretrained import shape_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

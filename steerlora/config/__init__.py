@@ -1,6 +1,6 @@
 """The typed configuration: what every key means, its unit, and what it may be.
 
-Hydra composes YAML; ``steerlora.compose`` turns the result into these dataclasses once, at the
+Hydra composes YAML; ``steerlora.cli.compose`` turns the result into these dataclasses once, at the
 door. Everything behind it sees plain frozen dataclasses. A file a theme; what concerns several
 sections is checked here.
 """

@@ -263,7 +263,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingConfig:
-    """The health of routing during training (steerlora/evaluation/routing.py).
+    """The health of routing during training (steerlora/methods/routed_lora/health.py).
 
     Attributes:
         log_every: steps between measurements.
@@ -287,7 +287,7 @@ class InterventionConfig:
     """A change of the control signal.
 
     Attributes:
-        name: "none", or one of the controls of ``steerlora.models.interventions``.
+        name: "none", or one of the controls of ``steerlora.methods.routed_lora.interventions``.
         seed: of its draws.
         strength: from 0 (intact) to 1: how much of the intervened signal is mixed in.
         sites: control sites that it changes; empty: all.

@@ -39,7 +39,7 @@ class PlanConfig:
     """What ``stage=plan`` reckons with: hardware, and what only the text and a run can tell.
 
     Attributes:
-        gpu: the GPU by name, such as "h100-80gb" (steerlora/planning/devices.py lists them).
+        gpu: the GPU by name, such as "h100-80gb" (steerlora/distributed/devices.py lists them).
         gpus: how many, one rank each.
         mfu: share of a GPU's peak rate that trainings are taken to reach; an assumption, for the
             time only.

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from steerlora.errors import UserError, nearest
-from steerlora.models.decoder import residual_streams
+from steerlora.lm.decoder import first_real_token, residual_streams
 
 STORE_FILE = "store.json"
 _SHARD_BYTES = 2**26
@@ -154,12 +154,6 @@ def harvest(
     )
     (directory / STORE_FILE).write_text(json.dumps(asdict(contents), indent=2) + "\n", "utf-8")
     return ActivationStore(directory)
-
-
-def first_real_token(attention_mask: Tensor) -> Tensor:
-    """Where each row's first real token is: [B, S] mask -> [B, S] bool, one True a row at most."""
-    real = attention_mask.bool()
-    return real & (real.cumsum(dim=1) == 1)
 
 
 class ActivationStore:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from steerlora import ranks
 from steerlora.config import TrainerConfig
 from steerlora.data.chat import IGNORED, ChatBatch, ChatBatches, EncodedChat
+from steerlora.distributed import ranks
 
 WINDOW = 4096
 """Conversations that are fitted into rows together."""

@@ -25,7 +25,7 @@ from steerlora.evaluation import registered
 from steerlora.evaluation.registered import Loaded
 from steerlora.evaluation.scores import Score, standard_error
 from steerlora.evaluation.suite import OWN, Suite
-from steerlora.formats.adapter import load_adapter, trained_under
+from steerlora.methods.routed_lora.saving import load_adapter, trained_under
 
 TASKS = Path(__file__).parent / "tasks"
 FEWSHOT_SEED = 1234
@@ -48,8 +48,8 @@ class SteerLoRALM(HFLM):
         pretrained: directory or hub id of the base, or a live model.
         adapter: folder of a saved adapter; None scores the base (or what a live model carries).
         sae: folder of its SAE, where it is not at the recorded place.
-        intervention: a control that acts during every request (``steerlora.models.interventions``),
-            or "none"; an adapter that was trained under one must be told which.
+        intervention: a control that acts during every request, or "none"; an adapter that was
+            trained under one must be told which.
         intervention_seed, intervention_domain, intervention_strength: its seed, the true domain for
             ``oracle_domain``, and how much of the changed signal is mixed in, from 0 to 1.
         kwargs: HFLM's own.

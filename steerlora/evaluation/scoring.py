@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lm_eval.models.utils import resolve_max_length
 
-from steerlora.artifacts import Artifact
 from steerlora.config import EvaluationConfig
+from steerlora.engine.artifacts import Artifact
 from steerlora.evaluation.cross_entropy import heldout_cross_entropy
 from steerlora.evaluation.harness import Harness
 from steerlora.evaluation.punkt import ensure_punkt

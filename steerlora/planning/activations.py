@@ -15,8 +15,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from steerlora.config import AdapterConfig, ControlConfig
+from steerlora.lm.shapes import DecoderShape
 from steerlora.planning.parameters import AdapterParameters, adapted, site_layers
-from steerlora.planning.shapes import DecoderShape
 
 FLOAT = 4
 """Bytes of a float32, the type of norms, losses, routers and SAEs whatever the model's."""
@@ -24,7 +24,7 @@ INDEX = 8
 """Bytes of an index."""
 
 COVARIANCE_RANK, DENSE_ENTRIES = 256, 2**24
-"""Directions of a covariance and entries of a dense signal at once (``models/prototypes.py``)."""
+"""Directions of a covariance and entries of a dense signal at once (``prototypes.py``)."""
 POOLED_COPIES = 5
 """Tensors of that size at once: differences, squares, unit rows."""
 

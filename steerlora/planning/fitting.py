@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from steerlora.config import Config
+from steerlora.distributed.devices import GPUS
 from steerlora.errors import UserError
-from steerlora.planning.devices import GPUS
+from steerlora.lm.shapes import DecoderShape
 from steerlora.planning.plan import Plan, memories, needed
-from steerlora.planning.shapes import DecoderShape
 
 Change = dict[str, Any]
 """{key: value}, as in overrides."""

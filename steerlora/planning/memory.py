@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from steerlora.config import Config
+from steerlora.lm.shapes import DecoderShape
 from steerlora.planning import activations
 from steerlora.planning.activations import FLOAT, INDEX, Part
 from steerlora.planning.parameters import (
@@ -22,11 +23,10 @@ from steerlora.planning.parameters import (
     base_sizes,
     sae_parameters,
 )
-from steerlora.planning.shapes import DecoderShape
 from steerlora.planning.sharding import Held, held, precision
 
 SCORES_ON_ACCELERATOR, SCORES_ON_CPU = 2**27, 2**21
-"""Entries of an SAE's pre-activations that are held at once (``models/sparse.py``)."""
+"""Entries of an SAE's pre-activations that are held at once (``saes/sparse.py``)."""
 BASE = "weights of the base"
 HARVESTED_ROWS, PROBED_ROWS = 64, 16
 """Rows of a harvest's batch (stage ``activations``), and rows a domain on which the health of

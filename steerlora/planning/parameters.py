@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from steerlora.config import AdapterConfig, ControlConfig
-from steerlora.planning.shapes import DecoderShape
+from steerlora.lm.shapes import DecoderShape, layer_weights
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -55,11 +55,6 @@ def base_parameters(shape: DecoderShape) -> BaseParameters:
     return BaseParameters(embedding, layer, layers, head, embedding + layers + shape.width + head)
 
 
-def layer_weights(shape: DecoderShape) -> int:
-    """Entries of one layer's matrices: multiplications of one token's forward through it."""
-    return sum(inputs * outputs for inputs, outputs in shape.linears.values())
-
-
 def adapted(shape: DecoderShape, config: AdapterConfig) -> dict[str, tuple[int, int]]:
     """{name: (inputs, outputs)} of a layer's adapted modules."""
     wanted = ["*"] if config.target_modules is None else config.target_modules
@@ -78,7 +73,7 @@ def path_of(name: str) -> str:
 def adapter_parameters(
     shape: DecoderShape, adapter: AdapterConfig, control: ControlConfig, latents: int
 ) -> AdapterParameters:
-    """Of an adapter; sites and modules as ``models/adapter.py`` and ``models/router.py`` have them.
+    """Of an adapter; sites and modules as ``methods/routed_lora`` have them.
 
     Args:
         latents: N of the sites' SAEs.

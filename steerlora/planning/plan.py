@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from steerlora.config import Config
+from steerlora.distributed.devices import GPUS, gpu
 from steerlora.errors import UserError
+from steerlora.lm.shapes import DecoderShape, model_shape
 from steerlora.planning import memory
 from steerlora.planning.activations import Part
-from steerlora.planning.devices import GPUS, gpu
 from steerlora.planning.memory import Memory
 from steerlora.planning.parameters import (
     AdapterParameters,
@@ -19,7 +20,6 @@ from steerlora.planning.parameters import (
     path_of,
     sae_parameters,
 )
-from steerlora.planning.shapes import DecoderShape, model_shape
 from steerlora.planning.sharding import precision
 from steerlora.planning.work import (
     ADAPTER,

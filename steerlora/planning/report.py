@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from steerlora.planning.devices import GPUS
+from steerlora.distributed.devices import GPUS
 from steerlora.planning.plan import RESERVED, Plan
 from steerlora.planning.work import HARVEST, row_tokens
 

@@ -54,7 +54,7 @@ class Held(NamedTuple):
 
 def precision(trainer: TrainerConfig) -> Precision:
     """The base has the type that it computes in; what trains is float32 always, under DeepSpeed too
-    (``training/zero.py``)."""
+    (``distributed/zero.py``)."""
     return Precision(FLOAT if trainer.precision == "32-true" else FLOAT // 2, FLOAT)
 
 

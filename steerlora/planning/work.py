@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from steerlora.config import Config
-from steerlora.planning import flops
+from steerlora.distributed.devices import Gpu, rate
+from steerlora.lm import flops
+from steerlora.lm.shapes import DecoderShape
 from steerlora.planning.activations import FLOAT
-from steerlora.planning.devices import Gpu, rate
 from steerlora.planning.parameters import adapter_parameters
-from steerlora.planning.shapes import DecoderShape
 
 HARVEST, SAE, ADAPTER = "activation harvest", "SAE training", "adapter training"
 """Names of work whose memory is planned."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from steerlora.config import Config
-from steerlora.pipeline import Step
+from steerlora.engine.run import Step
 from steerlora.stages import (
     activations,
     adapter_training,

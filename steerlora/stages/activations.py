@@ -11,7 +11,7 @@ from torch import Tensor
 from steerlora.config import Config
 from steerlora.data.activations import harvest
 from steerlora.data.chat import ChatBatches, encode_chats
-from steerlora.pipeline import Context, Stage, Step, register
+from steerlora.engine.run import Context, Stage, Step, register
 from steerlora.stages import base, domains
 from steerlora.stages.common import WHERE, load_base, read_rows, training_rows
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import compress
 
-from steerlora import ranks
-from steerlora.artifacts import write_json
 from steerlora.config import (
     AdapterConfig,
     Config,
@@ -18,13 +16,15 @@ from steerlora.config import (
     TrainerConfig,
 )
 from steerlora.data.packing import training_batches
-from steerlora.formats.adapter import save_adapter
-from steerlora.formats.peft import export_peft
-from steerlora.pipeline import Context, Stage, Step, register
+from steerlora.distributed import ranks
+from steerlora.engine.artifacts import write_json
+from steerlora.engine.run import Context, Stage, Step, register
+from steerlora.methods.routed_lora.peft import export_peft
+from steerlora.methods.routed_lora.saving import save_adapter
 from steerlora.stages import adapting
 from steerlora.stages.common import BASE, NOT_IDENTITY, POINTER, run_log, training_rows
-from steerlora.training.adapter import AdapterModule
 from steerlora.training.loop import fit
+from steerlora.training.module import AdapterModule
 
 FOLDER = "adapter"
 """Folder of the artifact that holds the adapter."""

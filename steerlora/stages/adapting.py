@@ -11,8 +11,6 @@ import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch import nn
 
-from steerlora import ranks
-from steerlora.artifacts import Artifact
 from steerlora.config import (
     AdapterConfig,
     Config,
@@ -23,22 +21,24 @@ from steerlora.config import (
     TrainerConfig,
 )
 from steerlora.data.chat import EncodedChat, collate, encode_chats
+from steerlora.distributed import ranks
+from steerlora.distributed.strategies import check_divides
+from steerlora.distributed.zero import sharding_settings
+from steerlora.engine.artifacts import Artifact
+from steerlora.engine.run import Step
 from steerlora.errors import UserError, nearest
-from steerlora.formats.pretrained import open_model, open_tokenizer
-from steerlora.formats.sae import load_sae, sae_metadata
-from steerlora.models.adapter import Adapter, AdapterShape
-from steerlora.models.decoder import decoder_of
-from steerlora.models.interventions import INTERVENTIONS, check_phase
-from steerlora.models.monitor import Monitor
-from steerlora.pipeline import Step
+from steerlora.lm.decoder import decoder_of
+from steerlora.lm.pretrained import open_model, open_tokenizer
+from steerlora.methods.routed_lora.adapter import Adapter, AdapterShape
+from steerlora.methods.routed_lora.interventions import INTERVENTIONS, check_phase
+from steerlora.methods.routed_lora.memory import MemoryPolicy
+from steerlora.methods.routed_lora.monitor import Monitor
+from steerlora.methods.routed_lora.signals import prompt_signals
+from steerlora.methods.routed_lora.train_under import TrainUnder
+from steerlora.methods.routed_lora.watch import RoutingWatch
+from steerlora.saes.saelens import load_sae, sae_metadata
 from steerlora.stages import base, domains, features, sae_training
 from steerlora.stages.common import device_of, place_of, read_rows
-from steerlora.training.control import TrainUnder
-from steerlora.training.memory import MemoryPolicy
-from steerlora.training.prototypes import prompt_signals
-from steerlora.training.routing import RoutingWatch
-from steerlora.training.strategies import check_divides
-from steerlora.training.zero import sharding_settings
 
 FACT_ROWS = 64
 """Training rows a domain over which mean rank and the domains' specialists are recorded."""

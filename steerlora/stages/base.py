@@ -8,22 +8,23 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from steerlora import ranks
-from steerlora.artifacts import write_json
 from steerlora.config import Config, LoggerConfig, ModelConfig, TrainerConfig
 from steerlora.data.chat import ChatBatches, encode_chats
-from steerlora.data.micro import build_tokenizer as build_micro_tokenizer
-from steerlora.data.text_tokenizer import build_tokenizer as build_text_tokenizer
+from steerlora.data.domains.micro import build_tokenizer as build_micro_tokenizer
+from steerlora.data.domains.text.tokenizer import build_tokenizer as build_text_tokenizer
+from steerlora.distributed import ranks
+from steerlora.distributed.strategies import check_divides
+from steerlora.engine.artifacts import write_json
+from steerlora.engine.run import Context, Stage, Step, register
 from steerlora.errors import UserError
-from steerlora.formats.base_model import model_fingerprint
-from steerlora.formats.pretrained import (
+from steerlora.lm.identity import model_fingerprint
+from steerlora.lm.pretrained import (
     PretrainedFacts,
     describe,
     open_tokenizer,
     qwen3_config,
     shape_of,
 )
-from steerlora.pipeline import Context, Stage, Step, register
 from steerlora.stages import domains
 from steerlora.stages.common import (
     ADAPTER_ONLY,
@@ -36,7 +37,6 @@ from steerlora.stages.common import (
 )
 from steerlora.training.language import PretrainingModule
 from steerlora.training.loop import fit
-from steerlora.training.strategies import check_divides
 
 
 @dataclass(frozen=True, kw_only=True)

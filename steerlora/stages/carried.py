@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from steerlora.manifests import CHECKPOINTS
+from steerlora.engine.manifests import CHECKPOINTS
 from steerlora.training.checkpoints import Files, agreed, place
 
 FOLDER = f"{CHECKPOINTS}/domains"

@@ -10,22 +10,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from steerlora import ranks
 from steerlora.data.chat import ChatBatches, collate, encode_chats
 from steerlora.data.packing import PackedBatches, training_batches
 from steerlora.data.replay import ReplayBatches
+from steerlora.distributed import ranks
+from steerlora.engine.run import Context
 from steerlora.evaluation.scores import Score
 from steerlora.evaluation.scoring import Scorer
-from steerlora.models.adapter import Adapter
-from steerlora.models.monitor import Monitor
-from steerlora.pipeline import Context
+from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.methods.routed_lora.isolation import train_only
+from steerlora.methods.routed_lora.monitor import Monitor
 from steerlora.reporting.runs import RunLog
 from steerlora.stages import adapting, evaluate
 from steerlora.stages.carried import Carried
 from steerlora.stages.common import load_base, read_rows, training_rows
-from steerlora.training.adapter import AdapterModule
-from steerlora.training.isolation import train_only
 from steerlora.training.loop import fit
+from steerlora.training.module import AdapterModule
 
 DRIFT_ROWS = 64
 """Held-out rows a domain on which the drift of general features is measured."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import product
 
-from steerlora.artifacts import write_json
 from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
+from steerlora.engine.artifacts import write_json
+from steerlora.engine.run import Context, Stage, Step, register
 from steerlora.errors import UserError, nearest
 from steerlora.evaluation.scoring import Scorer
-from steerlora.formats.adapter import load_adapter
-from steerlora.models.interventions import INTERVENTIONS
-from steerlora.pipeline import Context, Stage, Step, register
+from steerlora.methods.routed_lora.interventions import INTERVENTIONS
+from steerlora.methods.routed_lora.saving import load_adapter
 from steerlora.stages import adapter_training, base, domains, evaluate
 from steerlora.stages.common import WHERE, load_base, run_log
 

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from steerlora import ranks
-from steerlora.artifacts import Artifact
 from steerlora.config import LoggerConfig
 from steerlora.data.chat import EncodedChat, encode_chats
+from steerlora.distributed import ranks
+from steerlora.engine.artifacts import Artifact
+from steerlora.engine.run import Context
 from steerlora.errors import UserError
-from steerlora.formats.pretrained import open_model, open_tokenizer
-from steerlora.pipeline import Context
+from steerlora.lm.pretrained import open_model, open_tokenizer
 from steerlora.reporting.runs import RunLog, open_run
 
 if not torch.cuda.is_available():

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steerlora.config import Config, DomainsConfig
-from steerlora.data import hub, micro, text
-from steerlora.data.micro import WORLD_VERSION
-from steerlora.data.micro.words import DOMAINS
+from steerlora.data.domains import micro
+from steerlora.data.domains.hub import writer as hub
+from steerlora.data.domains.micro import WORLD_VERSION
+from steerlora.data.domains.micro.words import DOMAINS
+from steerlora.data.domains.text import writer as text
+from steerlora.engine.run import Context, Stage, Step, register
 from steerlora.errors import UserError
-from steerlora.pipeline import Context, Stage, Step, register
 
 
 @dataclass(frozen=True, kw_only=True)

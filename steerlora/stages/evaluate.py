@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from steerlora.artifacts import Artifact, write_json
 from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
 from steerlora.data.chat import collate, encode_chats
+from steerlora.engine.artifacts import Artifact, write_json
+from steerlora.engine.run import Context, Stage, Step, register
 from steerlora.evaluation import local_rows, registered
-from steerlora.evaluation.routing import RoutingHealth
 from steerlora.evaluation.scores import averages
 from steerlora.evaluation.scoring import Scorer
 from steerlora.evaluation.suite import OWN
-from steerlora.formats.adapter import load_adapter
-from steerlora.models.adapter import Adapter
-from steerlora.models.decoder import decoder_of
-from steerlora.pipeline import Context, Stage, Step, register
+from steerlora.lm.decoder import decoder_of
+from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.methods.routed_lora.health import RoutingHealth
+from steerlora.methods.routed_lora.saving import load_adapter
 from steerlora.stages import adapter_training, adapting, base, domains
 from steerlora.stages.common import WHERE, load_base, read_rows, run_log
 

@@ -16,18 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from steerlora.artifacts import Artifact, write_json
 from steerlora.config import Config, FeaturesConfig, LoggerConfig
-from steerlora.data.activations import first_real_token
 from steerlora.data.chat import collate
+from steerlora.engine.artifacts import Artifact, write_json
+from steerlora.engine.run import Context, Stage, Step, register
 from steerlora.errors import UserError
-from steerlora.formats.pretrained import open_model, open_tokenizer, shape_of
-from steerlora.formats.sae import load_sae
-from steerlora.models.decoder import residual_streams
-from steerlora.models.sae import SparseAutoencoder
-from steerlora.models.sparse import SparseFeatures
-from steerlora.models.taxonomy import FeatureStatistics, Taxonomy, classify
-from steerlora.pipeline import Context, Stage, Step, register
+from steerlora.lm.decoder import first_real_token, residual_streams
+from steerlora.lm.pretrained import open_model, open_tokenizer, shape_of
+from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.saelens import load_sae
+from steerlora.saes.sparse import SparseFeatures
+from steerlora.saes.taxonomy import FeatureStatistics, Taxonomy, classify
 from steerlora.stages import base, domains, sae_training
 from steerlora.stages.common import (
     WHERE,

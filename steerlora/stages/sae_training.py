@@ -9,17 +9,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from steerlora import ranks
-from steerlora.artifacts import Artifact, write_json
 from steerlora.config import Config, LoggerConfig, SAEConfig, TrainerConfig
-from steerlora.data.activations import ActivationBatches, ActivationStore, first_real_token
+from steerlora.data.activations import ActivationBatches, ActivationStore
 from steerlora.data.chat import collate, encode_chats
+from steerlora.distributed import ranks
+from steerlora.distributed.strategies import check_divides
+from steerlora.engine.artifacts import Artifact, write_json
+from steerlora.engine.run import Context, Stage, Step, register
 from steerlora.errors import UserError
-from steerlora.evaluation.sae_metrics import ce_recovered, sae_metrics
-from steerlora.formats.sae import open_sae, sae_fingerprint, save_sae
-from steerlora.models.decoder import residual_streams
-from steerlora.models.sae import SparseAutoencoder
-from steerlora.pipeline import Context, Stage, Step, register
+from steerlora.lm.decoder import first_real_token, residual_streams
+from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.metrics import ce_recovered, sae_metrics
+from steerlora.saes.saelens import open_sae, sae_fingerprint, save_sae
+from steerlora.saes.training import SAEModule
 from steerlora.stages import activations, base, domains
 from steerlora.stages.common import (
     ADAPTER_ONLY,
@@ -32,8 +34,6 @@ from steerlora.stages.common import (
     run_log,
 )
 from steerlora.training.loop import fit
-from steerlora.training.sae import SAEModule
-from steerlora.training.strategies import check_divides
 
 FOLDER = "sae"
 """Folder of the artifact that holds the SAE, in SAELens' layout."""

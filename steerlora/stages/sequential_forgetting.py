@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from steerlora.artifacts import write_json
 from steerlora.config import (
     AdapterConfig,
     Config,
@@ -17,9 +16,10 @@ from steerlora.config import (
     TrainerConfig,
 )
 from steerlora.data.orders import sequence_of
+from steerlora.engine.artifacts import write_json
+from steerlora.engine.run import Context, Stage, Step, register
 from steerlora.evaluation.forgetting import forgetting_metrics
 from steerlora.evaluation.scores import Score, averages
-from steerlora.pipeline import Context, Stage, Step, register
 from steerlora.stages import adapting, evaluate
 from steerlora.stages.carried import Carried
 from steerlora.stages.carrying import Carrier, Judge

@@ -19,9 +19,9 @@ from lightning.fabric.plugins import CheckpointIO
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from steerlora import ranks
+from steerlora.distributed import ranks
+from steerlora.engine.manifests import compare_files, describe_files, read_json, write_json
 from steerlora.errors import UserError
-from steerlora.manifests import compare_files, describe_files, read_json, write_json
 
 TENSORS, TREE, MARKER = "state.safetensors", "state.json", "complete.json"
 KEPT = 2

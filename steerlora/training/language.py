@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steerlora.data.chat import IGNORED, ChatBatch
-from steerlora.models.decoder import hidden_states
-from steerlora.planning.flops import pretraining_flops_per_token
-from steerlora.planning.shapes import DecoderShape
+from steerlora.lm.decoder import hidden_states
+from steerlora.lm.flops import pretraining_flops_per_token
+from steerlora.lm.shapes import DecoderShape
 from steerlora.training.loop import rise_hold_fall
 
 

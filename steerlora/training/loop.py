@@ -18,17 +18,17 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch.nn.utils import clip_grad_norm_
 
-from steerlora import ranks
 from steerlora.config import TrainerConfig
 from steerlora.data.chat import ChatBatch
+from steerlora.distributed import ranks, strategies
+from steerlora.distributed.devices import peak_flops
+from steerlora.distributed.reductions import mean_over_ranks, world
+from steerlora.distributed.zero import ZeroStrategy
+from steerlora.engine import preemption
+from steerlora.engine.progress import Progress
 from steerlora.errors import UserError
-from steerlora.planning.devices import peak_flops
-from steerlora.progress import Progress
-from steerlora.training import preemption, strategies
 from steerlora.training.checkpoints import Files, agreed, finite, place
-from steerlora.training.economy import Economy
-from steerlora.training.sharing import mean_over_ranks, world
-from steerlora.training.zero import ZeroStrategy
+from steerlora.training.execution import Economy
 
 LOG_EVERY = 10  # steps
 

@@ -9,8 +9,9 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from steerlora.data import activations
-from steerlora.data.activations import ActivationStore, first_real_token, harvest
+from steerlora.data.activations import ActivationStore, harvest
 from steerlora.errors import UserError
+from steerlora.lm.decoder import first_real_token
 
 WIDTH, LAYERS = 16, 3
 

@@ -13,16 +13,17 @@ import torch
 from lm_eval.tasks import TaskManager
 
 import steerlora.evaluation.__main__ as command
-from steerlora import compose, load_adapter
-from steerlora.artifacts import Artifact, ArtifactStore
+from steerlora import load_adapter
+from steerlora.cli import compose
 from steerlora.config import EvaluationConfig
+from steerlora.engine.artifacts import Artifact, ArtifactStore
+from steerlora.engine.run import run
 from steerlora.errors import UserError
 from steerlora.evaluation.harness import TASKS, Harness
 from steerlora.evaluation.scores import Score, averages, standard_error
 from steerlora.evaluation.suite import Domains, Suite
-from steerlora.formats.sae import load_sae, save_sae
-from steerlora.models.adapter import Adapter
-from steerlora.pipeline import run
+from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.saes.saelens import load_sae, save_sae
 from steerlora.stages import adapter_training, evaluate
 from steerlora.stages.common import load_base
 

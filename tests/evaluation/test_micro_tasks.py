@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import steerlora.evaluation.tasks.micro as micro_tasks
-from steerlora.data import micro
+from steerlora.data.domains import micro
 from steerlora.errors import UserError
 from steerlora.evaluation.tasks.micro import documents, verifiers
 
@@ -150,7 +150,7 @@ def test_verifiers(kind, arguments, obeys, breaks):
 
 
 def test_every_verifier_is_tested_above_and_used_below():
-    from steerlora.data.micro import instructions
+    from steerlora.data.domains.micro import instructions
 
     assert verifiers.VERIFIERS.keys() == {*instructions.CONTENT, *instructions.FORMAT}
 

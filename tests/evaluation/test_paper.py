@@ -11,14 +11,14 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
 import steerlora.__main__ as command
-from steerlora import compose
-from steerlora.artifacts import Artifact, ArtifactStore
+from steerlora.cli import compose
 from steerlora.config import EvaluationConfig
+from steerlora.engine.artifacts import Artifact, ArtifactStore
+from steerlora.engine.run import run
 from steerlora.errors import UserError
 from steerlora.evaluation import registered
 from steerlora.evaluation.scores import averages, standard_error
 from steerlora.evaluation.scoring import Scorer
-from steerlora.pipeline import run
 from steerlora.stages import base, causal_ablation, evaluate, sequential_forgetting
 from steerlora.stages.common import load_base
 

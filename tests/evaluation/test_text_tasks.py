@@ -10,8 +10,8 @@ import pytest
 import yaml
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from steerlora.data import text
-from steerlora.data.text_tokenizer import build_tokenizer
+from steerlora.data.domains.text import writer
+from steerlora.data.domains.text.tokenizer import build_tokenizer
 from steerlora.errors import UserError
 from steerlora.evaluation.punkt import ensure_punkt
 from steerlora.evaluation.tasks.text import documents
@@ -62,7 +62,7 @@ def domains(tmp_path: Path) -> Path:
             for i in range(6)
         ],
     )
-    text.write(
+    writer.write(
         tmp_path / "domains", source=source, seed=0, names=("medicine", "law"), evaluation_items=5
     )
     return tmp_path / "domains"

@@ -20,18 +20,18 @@ from transformers import Qwen3ForCausalLM
 from steerlora.config import Config
 from steerlora.data.activations import harvest
 from steerlora.data.chat import ChatBatch
-from steerlora.formats.pretrained import qwen3_config
-from steerlora.models.adapter import Adapter
-from steerlora.models.monitor import Monitor
-from steerlora.models.sae import SparseAutoencoder
-from steerlora.models.taxonomy import Taxonomy
-from steerlora.planning.shapes import model_shape
-from steerlora.progress import SilentProgress
+from steerlora.engine.progress import SilentProgress
+from steerlora.lm.pretrained import qwen3_config
+from steerlora.lm.shapes import model_shape
+from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.methods.routed_lora.monitor import Monitor
+from steerlora.methods.routed_lora.watch import RoutingWatch
+from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.taxonomy import Taxonomy
+from steerlora.saes.training import SAEModule
 from steerlora.stages.adapting import PROBE_ROWS, shape_of
-from steerlora.training.adapter import AdapterModule
 from steerlora.training.loop import fit
-from steerlora.training.routing import RoutingWatch
-from steerlora.training.sae import SAEModule
+from steerlora.training.module import AdapterModule
 
 STEPS = 2  # the second has the optimizer's moments from its beginning
 

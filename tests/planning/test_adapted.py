@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from steerlora.config import AdapterConfig
-from steerlora.models.adapter import AdapterShape
-from steerlora.models.shape import find_targets, size_of
+from steerlora.lm.shapes import DecoderShape
+from steerlora.methods.routed_lora.adapter import AdapterShape
+from steerlora.methods.routed_lora.shape import find_targets, size_of
 from steerlora.planning.parameters import adapted
-from steerlora.planning.shapes import DecoderShape
 
 
 @pytest.mark.parametrize("modules", [None, ["q_proj"], ["mlp.*", "*_attn.o_proj"], ["[kv]_proj"]])

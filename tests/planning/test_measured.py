@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from steerlora import compose
+from steerlora.cli import compose
 from steerlora.config import Config
-from steerlora.models import prototypes, sparse
+from steerlora.lm.shapes import model_shape
+from steerlora.methods.routed_lora import prototypes
 from steerlora.planning import activations, memory
 from steerlora.planning.plan import part_of
-from steerlora.planning.shapes import model_shape
+from steerlora.saes import sparse
 from steerlora.stages import activations as harvesting_stage
 from steerlora.stages import adapting
 

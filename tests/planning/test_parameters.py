@@ -14,12 +14,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from steerlora import compose
+from steerlora.cli import compose
 from steerlora.config import ModelConfig
 from steerlora.errors import UserError
-from steerlora.formats.pretrained import qwen3_config
-from steerlora.models.adapter import Adapter
-from steerlora.models.sae import SparseAutoencoder
+from steerlora.lm.pretrained import qwen3_config
+from steerlora.lm.shapes import DecoderShape, model_shape
+from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.planning.parameters import (
     adapter_parameters,
     adapter_sizes,
@@ -27,7 +27,7 @@ from steerlora.planning.parameters import (
     base_sizes,
     sae_parameters,
 )
-from steerlora.planning.shapes import DecoderShape, model_shape
+from steerlora.saes.autoencoder import SparseAutoencoder
 from steerlora.stages.adapting import shape_of
 
 QWEN3 = {  # layers, width, heads, MLP, tied; 8 heads of keys of width 128, vocabulary 151936

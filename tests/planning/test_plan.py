@@ -11,7 +11,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from steerlora import compose, planning
+from steerlora import planning
+from steerlora.cli import compose
 from steerlora.errors import UserError
 from steerlora.planning import fitting
 from steerlora.planning.plan import make

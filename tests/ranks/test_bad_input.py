@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from runs import ADAPTER
 
-from steerlora import compose
+from steerlora.cli import compose
+from steerlora.engine.steps import get_stage
 from steerlora.errors import UserError
 from steerlora.stages import base, sae_training
-from steerlora.steps import get_stage
 
 
 def content(root: Path) -> dict[Path, int]:

@@ -19,21 +19,21 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from steerlora import ranks
 from steerlora.config import AdapterConfig, TrainerConfig
 from steerlora.data.activations import ActivationStore, harvest
 from steerlora.data.chat import ChatBatches, EncodedChat
-from steerlora.formats.adapter import save_adapter
-from steerlora.models.adapter import Adapter, AdapterShape
-from steerlora.models.monitor import Monitor
-from steerlora.models.sae import SparseAutoencoder
-from steerlora.models.taxonomy import Taxonomy
-from steerlora.progress import SilentProgress
-from steerlora.training.adapter import AdapterModule
+from steerlora.distributed import ranks
+from steerlora.engine.progress import SilentProgress
+from steerlora.methods.routed_lora.adapter import Adapter, AdapterShape
+from steerlora.methods.routed_lora.memory import MemoryPolicy
+from steerlora.methods.routed_lora.monitor import Monitor
+from steerlora.methods.routed_lora.saving import save_adapter
+from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.taxonomy import Taxonomy
+from steerlora.saes.training import SAEModule
 from steerlora.training.language import PretrainingModule
 from steerlora.training.loop import fit
-from steerlora.training.memory import MemoryPolicy
-from steerlora.training.sae import SAEModule
+from steerlora.training.module import AdapterModule
 
 STEPS, BATCH, LATENTS = 8, 4, 64
 

@@ -15,7 +15,7 @@ import runpy
 import signal
 import sys
 
-SLOW = ("deepspeed", "steerlora.study", "steerlora.stages", "steerlora.meeting")
+SLOW = ("deepspeed", "steerlora.cli.experiment", "steerlora.stages", "steerlora.distributed.group")
 
 
 def serve() -> dict | None:

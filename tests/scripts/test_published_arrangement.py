@@ -9,7 +9,7 @@ import torch
 from published_arrangement import Controlled, PublishedArrangement, Setting, Signal, dense_features
 from torch import nn
 
-from steerlora.models.decoder import residual_streams
+from steerlora.lm.decoder import residual_streams
 
 E, R, H, N, D_IN, D_OUT = 3, 4, 6, 20, 7, 5
 

@@ -1,4 +1,4 @@
-"""What the script refuses; that it works is shown by tests/test_slurm.py's running at all."""
+"""What the script refuses; that it works is shown by tests/cli/test_slurm.py's running at all."""
 
 from __future__ import annotations
 

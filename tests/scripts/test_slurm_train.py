@@ -1,4 +1,4 @@
-"""What the batch script asks of srun, and what it refuses; tests/test_slurm.py runs it for real."""
+"""What the batch script asks of srun, and refuses; tests/cli/test_slurm.py runs it for real."""
 
 from __future__ import annotations
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from steerlora import compose, study
-from steerlora.artifacts import ArtifactStore
+from steerlora.cli import compose, experiment
 from steerlora.config import Config
-from steerlora.pipeline import RunReport, run
+from steerlora.engine.artifacts import ArtifactStore
+from steerlora.engine.run import RunReport, run
 from steerlora.reporting.report import Report
 
 TINY = (
@@ -41,7 +41,7 @@ class Study:
     root: Path
     results: Path
     overrides: tuple[str, ...]
-    planned: study.Plan
+    planned: experiment.Plan
     report: RunReport
     written: Report
 
@@ -49,9 +49,9 @@ class Study:
         """The experiment's configuration with some options changed."""
         return compose.load([*self.overrides, *changes])
 
-    def plan(self, *changes: str) -> study.Plan:
+    def plan(self, *changes: str) -> experiment.Plan:
         """The experiment's steps with some options changed."""
-        return study.plan(self.config(*changes), lambda *more: self.config(*changes, *more))
+        return experiment.plan(self.config(*changes), lambda *more: self.config(*changes, *more))
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +60,7 @@ def smoke(tmp_path_factory) -> Study:
     results = tmp_path_factory.mktemp("results") / "smoke"
     overrides = (*TINY, f"artifacts.root={root}", f"results.dir={results}")
     config = compose.load(overrides)
-    planned = study.plan(config, lambda *changes: compose.load([*overrides, *changes]))
+    planned = experiment.plan(config, lambda *changes: compose.load([*overrides, *changes]))
     report = run(planned.steps, ArtifactStore(root))
-    written = study.report(config, planned, report)
+    written = experiment.report(config, planned, report)
     return Study(root, results, overrides, planned, report, written)

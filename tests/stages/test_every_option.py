@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from steerlora import compose, study
+from steerlora.cli import compose, experiment
 from steerlora.config import GROUPS
 from steerlora.stages import features
 
@@ -35,7 +35,7 @@ CHANGES = {
     "model.seed": 9,
     "domains.kind": "text",
     "domains.dir": None,
-    "domains.sources": None,  # of kind "hub" only: covered in tests/data/test_hub.py
+    "domains.sources": None,  # of kind "hub" only: covered in tests/data/domains/test_hub.py
     "domains.names": "[law,math,code,medicine,instruction]",
     "domains.broad": "law",
     "domains.train_items": 11,
@@ -188,7 +188,7 @@ def fingerprints(*changes: str, compose_variants: bool = False) -> set[str]:
     def variant(*more: str):
         return compose.load([*overrides, *more]) if compose_variants else config
 
-    planned = study.plan(config, variant)
+    planned = experiment.plan(config, variant)
     found: set[str] = set()
 
     def visit(step) -> None:
@@ -258,7 +258,7 @@ def test_scale_options_count_with_a_second_model():
         ),
         ("adapter=sc_lora", ("continual.memory=true", "continual.memory=false")),
         (
-            "adapter=sc_lora intervention=shuffle study.interventions=[]",
+            "adapter=sc_lora intervention=shuffle experiment.interventions=[]",
             ("intervention.phase=training", "intervention.phase=evaluation"),
         ),
     ],

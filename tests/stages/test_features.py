@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from steerlora.artifacts import ArtifactStore
 from steerlora.data.chat import encode_chats
+from steerlora.engine.artifacts import ArtifactStore
+from steerlora.engine.run import run
 from steerlora.errors import UserError
-from steerlora.formats.pretrained import open_model, open_tokenizer
-from steerlora.formats.sae import load_sae, sae_metadata
-from steerlora.models.decoder import residual_streams
-from steerlora.pipeline import run
+from steerlora.lm.decoder import residual_streams
+from steerlora.lm.pretrained import open_model, open_tokenizer
+from steerlora.saes.saelens import load_sae, sae_metadata
 from steerlora.stages import activations, base, features, sae_training
 from steerlora.stages.common import load_base, read_rows
 

@@ -8,11 +8,11 @@ import shutil
 import pytest
 import torch
 
-from steerlora.artifacts import ArtifactStore
+from steerlora.engine.artifacts import ArtifactStore
+from steerlora.engine.run import run
 from steerlora.errors import UserError
-from steerlora.formats.qwen_scope import load_qwen_scope
-from steerlora.formats.sae import load_sae, sae_fingerprint, sae_metadata
-from steerlora.pipeline import run
+from steerlora.saes.qwen_scope import load_qwen_scope
+from steerlora.saes.saelens import load_sae, sae_fingerprint, sae_metadata
 from steerlora.stages import adapter_training, base, sae_training
 from steerlora.stages.common import load_base
 

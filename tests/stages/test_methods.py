@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steerlora import compose
-from steerlora.artifacts import ArtifactStore
+from steerlora.cli import compose
 from steerlora.data.orders import sequence_of
+from steerlora.engine.artifacts import ArtifactStore
+from steerlora.engine.run import RunReport, run
 from steerlora.errors import UserError
-from steerlora.pipeline import RunReport, run
 from steerlora.stages import (
     adapter_training,
     carrying,
@@ -316,7 +316,7 @@ def test_prototypes_of_the_taxonomy_reweight_a_learnt_gate(smoke, store):
 
 
 def test_a_saved_context_adapter_routes_as_it_did(smoke, store):
-    from steerlora.formats.adapter import load_adapter
+    from steerlora.methods.routed_lora.saving import load_adapter
 
     step = adapter_training.step(smoke.config("adapter=sc_lora_context"))
     report = run([step], store)

@@ -8,8 +8,8 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from steerlora.__main__ import main
-from steerlora.formats.adapter import load_adapter
-from steerlora.formats.pretrained import open_model, shape_of
+from steerlora.lm.pretrained import open_model, shape_of
+from steerlora.methods.routed_lora.saving import load_adapter
 
 TINY = (
     "stage=evaluate",

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from steerlora import compose
-from steerlora.artifacts import ArtifactStore
+from steerlora.cli import compose
 from steerlora.config import Config
-from steerlora.pipeline import run
+from steerlora.engine.artifacts import ArtifactStore
+from steerlora.engine.run import run
 from steerlora.stages import adapter_training, base, sequential_forgetting
 
 ROWS = {

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from wandb.proto import wandb_internal_pb2
 
 import steerlora
-from steerlora.artifacts import ArtifactStore
 from steerlora.config import Config
-from steerlora.pipeline import RunReport, Step, run
+from steerlora.engine.artifacts import ArtifactStore
+from steerlora.engine.run import RunReport, Step, run
 from steerlora.stages import adapter_training, causal_ablation, evaluate, sequential_forgetting
 from steerlora.stages.common import load_base
 

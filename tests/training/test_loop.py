@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from steerlora.config import TrainerConfig
+from steerlora.engine.progress import Closed, Opened, Progress
 from steerlora.errors import UserError
-from steerlora.progress import Closed, Opened, Progress
 from steerlora.training.checkpoints import newest
 from steerlora.training.loop import Watch, fit, rise_hold_fall
 

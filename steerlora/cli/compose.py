@@ -1,0 +1,212 @@
+"""Hydra's side of the door: YAML groups to one typed configuration, errors in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import get_origin, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from steerlora.config import GROUPS, Config
+from steerlora.errors import UserError, nearest
+
+SCHEMA = "_schema"
+"""Option of every group that holds its typed defaults; the YAML files build on it."""
+
+# YAML may write ${every_layer:${model.layers}} for a site at every layer. Registered on import, so
+# that the processes of a sweep have it too.
+OmegaConf.register_new_resolver("every_layer", lambda count: [*range(count)], replace=True)
+
+Compose = Callable[..., Config]
+"""``compose("model=micro_s", ...)``: this run's configuration with some options changed."""
+
+
+def config_directory() -> Path:
+    """``conf/``: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).resolve().parents[1]
+    for candidate in (package.parent / "conf", package / "conf"):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    raise UserError(f"no conf/config.yaml beside {package}: install the package again")
+
+
+@cache
+def register_schemas() -> None:
+    """Give every group its typed defaults, so that each key exists and has a type."""
+    for group, schema in GROUPS.items():
+        # A frozen dataclass makes a read-only node, which YAML could not fill in.
+        node = OmegaConf.structured(schema)
+        OmegaConf.set_readonly(node, None)
+        for field in dataclasses.fields(schema):
+            if get_origin(get_type_hints(schema)[field.name]) is dict:
+                # Its keys are the user's: evaluation.files.gsm8k=<file>, without Hydra's "+".
+                OmegaConf.set_struct(node[field.name], False)
+        ConfigStore.instance().store(group=group, name=SCHEMA, node=node)
+    Plugins.instance()  # which have stored their options by then
+    if _has_launchers():
+        from steerlora.cli.launchers import register_options
+
+        register_options()
+
+
+def _has_launchers() -> bool:
+    """Whether the extra ``launchers`` is installed."""
+    return find_spec("hydra_plugins.hydra_submitit_launcher") is not None
+
+
+@contextmanager
+def hydra_ready() -> Iterator[None]:
+    """Hydra initialised with ``conf/``: the running job's own, or one for this context."""
+    if GlobalHydra.instance().is_initialized():
+        yield
+        return
+    register_schemas()
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        yield
+
+
+def load(overrides: Sequence[str]) -> Config:
+    """Compose and check one configuration.
+
+    Raises:
+        UserError: an unknown key or option (with the nearest right ones), or a wrong value.
+    """
+    return _load(tuple(overrides))
+
+
+@lru_cache(maxsize=1024)
+def _load(overrides: tuple[str, ...]) -> Config:
+    """Composing takes a fifth of a second, and an experiment's variants recur."""
+    return typed(tree(overrides))
+
+
+def tree(overrides: Sequence[str]) -> DictConfig:
+    """Hydra's composition, its values not checked yet.
+
+    Raises:
+        UserError: an unknown key or option, with the nearest right ones.
+    """
+    with hydra_ready():
+        try:
+            return compose("config", list(overrides))
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise UserError(explain(error)) from error
+
+
+def typed(tree: DictConfig) -> Config:
+    """The dataclasses of a composed tree, its interpolations resolved.
+
+    Raises:
+        UserError: a wrong value.
+    """
+    seed = tree.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise UserError(f"seed={seed}: must be a whole number")
+    for key in tree:
+        if key not in (*GROUPS, "seed"):
+            raise UserError(f"no such key: {key}; {_nearest_key(key)}")
+    try:
+        values = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    sections = {}
+    for name, schema in GROUPS.items():
+        if values.get(name) is not None:
+            sections[name] = _section(name, schema, values[name])
+        elif name != "stage":
+            options = ", ".join(_options(name))
+            raise UserError(
+                f"{name} is empty: it needs its section"
+                + (f", {name}=<option> of {options}" if options else "")
+            )
+    return Config(**sections, seed=seed)
+
+
+def _section(name: str, schema: type, values: dict):
+    node = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(node, None)
+    try:
+        merged = OmegaConf.merge(node, values)
+    except OmegaConfBaseException as error:
+        key = f"{name}.{getattr(error, 'key', None)}"
+        if isinstance(error, ConfigKeyError):
+            raise UserError(f"no such key: {key}; {_nearest_key(key)}") from error
+        raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+    return OmegaConf.to_object(merged)
+
+
+def check_sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """Every job of a sweep, composed and checked before the first one starts."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    batches = [list(job) for batch in jobs for job in batch]
+    for job in batches:
+        load(job)
+    return batches
+
+
+def explain(error: Exception) -> str:
+    """One line for a composition error: what is wrong and what would be right."""
+    message = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {message.splitlines()[0]}"
+    if match := re.search(r"Could not find '([^']+)'", message):
+        group, _, option = match[1].rpartition("/")
+        if group == "hydra/launcher" and not _has_launchers():
+            return f"{group}={option}: it may need pip install 'steerlora[launchers]'"
+        options = _options(group) or GlobalHydra.instance().config_loader().get_group_options(group)
+        return f"{group}={option}: {nearest(option, options)}" if options else message
+    if match := re.search(r"Could not override '([^']+)'", message):
+        return f"no such key: {match[1]}; {_nearest_key(match[1])}"
+    if message.startswith("Config group override must be"):
+        return "a config group cannot be null: give one of its options, or leave it out"
+    cause = error.__cause__
+    if isinstance(cause, ConfigKeyError):
+        key = str(getattr(cause, "full_key", ""))
+        return f"no such key: {key}; {_nearest_key(key)}"
+    if isinstance(cause, OmegaConfBaseException):
+        return f"{getattr(cause, 'full_key', '')}: {str(cause).splitlines()[0]}"
+    return " ".join(message.split())
+
+
+def groups() -> dict[str, list[str]]:
+    """{group: its options}, of every group that has a choice."""
+    folders = sorted(path for path in config_directory().iterdir() if path.is_dir())
+    return {folder.name: _options(folder.name) for folder in folders}
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (config_directory() / group).glob("*.yaml"))
+
+
+def _nearest_key(key: str) -> str:
+    """Suggestions for a dotted key: its own section's keys if that exists, else the sections."""
+    if key.split(".")[0] == "hydra":
+        return "steerlora --cfg hydra lists Hydra's own"
+    section, _, name = key.rpartition(".")
+    if section in GROUPS:
+        choices = list(GROUPS[section].__dataclass_fields__)
+        return (
+            nearest(name, choices).replace("'", f"'{section}.", 1) if name else nearest("", choices)
+        )
+    first = key.split(".")[0]
+    everywhere = [f"{g}.{n}" for g, schema in GROUPS.items() for n in schema.__dataclass_fields__]
+    if "." in key:
+        close = nearest(key, everywhere)
+        if close.startswith("did you mean"):
+            return close
+    return nearest(first, [*GROUPS, "seed", "experiment"])

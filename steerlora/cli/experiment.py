@@ -1,0 +1,160 @@
+"""An experiment: which steps it compares, and the report made of them."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from steerlora.cli.compose import Compose
+from steerlora.config import Config
+from steerlora.engine.artifacts import Artifact
+from steerlora.engine.run import RunReport, Step
+from steerlora.errors import UserError
+from steerlora.reporting.report import Report, write_report
+from steerlora.reporting.runs import open_run
+from steerlora.stages import causal_ablation, evaluate, sequential_forgetting
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps whose records make an experiment's report."""
+
+    evaluations: tuple[Step, ...]
+    ablations: tuple[Step, ...]
+    sequentials: tuple[Step, ...]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return (*self.evaluations, *self.ablations, *self.sequentials)
+
+
+def plan(config: Config, compose: Compose) -> Plan:
+    """Every step of the experiment in ``config.study``.
+
+    Args:
+        config: the experiment.
+        compose: gives this experiment's configuration with some options changed.
+
+    Raises:
+        UserError: the study names an option that does not exist, or that does not fit the others.
+    """
+    study = config.study
+    evaluations: list[Step] = []
+    for model in study.models:
+        main = model == study.main_model
+        evaluations.append(evaluate.step(compose(f"model={model}"), adapted=False))
+        for adapter in study.adapters if main else study.scale_adapters:
+            for seed in study.seeds if main else study.scale_seeds:
+                chosen = compose(f"model={model}", f"adapter={adapter}", f"seed={seed}")
+                evaluations.append(evaluate.step(chosen))
+    on_main = f"model={study.main_model}"
+    ablated = [on_main, f"adapter={study.ablation_adapter}"]
+    evaluations += [
+        evaluate.step(
+            compose(*ablated, f"seed={seed}", f"intervention={name}", "intervention.phase=training")
+        )
+        for name in study.retrained
+        for seed in study.seeds
+    ]
+    ablations = [
+        causal_ablation.step(compose(*ablated, f"seed={seed}"))
+        for seed in study.seeds
+        if study.interventions
+    ]
+    sequentials = [
+        sequential_forgetting.step(
+            compose(on_main, f"adapter={adapter}", f"seed={seed}", *_order(order))
+        )
+        for adapter in study.sequential_adapters
+        for order in study.orders
+        for seed in study.seeds
+    ]
+    return Plan(tuple(evaluations), tuple(ablations), tuple(sequentials))
+
+
+def _order(name: str) -> list[str]:
+    """Overrides for an order: ``random_3`` is the random order of seed 3, ``permutation_17`` the
+    seventeenth of all."""
+    kind, _, number = name.rpartition("_")
+    key = {"random": "seed", "permutation": "index"}.get(kind)
+    return [f"order={kind}", f"order.{key}={number}"] if key else [f"order={name}"]
+
+
+def report(config: Config, planned: Plan, run: RunReport) -> Report:
+    """Write tables, figures, claims and provenance of a finished experiment."""
+
+    def records(steps: tuple[Step, ...], name: str) -> list[dict]:
+        return [run[step].json(name) for step in steps]
+
+    try:
+        written = write_report(
+            Path(config.results.dir),
+            evaluations=records(planned.evaluations, evaluate.SCORES),
+            ablations=records(planned.ablations, causal_ablation.RESULT),
+            sequentials=records(planned.sequentials, sequential_forgetting.RESULT),
+            name=config.study.name,
+            meaningful=config.study.meaningful,
+            provenance=provenance(config, planned, run),
+            main_model=config.study.main_model,
+        )
+    except OSError as error:
+        raise UserError(
+            f"cannot write the report into {config.results.dir} ({error.strerror}): make room or "
+            "give results.dir=<folder>; what was built is kept"
+        ) from error
+    name = f"report {config.study.name}"
+    with open_run(config.logger, job_type="report", name=name, config=asdict(config)) as log:
+        for table, frame in written.tables.items():
+            log.table(table, list(frame.columns), frame.astype(object).values.tolist())
+        claims = [[c.id, c.paper, c.ours, c.verdict] for c in written.claims]
+        log.table("claims", ["claim", "paper", "ours", "verdict"], claims)
+    return written
+
+
+def provenance(config: Config, planned: Plan, run: RunReport) -> dict[str, Any]:
+    """Where the numbers come from: configuration, artifacts and their times, machine, code."""
+    stored: list[Artifact] = sorted(run.artifacts.values(), key=lambda a: (a.stage, a.path.name))
+    return {
+        "experiment": config.study.name,
+        "config": asdict(config),
+        "stages": [
+            {
+                "stage": artifact.stage,
+                "fingerprint": artifact.fingerprint,
+                "label": artifact.manifest.get("label"),
+                "seconds": round(artifact.manifest.get("wall_seconds", 0.0), 1),
+                "created": artifact.manifest.get("created"),
+            }
+            for artifact in stored
+        ],
+        "machine": {
+            "cores": psutil.cpu_count(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30),
+            "system": platform.system(),
+            "python": platform.python_version(),
+        },
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of a checkout; None for an installed package."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / "pyproject.toml").is_file():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=checkout,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except OSError:
+        return None
+    return answer.stdout.strip() or None

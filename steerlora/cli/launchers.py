@@ -1,0 +1,246 @@
+"""The jobs of a sweep under submitit: as SLURM jobs, or as processes of this machine.
+
+Hydra's plugin for submitit waits for what a job returns. A job that dies without a word then ends
+the sweep in a traceback or, where the cluster keeps no accounts, is waited for without end. Here a
+job has ended once it has noted its outcome, or has left the queue without one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field, fields, replace
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.singleton import Singleton
+from hydra_plugins.hydra_submitit_launcher.config import (
+    BaseQueueConf,
+    LocalQueueConf,
+    SlurmQueueConf,
+)
+from omegaconf import II
+
+from steerlora.cli.sweep import OUTCOMES, Outcome
+
+if TYPE_CHECKING:
+    from submitit import AutoExecutor, Job
+
+LATE = 10.0  # seconds that a file may take to show on a shared file system
+PATIENCE = 30.0  # seconds between two questions to the cluster at most, on a long wait
+ENDED = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
+    *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
+)
+"""States of a SLURM job that will not run again."""
+
+
+@dataclass
+class SlurmOptions(SlurmQueueConf):
+    """``hydra.launcher`` of SLURM jobs: the plugin's options, and what else they are by default.
+
+    Attributes:
+        submitit_folder: logs and what is to run; on a file system that all nodes share.
+        gpus_per_node: one for every task; null without GPUs. Several tasks are the ranks of one
+            training, which needs a trainer that shares it.
+        timeout_min: a job's time limit in minutes. Ahead of it (``signal_delay_s``) the job saves,
+            queues up again and goes on from there, at most ``max_num_timeout`` times.
+        additional_parameters: options of sbatch that have no key here, by name.
+        srun_args: options of srun. When the first task of several has ended, the others have a
+            minute to say what became of it.
+    """
+
+    _target_: str = "hydra_plugins.steerlora_launcher.SlurmLauncher"
+    name: str = "steerlora"
+    submitit_folder: str = "${hydra.sweep.dir}/logs/%j"
+    stderr_to_stdout: bool = True
+    gpus_per_node: int | None = II("hydra.launcher.tasks_per_node")
+    timeout_min: int = 240
+    max_num_timeout: int = 100
+    additional_parameters: dict[str, Any] = field(default_factory=lambda: {"requeue": True})
+    srun_args: list[str] = field(default_factory=lambda: ["--wait=60"])
+
+
+@dataclass
+class LocalOptions(LocalQueueConf):
+    """``hydra.launcher`` of processes on this machine, which all run at once.
+
+    Attributes:
+        submitit_folder: logs and what is to run.
+        gpus_per_node: every job sees the first so many GPUs, null none.
+        timeout_min: minutes after which a job is ended: a week.
+    """
+
+    _target_: str = "hydra_plugins.steerlora_launcher.LocalLauncher"
+    submitit_folder: str = "${hydra.sweep.dir}/logs/%j"
+    stderr_to_stdout: bool = True
+    timeout_min: int = 7 * 24 * 60
+
+
+def register_options() -> None:
+    """Put these options in the place of the plugin's own; to be called when it has stored them."""
+    for name, options in (("submitit_slurm", SlurmOptions), ("submitit_local", LocalOptions)):
+        ConfigStore.instance().store(group="hydra/launcher", name=name, node=options())
+
+
+class Jobs:
+    """What submitit's launchers have in common; to be mixed into the plugin's."""
+
+    params: Mapping[str, Any]
+    outcomes: str
+    _EXECUTOR: str  # submitit's name of it
+
+    def __call__(self, *arguments: Any) -> Any:
+        """In the job: a cluster may keep the environment from it."""
+        os.environ[OUTCOMES] = self.outcomes
+        return super().__call__(*arguments)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list:
+        """Submit the jobs and wait until each has ended; what they return is not asked for."""
+        from submitit.core.utils import FailedJobError
+
+        self.outcomes = os.environ[OUTCOMES]
+        numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
+        arguments = [
+            (list(overrides), "hydra.sweep.dir", number, f"job_{number}", Singleton.get_state())
+            for number, overrides in zip(numbers, job_overrides, strict=True)
+        ]
+        executor = self._executor()
+        try:
+            with redirect_stderr(StringIO()):  # submitit prints the error too
+                jobs = executor.map_array(self, *zip(*arguments, strict=True))
+        except FailedJobError as error:
+            said = " ".join(str(error).split())
+            hint = "; hydra.launcher.gpus_per_node=null asks for no GPU" if "gres" in said else ""
+            _refuse(f"the jobs were not taken: {said}{hint}")
+        print(self._submitted(jobs), flush=True)
+        self._wait(dict(zip(numbers, jobs, strict=True)))
+        return []
+
+    def _executor(self) -> AutoExecutor:
+        from submitit import AutoExecutor
+
+        options = {key: value for key, value in self.params.items() if key != "submitit_folder"}
+        shared = {option.name for option in fields(BaseQueueConf)}
+        own = f"{self._EXECUTOR}_max_num_timeout"
+        executor = AutoExecutor(
+            folder=self.params["submitit_folder"],
+            cluster=self._EXECUTOR,
+            **{own: options.pop("max_num_timeout")} if "max_num_timeout" in options else {},
+        )
+        executor.update_parameters(
+            **{
+                key if key in shared else f"{self._EXECUTOR}_{key}": value
+                for key, value in options.items()
+            }
+        )
+        return executor
+
+    def _submitted(self, jobs: Sequence[Job]) -> str:
+        """One line for the user: what was started, and where its logs will be."""
+        raise NotImplementedError
+
+    def _ended(self, jobs: Mapping[int, Job]) -> dict[int, str]:
+        """Of these jobs, those that will not run again, and their last state."""
+        raise NotImplementedError
+
+    def _wait(self, jobs: dict[int, Job]) -> None:
+        """Until every job has an outcome: its own, or the news that it died without one."""
+        folder = Path(self.outcomes)
+        silent: dict[int, float] = {}  # jobs that have ended without an outcome, and since when
+        pause = 1.0
+        ask_at = time.monotonic() + pause
+        while jobs:
+            time.sleep(1.0)
+            os.utime(folder)  # has a network file system look again
+            for number in list(jobs):
+                if outcome := Outcome.read(folder, number):
+                    log = _log(jobs.pop(number))
+                    if outcome.code == 1:
+                        replace(outcome, error=f"{outcome.error}; {log}").write(folder)
+            if (now := time.monotonic()) < ask_at:
+                continue
+            ended = self._ended(jobs)
+            silent = {number: silent.get(number, now) for number in ended}
+            for number, since in silent.items():
+                if now >= since + LATE:
+                    line = f"ended without a word ({ended[number]}); {_log(jobs.pop(number))}"
+                    Outcome(number, code=1, error=line).write(folder)
+            pause = 1.0 if silent else min(2 * pause, PATIENCE)
+            ask_at = now + pause
+
+
+class SlurmJobs(Jobs):
+    """Jobs of a cluster; they outlive this process."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list:
+        if shutil.which("sbatch") is None:
+            _refuse(
+                "hydra/launcher=submitit_slurm: this machine has no sbatch; run it where SLURM is, "
+                "or use hydra/launcher=submitit_local, or joblib"
+            )
+        return super().launch(job_overrides, initial_job_idx)
+
+    def _submitted(self, jobs: Sequence[Job]) -> str:
+        number = jobs[0].job_id.split("_")[0]
+        return (
+            f"SLURM job {number} has the sweep's {len(jobs)} jobs, which outlive this command "
+            f"(scancel {number} ends them); logs: {jobs[0].paths.folder.parent}"
+        )
+
+    def _ended(self, jobs: Mapping[int, Job]) -> dict[int, str]:
+        # Of the queue, not of the accounts, which some clusters do not keep. It forgets a job some
+        # minutes after its end.
+        listed = subprocess.run(
+            ["squeue", "--me", "--states=all", "--array", "--noheader", "--format=%i %T"],
+            capture_output=True,
+            text=True,
+        )
+        if listed.returncode:  # a controller that is busy, or starts again
+            return {}
+        states = dict(line.split() for line in listed.stdout.splitlines())
+        found = {number: states.get(job.job_id) for number, job in jobs.items()}
+        return {
+            number: f"SLURM job {jobs[number].job_id} {state or 'has left the queue'}"
+            for number, state in found.items()
+            if state is None or state in ENDED
+        }
+
+
+class LocalJobs(Jobs):
+    """Jobs as processes of this machine; they end with this one."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        """In the job: its tasks are told their ranks in torchrun's way, for want of srun's."""
+        from submitit.helpers import TorchDistributedEnvironment
+
+        if self.params["tasks_per_node"] > 1:
+            os.environ.pop("MASTER_PORT", None)  # jobs at the same time need one each
+            TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+        return super().__call__(*arguments)
+
+    def _submitted(self, jobs: Sequence[Job]) -> str:
+        return f"the sweep's {len(jobs)} jobs have started; logs: {jobs[0].paths.folder.parent}"
+
+    def _ended(self, jobs: Mapping[int, Job]) -> dict[int, str]:
+        return {number: job.state for number, job in jobs.items() if job.done()}
+
+
+def _log(job: Job) -> str:
+    paths = job.task(0).paths
+    return f"its log: {paths.stdout if paths.stdout.exists() else paths.folder}"
+
+
+def _refuse(line: str) -> NoReturn:
+    """Not raised as an error: Hydra would print a traceback in its place."""
+    shutil.rmtree(os.environ[OUTCOMES])
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    raise SystemExit(2)

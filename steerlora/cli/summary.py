@@ -1,0 +1,57 @@
+"""The last words of a run: what it measured, how long each stage took, where to look."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from steerlora.config import Config
+from steerlora.engine.run import RunReport, Step
+from steerlora.reporting.report import Report
+
+
+def experiment(
+    console: Console, config: Config, run: RunReport, written: Report, seconds: float
+) -> None:
+    """Claims, times and places of a finished experiment."""
+    console.print(written.terminal)
+    _times(console, run)
+    folder = Path(config.results.dir)
+    console.print(f"tables, figures and claims: {folder}/ (begin with {folder}/claims.md)")
+    console.print(f"artifacts: {config.artifacts.root}/ (steerlora stage=status lists them)")
+    console.print(
+        f"{config.study.name}: {seconds:.0f} s in all, "
+        f"peak memory {run.peak_memory_bytes / 2**30:.1f} GiB"
+    )
+
+
+def stage(console: Console, steps: Sequence[Step], run: RunReport, seconds: float) -> None:
+    """Figures and place of every artifact that was asked for."""
+    for step in steps:
+        artifact = run[step]
+        table = Table(title=step.label, show_header=False)
+        for name, value in artifact.manifest["summary"].items():
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        console.print(table)
+        console.print(f"{step.stage}: {artifact.path}", markup=False, highlight=False)
+    _times(console, run)
+    console.print(f"{seconds:.0f} s in all")
+
+
+def _times(console: Console, run: RunReport) -> None:
+    """Seconds of building, summed by stage; what was reused is counted, not timed."""
+    seconds: dict[str, float] = defaultdict(float)
+    built: dict[str, int] = defaultdict(int)
+    reused: dict[str, int] = defaultdict(int)
+    for step in run.steps:
+        seconds[step.stage] += step.seconds
+        (reused if step.reused else built)[step.stage] += 1
+    parts = [
+        f"{name} {seconds[name]:.0f} s ({built[name]} built, {reused[name]} reused)"
+        for name in seconds
+    ]
+    console.print("stages: " + ", ".join(parts))

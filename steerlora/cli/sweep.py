@@ -1,0 +1,176 @@
+"""Sweeps: what the command line asks for, and how each job of a sweep ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from rich.console import Console
+from rich.table import Table
+
+from steerlora.cli.compose import check_sweep, load, tree
+from steerlora.distributed import ranks
+from steerlora.errors import UserError
+
+OUTCOMES = "STEERLORA_SWEEP_OUTCOMES"
+"""Environment variable: the folder where the jobs of a sweep write how they ended."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job of a sweep ended.
+
+    Attributes:
+        job: its number in the sweep.
+        code: the exit code it would have on its own.
+        error: why it is not 0.
+        seconds: how long it took.
+    """
+
+    job: int
+    code: int = 0
+    error: str = ""
+    seconds: float = 0.0
+
+    @classmethod
+    def read(cls, folder: Path, job: int) -> Outcome | None:
+        """What a job wrote; None where it has not, yet."""
+        path = folder / f"{job}.json"
+        return cls(**json.loads(path.read_text())) if path.exists() else None
+
+    def write(self, folder: Path) -> None:
+        """Whole or not at all: a launcher may look at any time."""
+        part = folder / f"{self.job}.part"
+        part.write_text(json.dumps(asdict(self)))
+        part.rename(folder / f"{self.job}.json")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A command line, read.
+
+    Attributes:
+        arguments: all of it, the overrides first.
+        overrides: its ``key=value`` part.
+        multirun: it is a sweep.
+        informational: it only asks for help or for the configuration.
+        help: it asks for our own help.
+        jobs: the overrides of every job of a sweep, checked.
+    """
+
+    arguments: list[str]
+    overrides: list[str]
+    multirun: bool
+    informational: bool
+    help: bool
+    jobs: list[list[str]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, arguments: Sequence[str]) -> Sweep:
+        parser = get_args_parser()
+        parser.error = _refuse
+        asked = parser.parse_intermixed_args(list(arguments))
+        informational = bool(asked.help or asked.hydra_help or asked.cfg or asked.info)
+        if asked.resolve and not asked.cfg:
+            raise UserError("--resolve goes with --cfg job")
+        if asked.multirun and ranks.current().world > 1:
+            raise UserError(
+                "a sweep is started once, not by every rank: leave torchrun or srun out, and give "
+                "hydra/launcher=submitit_local hydra.launcher.tasks_per_node=2 for two ranks a job"
+            )
+        if asked.multirun and informational:
+            raise UserError("--multirun runs jobs: leave it out to be shown something")
+        jobs: list[list[str]] = []
+        if asked.multirun:
+            of_hydra = [item for item in asked.overrides if item.startswith("hydra")]
+            tree(of_hydra)
+            jobs = check_sweep([item for item in asked.overrides if item not in of_hydra])
+        # Hydra reads overrides only up to the first flag.
+        flags = [argument for argument in arguments if argument not in asked.overrides]
+        return cls(
+            arguments=[*asked.overrides, *flags],
+            overrides=asked.overrides,
+            multirun=asked.multirun,
+            informational=informational,
+            help=asked.help,
+            jobs=jobs,
+        )
+
+    def open(self) -> None:
+        """Where the jobs, on whatever machine they run, write how they ended.
+
+        Raises:
+            UserError: nothing can be written there.
+        """
+        root = Path(load(self.jobs[0]).artifacts.root).resolve() / "sweeps"
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            os.environ[OUTCOMES] = tempfile.mkdtemp(prefix=".outcomes-", dir=root)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {error.filename} ({error.strerror}): "
+                "choose another place with artifacts.root=DIR"
+            ) from error
+
+    @staticmethod
+    def record(work: Callable[[], None]) -> None:
+        """Do one job; in a sweep, note how it ended: one failure does not stop the others."""
+        hydra = HydraConfig.get()
+        if hydra.mode != RunMode.MULTIRUN:
+            work()
+            return
+        code, error = 0, ""
+        began = time.monotonic()
+        try:
+            work()
+        except UserError as mistake:
+            code, error = 2, str(mistake)
+        except Exception as failure:
+            traceback.print_exc()
+            code, error = 1, f"{type(failure).__name__}: {failure}"
+        if ranks.is_main():
+            Outcome(
+                job=int(hydra.job.num),
+                code=code,
+                error=error,
+                seconds=time.monotonic() - began,
+            ).write(Path(os.environ[OUTCOMES]))
+
+    def close(self, console: Console) -> int:
+        """Print how every job ended; the exit code is the worst one."""
+        folder = Path(os.environ.pop(OUTCOMES))
+        common = set.intersection(*map(set, self.jobs))
+        table = Table(title="sweep")
+        for column in ("job", "overrides", "seconds", "outcome"):
+            table.add_column(column)
+        codes = set()
+        for number, overrides in enumerate(self.jobs):
+            outcome = Outcome.read(folder, number) or Outcome(
+                number, code=1, error="it did not report how it ended"
+            )
+            table.add_row(
+                str(number),
+                " ".join(item for item in overrides if item not in common),
+                f"{outcome.seconds:.1f}",
+                f"failed: {outcome.error}" if outcome.code else "done",
+            )
+            codes.add(outcome.code)
+        shutil.rmtree(folder)
+        console.print(table)
+        return 1 if 1 in codes else max(codes)
+
+
+def _refuse(message: str) -> NoReturn:
+    """Hydra's parser prints its usage; a mistake is one line here."""
+    raise UserError(f"{message}; steerlora --help and --hydra-help list the flags")

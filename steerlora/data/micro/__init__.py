@@ -1,8 +1,0 @@
-"""The micro world: a small made-up world of general facts and five domains, from a seed."""
-
-from __future__ import annotations
-
-from steerlora.data.micro.tokenizer import build_tokenizer
-from steerlora.data.micro.writer import WORLD_VERSION, write
-
-__all__ = ["WORLD_VERSION", "build_tokenizer", "write"]

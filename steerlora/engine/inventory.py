@@ -1,0 +1,86 @@
+"""What lies under an artifact root: the listing behind ``stage=status``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+
+from steerlora.engine.manifests import FINGERPRINT_DIGITS, read_attempt, read_manifest, stat_files
+
+STYLES = {"complete": "green", "partial": "yellow", "corrupt": "red"}
+
+
+@dataclass(frozen=True)
+class ArtifactInfo:
+    """One line of the status listing."""
+
+    stage: str
+    fingerprint: str
+    state: str  # "complete", "partial" or "corrupt"
+    bytes: int
+    created: datetime
+    label: str
+
+    @property
+    def age(self) -> timedelta:
+        return datetime.now(UTC) - self.created
+
+
+def listing(root: Path) -> list[ArtifactInfo]:
+    """The artifacts under ``root`` by stage and age. Sizes are compared, hashes are not."""
+    found = [
+        _describe(path)
+        for path in root.glob("*/*")
+        if re.fullmatch(rf"[0-9a-f]{{{FINGERPRINT_DIGITS}}}(\.partial|\.corrupt)?", path.name)
+    ]
+    return sorted(found, key=lambda info: (info.stage, info.created, info.fingerprint))
+
+
+def status_table(infos: Sequence[ArtifactInfo], title: str | None = None) -> Table:
+    """The listing as a table for the terminal."""
+    table = Table(title=title, caption=f"{len(infos)} artifacts")
+    for heading in ("stage", "fingerprint", "what"):
+        table.add_column(heading)
+    table.add_column("size", justify="right")
+    table.add_column("age", justify="right")
+    table.add_column("state")
+    for info in infos:
+        table.add_row(
+            *(info.stage, info.fingerprint, escape(info.label)),
+            *(decimal(info.bytes), _age(info.age)),
+            f"[{STYLES[info.state]}]{info.state}",
+        )
+    return table
+
+
+def _describe(path: Path) -> ArtifactInfo:
+    """One artifact, whole or not, for the listing."""
+    name, _, state = path.name.partition(".")
+    label, created = "", datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    if state == "partial":
+        label = read_attempt(path).get("label", "")
+    elif state == "":
+        manifest, problem = read_manifest(path)
+        sizes = [file and file[1] for file in stat_files(path, manifest.get("files", {}))]
+        intact = sizes == [file["bytes"] for file in manifest.get("files", {}).values()]
+        state = "complete" if problem is None and intact else "corrupt"
+        label = manifest.get("label", "")
+        if "created" in manifest:
+            created = datetime.fromisoformat(manifest["created"])
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return ArtifactInfo(path.parent.name, name, state, size, created, label)
+
+
+def _age(age: timedelta) -> str:
+    seconds = max(0, int(age.total_seconds()))
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"

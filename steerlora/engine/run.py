@@ -1,0 +1,345 @@
+"""A run: build what is missing of the steps asked for, reuse the rest, say how long it took."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from steerlora.distributed import ranks
+from steerlora.engine import preemption
+from steerlora.engine.artifacts import Artifact, ArtifactStore, plain
+from steerlora.engine.pool import WorkerPool
+from steerlora.engine.progress import Progress, SilentProgress
+from steerlora.engine.steps import Context, Stage, Step, get_stage, register
+from steerlora.errors import UserError
+
+__all__ = ["Context", "RunReport", "Stage", "Step", "StepTime", "get_stage", "register", "run"]
+
+MEMORY_INTERVAL = 1.0  # seconds between two looks at the memory in use
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """How long one step took in this run."""
+
+    label: str
+    stage: str
+    seconds: float
+    reused: bool  # found complete, or built meanwhile by another process
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run leaves behind: ``report[step]`` is the step's artifact."""
+
+    artifacts: dict[str, Artifact]  # by fingerprint
+    steps: list[StepTime]
+    seconds: float
+    peak_memory_bytes: int  # of this process and its workers, pages that they share counted in each
+
+    def __getitem__(self, step: Step) -> Artifact:
+        return self.artifacts[step.fingerprint]
+
+
+def run(
+    steps: Sequence[Step],
+    store: ArtifactStore,
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
+    registry_module: str = "steerlora.stages",
+) -> RunReport:
+    """Build what is missing of ``steps`` and of what they read; reuse the rest.
+
+    An input that is gone, and that nothing missing reads, is not built again; a damaged one is.
+
+    Args:
+        workers: processes that build side by side; with 1, or a single step to build, the work is
+            done in this process. Several ranks build one step after the other, together.
+        registry_module: registers the stages when imported; imported by each worker.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the unfinished steps have saved what they save, and resume.
+        Exception: the first error of a step, as it was raised.
+    """
+    progress = progress or SilentProgress()
+    began = time.monotonic()
+    artifacts, missing = _look_up_together(steps, store)
+    for step in missing:
+        get_stage(step.stage).check(step.config)
+    times = [
+        StepTime(step.label, step.stage, 0.0, reused=True)
+        for step in _in_order(steps)
+        if step.fingerprint in artifacts
+    ]
+    with _PeakMemory() as memory:
+        if missing:
+            progress.message(f"{len(missing)} steps to build, {len(artifacts)} reused")
+            with progress.task("all steps", len(missing)) as task:
+                for step, built in _build(
+                    missing, artifacts, store, workers, progress, registry_module
+                ):
+                    artifacts[step.fingerprint] = built.artifact
+                    times.append(StepTime(step.label, step.stage, built.seconds, built.reused))
+                    progress.message(f"{step.label}: {built.seconds:.1f} s")
+                    task.advance()
+    return RunReport(artifacts, times, time.monotonic() - began, memory.bytes)
+
+
+def _in_order(steps: Sequence[Step]) -> list[Step]:
+    """Every step that ``steps`` need, once, inputs first."""
+    ordered: dict[str, Step] = {}
+
+    def visit(step: Step) -> None:
+        if step.fingerprint not in ordered:
+            for upstream in step.upstream:
+                visit(upstream)
+            ordered[step.fingerprint] = step
+
+    for step in steps:
+        visit(step)
+    return list(ordered.values())
+
+
+def _look_up(steps: Sequence[Step], store: ArtifactStore) -> tuple[dict[str, Artifact], list[Step]]:
+    """The artifacts that exist, and the steps to build, inputs first."""
+    ordered = _in_order(steps)
+    existed = {
+        step.fingerprint
+        for step in ordered
+        if store.directory(step.stage, step.fingerprint).exists()
+    }
+    found = {step.fingerprint: store.find(step.stage, step.fingerprint) for step in ordered}
+    needed = {step.fingerprint for step in steps} | existed
+    for step in reversed(ordered):
+        if step.fingerprint in needed and found[step.fingerprint] is None:
+            needed.update(upstream.fingerprint for upstream in step.upstream)
+    missing = [s for s in ordered if s.fingerprint in needed and found[s.fingerprint] is None]
+    return {name: artifact for name, artifact in found.items() if artifact}, missing
+
+
+def _look_up_together(
+    steps: Sequence[Step], store: ArtifactStore
+) -> tuple[dict[str, Artifact], list[Step]]:
+    """`_look_up` by rank 0, whose findings are every rank's."""
+    found: tuple[dict[str, Artifact], list[Step]] = ({}, [])
+    if ranks.is_main():
+        found = _look_up(steps, store)
+    there, missing = ranks.broadcast([list(found[0]), [step.fingerprint for step in found[1]]])
+    if ranks.is_main():
+        return found
+    by_name = {step.fingerprint: step for step in _in_order(steps)}
+    artifacts = {name: _found(by_name[name], store) for name in there}
+    return artifacts, [by_name[name] for name in missing]
+
+
+def _found(step: Step | _Job, store: ArtifactStore) -> Artifact:
+    """What rank 0 found or built, as another rank sees it.
+
+    Raises:
+        UserError: it does not.
+    """
+    artifact = store.find(step.stage, step.fingerprint)
+    if artifact is None:
+        raise UserError(
+            f"rank {ranks.current().rank} does not see {step.stage}/{step.fingerprint} under "
+            f"{store.root}: artifacts.root must be a folder that all machines share"
+        )
+    return artifact
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A step with its inputs at hand, ready to be sent to a worker."""
+
+    stage: str
+    config: Any
+    inputs: dict[str, Artifact | tuple[Artifact, ...]]
+    fingerprint: str
+    label: str
+    record: dict[str, Any]
+    store: ArtifactStore
+    registry_module: str
+
+
+@dataclass(frozen=True)
+class _Built:
+    artifact: Artifact
+    seconds: float
+    reused: bool
+
+
+def _build(
+    missing: Sequence[Step],
+    artifacts: Mapping[str, Artifact],
+    store: ArtifactStore,
+    workers: int,
+    progress: Progress,
+    registry_module: str,
+) -> Iterator[tuple[Step, _Built]]:
+    """Build every step; the caller adds each to ``artifacts`` before it asks for the next."""
+    workers = min(workers, len(missing)) if ranks.current().world == 1 else 1
+    if workers <= 1:
+        for step in missing:
+            if ranks.broadcast(preemption.asked()):  # in the last step of a training
+                preemption.give_way("what was finished is stored")
+            job = _job(step, artifacts, store, registry_module)
+            try:
+                built = _execute(job, progress)
+            except Exception as error:
+                error.add_note(f"while building '{step.label}'")
+                raise
+            yield step, built
+        return
+    urgency = _critical_paths(missing)
+    waiting = sorted(missing, key=lambda step: -urgency[step.fingerprint])
+    unfinished = {step.fingerprint for step in missing}
+    with WorkerPool(workers, progress, _threads(workers)) as pool:
+        while unfinished:
+            ready = [
+                step
+                for step in waiting
+                if not any(upstream.fingerprint in unfinished for upstream in step.upstream)
+            ]
+            for step in ready[: pool.idle]:
+                waiting.remove(step)
+                job = _job(step, artifacts, store, registry_module)
+                pool.submit(step, step.label, _execute, job)
+            step, built = pool.wait()
+            unfinished.remove(step.fingerprint)
+            yield step, built
+
+
+def _critical_paths(steps: Sequence[Step]) -> dict[str, float]:
+    """Seconds of the longest chain of steps that begins with each; ``steps`` has inputs first."""
+    longest = {step.fingerprint: step.cost for step in steps}
+    for step in reversed(steps):
+        for upstream in step.upstream:
+            if upstream.fingerprint in longest:
+                chain = upstream.cost + longest[step.fingerprint]
+                longest[upstream.fingerprint] = max(longest[upstream.fingerprint], chain)
+    return longest
+
+
+def _threads(workers: int) -> dict[str, str]:
+    """The environment that shares the cores out among workers, unless the user set fewer."""
+    share = max(1, len(os.sched_getaffinity(0)) // workers)
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return {"OMP_NUM_THREADS": str(min(share, int(wanted)) if wanted.isdigit() else share)}
+
+
+def _job(
+    step: Step, artifacts: Mapping[str, Artifact], store: ArtifactStore, registry_module: str
+) -> _Job:
+    inputs = {
+        name: artifacts[value.fingerprint]
+        if isinstance(value, Step)
+        else tuple(artifacts[item.fingerprint] for item in value)
+        for name, value in step.inputs.items()
+    }
+    config = plain(step.config)
+    record = {
+        "label": step.label,
+        "version": get_stage(step.stage).version,
+        "seed": config.get("seed"),
+        "config": config,
+        "inputs": step.input_fingerprints,
+    }
+    return _Job(
+        stage=step.stage,
+        config=step.config,
+        inputs=inputs,
+        fingerprint=step.fingerprint,
+        label=step.label,
+        record=record,
+        store=store,
+        registry_module=registry_module,
+    )
+
+
+def _execute(job: _Job, progress: Progress) -> _Built:
+    """Build the artifact of a step, or find that another process has."""
+    importlib.import_module(job.registry_module)
+    stage, began, reused = get_stage(job.stage), time.monotonic(), True
+
+    def context(directory: Path) -> Context:
+        return Context(
+            config=job.config,
+            inputs=job.inputs,
+            directory=directory,
+            home=job.store.directory(job.stage, job.fingerprint),
+            fingerprint=job.fingerprint,
+            label=job.label,
+            progress=progress,
+        )
+
+    def builder(directory: Path) -> Mapping | None:
+        nonlocal reused
+        reused = False
+        if stage.shared:
+            ranks.broadcast(str(directory))
+        return stage.build(context(directory))
+
+    with _interruption_as_keyboard_interrupt():
+        if ranks.is_main():
+            artifact = job.store.build(
+                job.stage, job.fingerprint, job.record, builder, progress.message
+            )
+            ranks.broadcast(None)
+        else:
+            # The folder of what all ranks build together, where it comes to that; then the end.
+            while (directory := ranks.broadcast()) is not None:
+                stage.build(context(Path(directory)))
+            artifact = _found(job, job.store)
+    return _Built(artifact, time.monotonic() - began, reused)
+
+
+@contextmanager
+def _interruption_as_keyboard_interrupt() -> Iterator[None]:
+    """Lightning answers Ctrl-C with ``sys.exit(1)`` and leaves Ctrl-C ignored; undo both."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+
+
+class _PeakMemory:
+    """The largest sum of resident memory of this process and its children, by sampling."""
+
+    def __enter__(self) -> _PeakMemory:
+        self.bytes = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        ended = False
+        while not ended:
+            ended = self._ended.wait(MEMORY_INTERVAL)
+            total = 0
+            for one in (process, *process.children(recursive=True)):
+                with suppress(psutil.Error):  # a child that has just ended
+                    total += one.memory_info().rss
+            self.bytes = max(self.bytes, total)

@@ -1,0 +1,125 @@
+"""The shape of a decoder: what its parameters, memory and arithmetic follow from.
+
+No tensor and no library is needed: the planner answers before torch is imported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steerlora.config import ModelConfig
+from steerlora.errors import UserError
+
+QUERY_KEY_NORMED = ("qwen3", "gemma3", "olmo2")
+"""Beginnings of transformers' model types whose attention norms every query and key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderShape:
+    """A decoder-only model of pre-norm layers with grouped-query attention and a gated MLP.
+
+    Attributes:
+        layers: L.
+        width: D, of the residual stream.
+        heads, kv_heads, head_width: of the attention.
+        ffn_width: F, of the MLP.
+        vocabulary: V, rows of the embedding.
+        tied: the output head is the embedding.
+        query_key_norm: queries and keys are normed, head by head (Qwen3).
+    """
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    ffn_width: int
+    vocabulary: int
+    tied: bool = True
+    query_key_norm: bool = True
+
+    @property
+    def query_width(self) -> int:
+        """All heads' queries side by side."""
+        return self.heads * self.head_width
+
+    @property
+    def key_width(self) -> int:
+        """All heads' keys side by side; values likewise."""
+        return self.kv_heads * self.head_width
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """{name: (inputs, outputs)} of a layer's linear modules, named as in transformers."""
+        width, query, key, ffn = self.width, self.query_width, self.key_width, self.ffn_width
+        return {
+            "q_proj": (width, query),
+            "k_proj": (width, key),
+            "v_proj": (width, key),
+            "o_proj": (query, width),
+            "gate_proj": (width, ffn),
+            "up_proj": (width, ffn),
+            "down_proj": (ffn, width),
+        }
+
+    @classmethod
+    def of(cls, config: Any) -> DecoderShape:
+        """Of a transformers configuration: a live one, or the mapping in a ``config.json``."""
+        read = (
+            config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
+        )
+        heads, width = read("num_attention_heads"), read("hidden_size")
+        tied = read("tie_word_embeddings")
+        return cls(
+            layers=read("num_hidden_layers"),
+            width=width,
+            heads=heads,
+            kv_heads=read("num_key_value_heads") or heads,
+            head_width=read("head_dim") or width // heads,
+            ffn_width=read("intermediate_size"),
+            vocabulary=read("vocab_size"),
+            tied=True if tied is None else tied,  # transformers' default
+            query_key_norm=str(read("model_type")).startswith(QUERY_KEY_NORMED),
+        )
+
+
+def model_shape(config: ModelConfig) -> DecoderShape:
+    """Of the configured base: its own ``config.json`` where ``model.path`` is a folder.
+
+    A hub id is not looked up: the sizes in the configuration are those of the model behind it, and
+    its name tells the family.
+
+    Raises:
+        UserError: a folder without a readable ``config.json``, or one of another kind of model.
+    """
+    folder = Path(config.path) if config.path else None
+    if folder is not None and folder.is_dir():
+        try:
+            stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            return DecoderShape.of(stored)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model.path={folder}: its config.json cannot be read: give a folder with "
+                "config.json and weights"
+            ) from error
+        except TypeError as error:
+            raise UserError(
+                f"model.path={folder}: its config.json names no sizes of a decoder-only model: "
+                "num_hidden_layers, hidden_size, num_attention_heads, ..."
+            ) from error
+    fields = ("layers", "width", "heads", "kv_heads", "head_width", "ffn_width", "vocabulary")
+    family = (config.path or "qwen3").lower().replace("-", "")
+    return DecoderShape(
+        **{name: getattr(config, name) for name in fields},
+        tied=config.tied,
+        query_key_norm=any(name in family for name in QUERY_KEY_NORMED),
+    )
+
+
+def layer_weights(shape: DecoderShape) -> int:
+    """Entries of one layer's matrices: multiplications of one token's forward through it."""
+    return sum(inputs * outputs for inputs, outputs in shape.linears.values())

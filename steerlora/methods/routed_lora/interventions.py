@@ -1,0 +1,310 @@
+"""Changes of the control signal made on purpose: the causal controls of a routed adapter.
+
+B batch, S sequence, T real tokens, D model width, N latents, K active latents, E specialists,
+R rank components. Every draw is seeded and touches real tokens only; padding never enters a draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from steerlora.methods.routed_lora.routing import Routing
+from steerlora.saes.autoencoder import SparseAutoencoder, SparseFeatures, untrained_like
+
+
+@dataclass
+class SiteFacts:
+    """What an intervention may know of the control site it acts on."""
+
+    sae: SparseAutoencoder
+    mean_rank: float
+    """Effective rank sum_j m_j that training ended with, over real tokens."""
+    specialist_of_domain: dict[str, int]
+    """The specialist that carried each domain most when training ended."""
+    active: Tensor | None = None
+    """[E], True on the specialists in use; None: all."""
+
+
+@dataclass
+class Intervention:
+    """One control, for the length of a context. Sub-classes override one of the two methods.
+
+    The adapter calls :meth:`apply_features` and :meth:`apply_routing`, which do the targeting and
+    the mixing once for every control.
+
+    Args:
+        seed: of every draw.
+        domain: the true domain of all tokens, where :meth:`begin` does not say it row by row.
+        strength: s in [0, 1]; the signal becomes (1 - s) z + s z', with z' the control's own.
+        sites: control layers that are touched; empty: all.
+        domains: true domains whose tokens are touched, others stay intact; empty: all.
+
+    Raises:
+        ValueError: a strength outside [0, 1].
+    """
+
+    seed: int = 0
+    domain: str | None = None
+    strength: float = 1.0
+    sites: tuple[int, ...] = ()
+    domains: tuple[str, ...] = ()
+    ran: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise ValueError(
+                f"strength {self.strength}: choose 0 (intact) to 1 (the control in full)"
+            )
+        self._draws: torch.Generator | None = None
+        self._draws_seed = self.seed
+        self._fixed: torch.Generator | None = None
+        self._rows: Sequence[str | None] | None = None
+        self._cache: dict[int, object] = {}
+
+    def begin(self, step: int, domains: Sequence[str | None] | None = None) -> None:
+        """Before a training step: its draws become a function of the seed and the step alone.
+
+        Args:
+            step: the optimizer step, from 0.
+            domains: true domain of every row of the batch, [B]; None: ``domain`` of all.
+        """
+        self._draws = None
+        self._draws_seed = int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
+        self._rows = domains
+
+    def draws(self, device: torch.device) -> torch.Generator:
+        """The random stream of what is drawn anew in every forward."""
+        if self._draws is None:
+            self._draws = torch.Generator(device).manual_seed(self._draws_seed)
+        return self._draws
+
+    def fixed(self, device: torch.device) -> torch.Generator:
+        """The random stream of what is drawn once a site, whatever the step."""
+        if self._fixed is None:
+            self._fixed = torch.Generator(device).manual_seed(self.seed)
+        return self._fixed
+
+    def apply_features(
+        self, features: SparseFeatures, stream: Tensor, real: Tensor, site: SiteFacts, layer: int
+    ) -> SparseFeatures:
+        """The signal of the control site at ``layer`` as the router shall see it.
+
+        At full strength on every row that is the control's own, [B, S, K]; intact rows alone leave
+        it as it is. Otherwise it is a union, [B, S, 2 K]: intact entries, then the control's, each
+        with its share; where both name a latent, the router adds them up.
+
+        Args:
+            features: the intact signal, [B, S, K].
+            stream: the residual at the site, [B, S, D].
+            real: [B, S], True on tokens.
+            site: what is known of it.
+            layer: its number.
+        """
+        share = self._share(layer, len(real))
+        if share is None:
+            return features
+        changed = self.features(features, stream, real, site)
+        if share == [1.0] or changed is features:
+            return changed
+        weight = _by_row(share, features.values)
+        return SparseFeatures(
+            torch.cat([(1 - weight) * features.values, weight * changed.values], -1),
+            torch.cat([features.indices, changed.indices], -1),
+        )
+
+    def apply_routing(self, routing: Routing, site: SiteFacts, layer: int) -> Routing:
+        """The routing put in place of that of the site at ``layer``: gate and mask mixed alike."""
+        share = self._share(layer, len(routing.gate))
+        if share is None:
+            return routing
+        changed = self.routing(routing, site)
+        if share == [1.0]:
+            return changed
+        return Routing(
+            *(
+                intact if new is intact else torch.lerp(intact, new, _by_row(share, intact))
+                for intact, new in zip(routing, changed, strict=True)
+            )
+        )
+
+    def features(
+        self, features: SparseFeatures, stream: Tensor, real: Tensor, site: SiteFacts
+    ) -> SparseFeatures:
+        """The control's signal in place of ``features``; ``real`` [B, S] is True on tokens."""
+        return features
+
+    def routing(self, routing: Routing, site: SiteFacts) -> Routing:
+        """The control's routing in place of ``routing``."""
+        return routing
+
+    def rows(self, batch: int) -> Sequence[str | None]:
+        """The true domain of each of ``batch`` rows."""
+        if self._rows is None:
+            return [self.domain] * batch
+        assert len(self._rows) == batch, f"{len(self._rows)} domains for {batch} rows"
+        return self._rows
+
+    def touches(self, domain: str | None) -> bool:
+        """Whether tokens of this true domain are among the targeted."""
+        return not self.domains or domain in self.domains
+
+    def _share(self, layer: int, batch: int) -> list[float] | None:
+        """The control's share of each row, or of all alike; None where nothing is touched."""
+        if self.sites and layer not in self.sites:
+            return None
+        self.ran = True
+        shares = [self.strength * self.touches(domain) for domain in self.rows(batch)]
+        if not any(shares):
+            return None
+        return shares if len(set(shares)) > 1 else shares[:1]
+
+
+def _by_row(share: list[float], like: Tensor) -> Tensor:
+    """Shares as [B or 1, 1, ...] with the type and dimensions of ``like``."""
+    return like.new_tensor(share).view(-1, *[1] * (like.dim() - 1))
+
+
+def check_phase(name: str, phase: str) -> None:
+    """ValueError where the control ``name`` means nothing in ``phase`` (evaluation or training)."""
+    if name == "permute_latents" and phase == "training":
+        raise ValueError(
+            "permute_latents in phase training: latents permuted before training are latents by "
+            "other names, which is no control; use phase evaluation, or randomize"
+        )
+
+
+class ReplaceDense(Intervention):
+    """Top-k (by magnitude) of a fixed random projection of the hidden state: no SAE at all.
+
+    Each token keeps the norm of its intact signal, so that only the directions differ.
+    """
+
+    def features(self, features, stream, real, site):
+        projection = self._cache.get(id(site))
+        if projection is None:
+            shape = site.sae.W_enc.shape
+            projection = torch.empty(shape, device=stream.device).normal_(
+                generator=self.fixed(stream.device)
+            )
+            self._cache[id(site)] = projection
+        dense = stream.float() @ projection
+        indices = dense.abs().topk(features.values.shape[-1], dim=-1).indices
+        values = dense.gather(-1, indices)
+        norm = features.values.norm(dim=-1, keepdim=True)
+        values = values * norm / values.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return SparseFeatures(values, indices)
+
+
+class ReplaceRandomSAE(Intervention):
+    """Features of an untrained SAE of the same shape."""
+
+    def features(self, features, stream, real, site):
+        if id(site) not in self._cache:
+            self._cache[id(site)] = untrained_like(site.sae, self.seed).to(stream.device)
+        return self._cache[id(site)].encode(stream)
+
+
+class Randomize(Intervention):
+    """The same values on random latents, drawn anew for every token."""
+
+    def features(self, features, stream, real, site):
+        active = features.values.shape[-1]
+        tokens = int(real.sum())
+        latents = site.sae.W_enc.shape[1]
+        draw = torch.rand(tokens, latents, generator=self.draws(real.device), device=real.device)
+        indices = features.indices.clone()
+        indices[real] = draw.topk(active, dim=-1).indices
+        return SparseFeatures(features.values, indices)
+
+
+class Shuffle(Intervention):
+    """Another token's signal, permuted over the real tokens of the batch."""
+
+    def features(self, features, stream, real, site):
+        order = torch.randperm(
+            int(real.sum()), generator=self.draws(real.device), device=real.device
+        )
+        values, indices = features.values.clone(), features.indices.clone()
+        values[real] = features.values[real][order]
+        indices[real] = features.indices[real][order]
+        return SparseFeatures(values, indices)
+
+
+class PermuteLatents(Intervention):
+    """A fixed permutation of latent identities, after training.
+
+    (Fixed before training it would be a relabelling, and no control at all.)
+    """
+
+    def features(self, features, stream, real, site):
+        if id(site) not in self._cache:
+            latents = site.sae.W_enc.shape[1]
+            device = features.indices.device
+            self._cache[id(site)] = torch.randperm(
+                latents, generator=self.fixed(device), device=device
+            )
+        return SparseFeatures(features.values, self._cache[id(site)][features.indices])
+
+
+class Invert(Intervention):
+    """The sign of every active latent flipped."""
+
+    def features(self, features, stream, real, site):
+        return SparseFeatures(-features.values, features.indices)
+
+
+class FixedRank(Intervention):
+    """Signal and gate untouched; the mask is one up to the mean trained rank and zero beyond."""
+
+    def routing(self, routing, site):
+        kept = max(1, round(site.mean_rank))
+        components = torch.arange(routing.mask.shape[-1], device=routing.mask.device)
+        fixed = (components < kept).to(routing.mask.dtype)
+        return Routing(routing.gate, fixed.expand_as(routing.mask))
+
+
+class UniformGate(Intervention):
+    """Signal and mask untouched; every active specialist weighs one over their number."""
+
+    def routing(self, routing, site):
+        uniform = torch.ones_like(routing.gate)
+        if site.active is not None:
+            uniform = uniform * site.active
+        return Routing(uniform / uniform.sum(-1, keepdim=True), routing.mask)
+
+
+class OracleDomain(Intervention):
+    """Signal and mask untouched; the gate is one-hot at the true domain's own specialist."""
+
+    def routing(self, routing, site):
+        owners, rows = site.specialist_of_domain, self.rows(len(routing.gate))
+        for domain in rows:
+            if domain not in owners and self.touches(domain):
+                raise ValueError(
+                    f"oracle_domain needs the true domain, one of {sorted(owners)}; got {domain!r}"
+                )
+        # Rows of other domains stay intact: what stands here for them is not read.
+        chosen = torch.tensor([owners.get(d, 0) for d in rows], device=routing.gate.device)
+        one_hot = F.one_hot(chosen, routing.gate.shape[-1]).to(routing.gate.dtype)
+        shape = (len(rows), *[1] * (routing.gate.dim() - 2), -1)
+        return Routing(one_hot.view(shape).expand_as(routing.gate), routing.mask)
+
+
+INTERVENTIONS: dict[str, type[Intervention]] = {
+    "replace_dense": ReplaceDense,
+    "replace_random_sae": ReplaceRandomSAE,
+    "randomize": Randomize,
+    "shuffle": Shuffle,
+    "permute_latents": PermuteLatents,
+    "invert": Invert,
+    "fixed_rank": FixedRank,
+    "uniform_gate": UniformGate,
+    "oracle_domain": OracleDomain,
+}
+"""Every control by its name in configs and tables."""

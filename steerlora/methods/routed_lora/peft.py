@@ -1,0 +1,53 @@
+"""Plain LoRA in the format of the PEFT library (adapter_config.json, adapter_model.safetensors)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from steerlora.errors import UserError
+from steerlora.methods.routed_lora.adapter import Adapter, total_rank
+
+
+def export_peft(adapter: Adapter, directory: Path | str, *, base_path: str) -> None:
+    """Write a plain LoRA so that ``peft.PeftModel.from_pretrained(base, directory)`` reads it.
+
+    The stacked specialists are one LoRA of rank E * R; alpha is scaled with it, so that the update
+    (alpha / r) B A x stays the same.
+
+    Raises:
+        UserError: the adapter is routed, which PEFT's LoRA cannot express.
+    """
+    shape = adapter.shape
+    if shape.routing != "none":
+        raise UserError(
+            f"PEFT's format holds plain LoRA only; this adapter is routed ({shape.routing!r})"
+        )
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    rank = total_rank(shape)
+    state, layers, modules = {}, set(), set()
+    for name, layer in adapter.layers.items():
+        index, module = name.replace("/", ".").split(":")
+        layers.add(int(index))
+        modules.add(module)
+        key = f"base_model.model.{adapter.layers_path}.{index}.{module}"
+        state[f"{key}.lora_A.weight"] = layer.A.detach().contiguous()
+        state[f"{key}.lora_B.weight"] = layer.B.detach().contiguous()
+    save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_path,
+        "r": rank,
+        "lora_alpha": shape.alpha / shape.rank * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": sorted(modules),
+        "layers_to_transform": sorted(layers),
+        "layers_pattern": adapter.layers_path.rsplit(".", 1)[-1],
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,40 @@
+"""What routers hand on: to the adapted layers, and to the next tokens of a KV cache.
+
+E specialists, R rank components, M modules that have a router of their own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from steerlora.methods.routed_lora.context import ContextState
+
+
+class Routing(NamedTuple):
+    """What a router decides for every token.
+
+    Attributes:
+        gate: [..., E] weights over specialists; they sum to one, or to less where a token is left
+            without an update (prototype routing).
+        mask: [..., R] non-increasing weights over rank components, in (0, 1]; ones where the
+            adapter has no dynamic rank.
+
+    With a router of its own for every module both have a dimension M before the last.
+    """
+
+    gate: Tensor
+    mask: Tensor
+
+
+class RouterState(NamedTuple):
+    """What the tokens so far leave behind for the next ones of a KV cache.
+
+    Attributes:
+        signal: of the signal's average, as the router keeps it.
+        similarity: of the average that is compared with prototypes; None where none are.
+    """
+
+    signal: ContextState
+    similarity: ContextState | None = None

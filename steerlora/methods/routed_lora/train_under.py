@@ -1,0 +1,90 @@
+"""Training under an intervention: the retrained controls.
+
+B batch, E specialists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from steerlora.data.chat import ChatBatch
+from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.methods.routed_lora.interventions import Intervention, check_phase
+
+
+class TrainUnder(Callback):
+    """Holds an intervention open from the first training step to the last.
+
+    Before every step it tells the control the step, of which its draws are then a function (a
+    resumed training draws the same), and every row's true domain.
+
+    ``oracle_domain`` needs to know each domain's specialist before any is trained; where the
+    adapter does not say, the domains are dealt to the active specialists in turn.
+
+    Args:
+        adapter: what trains.
+        name, seed, strength, sites, domains: of the intervention (``Adapter.intervention``).
+        domain_names: the names that ``ChatBatch.domains`` counts in; -1 there is no domain.
+
+    Raises:
+        ValueError: a control that means nothing in training; on the first step, whatever
+            ``Adapter.intervention`` refuses.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        name: str,
+        *,
+        seed: int,
+        strength: float = 1.0,
+        sites: Sequence[int] = (),
+        domains: Sequence[str] = (),
+        domain_names: Sequence[str],
+    ) -> None:
+        check_phase(name, "training")
+        self.adapter, self.name, self.domain_names = adapter, name, tuple(domain_names)
+        self.settings = {
+            "seed": seed,
+            "strength": strength,
+            "sites": tuple(sites),
+            "domains": tuple(domains),
+        }
+        self._context = ExitStack()
+        self._control: Intervention | None = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: ChatBatch, batch_idx: int
+    ) -> None:
+        # Opened here, not at the start: a training that resumes at its end has no step to control.
+        if self._control is None:
+            if self.name == "oracle_domain":
+                self._deal_domains()
+            opened = self.adapter.intervention(self.name, **self.settings)
+            self._control = self._context.enter_context(opened)
+        owners = batch.domains.tolist()
+        self._control.begin(
+            trainer.global_step,
+            [self.domain_names[owner] if owner >= 0 else None for owner in owners],
+        )
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._control = None
+        self._context.close()
+
+    def on_exception(
+        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self._control = None
+        self._context.__exit__(type(exception), exception, exception.__traceback__)
+
+    def _deal_domains(self) -> None:
+        active = self.adapter.active.nonzero().flatten().tolist()
+        dealt = {d: active[i % len(active)] for i, d in enumerate(self.domain_names)}
+        for site in self.adapter.sites.values():
+            if site.facts is not None and not site.facts.specialist_of_domain:
+                site.facts.specialist_of_domain = dict(dealt)

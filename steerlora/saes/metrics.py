@@ -1,0 +1,173 @@
+"""How faithful a sparse autoencoder is: to the activations, and to the model's own loss.
+
+Shapes: B batch, S sequence, T tokens, D model width, N latents, V vocabulary. Names and formulas
+are those of SAEBench (arXiv 2503.09532) and SAELens's evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from steerlora.lm.decoder import first_real_token, spliced_logits
+from steerlora.saes.autoencoder import SparseAutoencoder
+
+
+@torch.inference_mode()
+def sae_metrics(
+    sae: SparseAutoencoder, activations: Tensor | Iterable[Tensor], *, batch_size: int = 4096
+) -> dict[str, float]:
+    """Reconstruction and sparsity over tokens, streaming.
+
+    With x an activation, y its reconstruction, z its features and E a mean over tokens:
+
+    - ``fvu``: sum |x - y|^2 / sum |x - E x|^2; ``explained_variance`` is 1 less that;
+    - ``mse``: E |x - y|^2 / D; ``cossim``: E cos(x, y);
+    - ``l2_ratio``: E |y| / |x|; ``relative_reconstruction_bias``: E |y|^2 / E x.y;
+    - ``l0``: active latents per token; ``l1``: E |z|_1;
+    - ``frac_alive``: share of latents active on any token.
+
+    Args:
+        sae: the autoencoder.
+        activations: [T, D], or an iterable of such; each is read in batches.
+        batch_size: tokens at once.
+
+    Returns:
+        The figures above.
+    """
+    if isinstance(activations, Tensor):
+        activations = [activations]
+    device = sae.W_dec.device
+    tokens = 0
+    totals: dict[str, Tensor] = {}
+    total_x = torch.zeros(sae.width, dtype=torch.float64, device=device)
+    alive = torch.zeros(sae.latents, dtype=torch.bool, device=device)
+    for rows in activations:
+        for batch in rows.split(batch_size):
+            inputs = sae.normalized(batch.to(device))
+            features = sae.encode_normalized(inputs.x)
+            y = (sae.decode(features) * inputs.scale + inputs.mean).double()
+            x = batch.to(device).double()
+            active = features.values > 0
+            alive[features.indices[active]] = True
+            total_x += x.sum(0)
+            tokens += len(x)
+            sums = {
+                "error": (x - y).square().sum(),
+                "x_square": x.square().sum(),
+                "y_square": y.square().sum(),
+                "x_dot_y": (x * y).sum(),
+                "cossim": torch.cosine_similarity(x, y, dim=1).sum(),
+                "l2_ratio": (y.norm(dim=1) / x.norm(dim=1)).sum(),
+                "l0": active.sum().double(),
+                "l1": features.values.double().sum(),
+            }
+            totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
+    assert tokens, "no activations to measure on"
+    total = {name: float(value) for name, value in totals.items()}
+    variance = total["x_square"] - float(total_x.square().sum()) / tokens
+    fvu = total["error"] / variance
+    return {
+        "explained_variance": 1 - fvu,
+        "fvu": fvu,
+        "mse": total["error"] / (tokens * sae.width),
+        "cossim": total["cossim"] / tokens,
+        "l2_ratio": total["l2_ratio"] / tokens,
+        "relative_reconstruction_bias": total["y_square"] / total["x_dot_y"],
+        "l0": total["l0"] / tokens,
+        "l1": total["l1"] / tokens,
+        "frac_alive": float(alive.double().mean()),
+    }
+
+
+@torch.inference_mode()
+def ce_recovered(
+    model: nn.Module,
+    sae: SparseAutoencoder,
+    site: int,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    drop_first_token: bool = True,
+) -> dict[str, float]:
+    """Next-token loss with the stream entering layer ``site`` reconstructed, and set to zero.
+
+    - ``ce_loss_score``: (ablated - with SAE) / (ablated - without SAE), 1 is perfect;
+    - ``kl_div_score``: 1 - KL(intact || with SAE) / KL(intact || ablated).
+
+    Padding is neither replaced nor counted.
+
+    Args:
+        model: a causal language model.
+        sae: trained on that stream.
+        site: layer index.
+        batches: (input_ids [B, S], attention_mask [B, S]).
+        drop_first_token: leave each sequence's first token as it is, as it was in harvesting.
+
+    Returns:
+        ``ce_loss_without_sae``, ``ce_loss_with_sae``, ``ce_loss_with_ablation``, ``ce_loss_score``,
+        ``kl_div_with_sae``, ``kl_div_with_ablation``, ``kl_div_score``; losses in nats per token.
+    """
+    device = next(model.parameters()).device
+    names = ("without_sae", "with_sae", "with_ablation")
+    cross_entropy, divergence, tokens = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0), 0
+    was_training = model.training
+    model.eval()
+    try:
+        for input_ids, attention_mask in batches:
+            input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
+            targets = _targets(input_ids, attention_mask)
+            replaced = attention_mask.bool()
+            if drop_first_token:
+                replaced = replaced & ~first_real_token(attention_mask)
+            where = replaced[..., None]
+            edits = {
+                "without_sae": lambda x: x,
+                # Of a model that is spread over devices, the stream may be on another one.
+                "with_sae": lambda x, where=where: torch.where(
+                    where.to(x.device), sae(x.to(device)).to(x), x
+                ),
+                "with_ablation": lambda x, where=where: x.masked_fill(where.to(x.device), 0),
+            }
+            intact = None
+            for name, edit in edits.items():
+                logits = spliced_logits(model, input_ids, attention_mask, site, edit)
+                scores = logits[:, :-1][targets.counted].float().log_softmax(-1)  # [T, V]
+                intact = scores if intact is None else intact
+                chosen = scores.gather(1, targets.tokens[:, None])
+                cross_entropy[name] -= float(chosen.double().sum())
+                divergence[name] += float((intact.exp() * (intact - scores)).double().sum())
+            tokens += len(targets.tokens)
+    finally:
+        model.train(was_training)
+    assert tokens, "no next token to predict in these batches"
+    loss = {name: value / tokens for name, value in cross_entropy.items()}
+    kl = {name: value / tokens for name, value in divergence.items()}
+    recovered = loss["with_ablation"] - loss["with_sae"]
+    return {
+        **{f"ce_loss_{name}": value for name, value in loss.items()},
+        "ce_loss_score": _ratio(recovered, loss["with_ablation"] - loss["without_sae"]),
+        "kl_div_with_sae": kl["with_sae"],
+        "kl_div_with_ablation": kl["with_ablation"],
+        "kl_div_score": _ratio(kl["with_ablation"] - kl["with_sae"], kl["with_ablation"]),
+    }
+
+
+class _Targets(NamedTuple):
+    counted: Tensor
+    """[B, S - 1]: positions whose next token is real, and which are real themselves."""
+    tokens: Tensor
+    """[T]: those next tokens."""
+
+
+def _targets(input_ids: Tensor, attention_mask: Tensor) -> _Targets:
+    real = attention_mask.bool()
+    counted = real[:, :-1] & real[:, 1:]
+    return _Targets(counted, input_ids[:, 1:][counted])
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    """NaN where ablation changes nothing, so that a score means nothing."""
+    return numerator / denominator if denominator else float("nan")

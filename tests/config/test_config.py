@@ -1,0 +1,318 @@
+"""The configuration: every shipped file builds, every key is documented, every mistake is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import transformers
+from omegaconf import DictConfig, OmegaConf
+
+from steerlora import config
+from steerlora.cli import compose
+from steerlora.config import GROUPS, STAGES, Config, SourceConfig
+from steerlora.errors import UserError
+from steerlora.lm.pretrained import shape_of
+from steerlora.lm.weight_files import on_meta
+
+OPTIONS = {
+    "adapter": 14,
+    "control": 1,
+    "domains": 3,
+    "evaluation": 3,
+    "experiment": 5,
+    "intervention": 10,
+    "logger": 2,
+    "model": 14,
+    "order": 5,
+    "sae": 1,
+    "stage": 12,
+    "trainer": 6,
+}
+"""How many options each group ships."""
+
+NEEDED = {
+    "domains=text": ["domains.dir=."],
+    "experiment=text": ["domains.dir=."],
+    "order=given": ["order.sequence=[law,math,code,medicine,instruction]"],
+}
+"""What an option cannot do without."""
+
+
+@pytest.fixture(scope="module")
+def default_tree() -> DictConfig:
+    return compose.tree([])
+
+
+def shipped() -> list[str]:
+    """``group=option`` of every YAML file in ``conf/``, found by walking it."""
+    root = compose.config_directory()
+    files = [path.relative_to(root) for path in root.rglob("*.yaml") if path.name != "config.yaml"]
+    return sorted(f"{path.parent.as_posix()}={path.stem}" for path in files)
+
+
+def test_every_group_ships_what_is_counted_here():
+    assert {name: len(options) for name, options in compose.groups().items()} == OPTIONS
+    assert len(shipped()) == sum(OPTIONS.values()) == 76
+
+
+@pytest.mark.parametrize("option", shipped())
+def test_every_shipped_option_builds_a_typed_configuration(option):
+    built = compose.load([option, *NEEDED.get(option, [])])
+    assert isinstance(built, Config)
+    group, _, name = option.partition("=")
+    section = built.study if group == "experiment" else getattr(built, group)
+    if group in ("adapter", "domains", "experiment", "intervention", "logger", "model", "stage"):
+        assert section.name == name
+    if group == "order":
+        assert section.kind == name
+
+
+def test_an_experiment_says_where_its_results_go():
+    found = compose.load(["experiment=micro_full", "study.main_model=micro_s"])
+    assert found.results.dir == "results/micro_full/micro_s"
+    assert compose.load(["experiment=micro"]).results.dir == "results/micro"
+
+
+def test_every_stage_has_an_option():
+    assert compose.groups()["stage"] == sorted(STAGES)
+
+
+def test_the_whole_configuration_is_plain_values():
+    built = compose.load(["stage=base"])
+    for field in dataclasses.fields(Config):
+        value = getattr(built, field.name)
+        assert type(value).__module__.startswith(("builtins", "steerlora.config."))
+        for name, inner in vars(value).items() if dataclasses.is_dataclass(value) else ():
+            assert type(inner) in (str, int, float, bool, list, dict, type(None)), name
+
+
+@pytest.mark.parametrize(
+    "schema", [*GROUPS.values(), SourceConfig, Config], ids=lambda schema: schema.__name__
+)
+def test_every_key_is_documented(schema):
+    described = set(re.findall(r"\w+", schema.__doc__.partition("Attributes:")[2]))
+    sections = set(GROUPS) - {"stage"} if schema is Config else set()  # documented by their class
+    missing = {field.name for field in dataclasses.fields(schema)} - described - sections
+    assert not missing
+
+
+@pytest.mark.parametrize("schema", GROUPS.values(), ids=lambda schema: schema.__name__)
+def test_sections_are_frozen_and_by_keyword(schema):
+    assert schema.__dataclass_params__.frozen
+    with pytest.raises(TypeError):
+        schema("positional")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ("adapter.rank=x", r"adapter\.rank: Value 'x' .*Integer"),
+        ("trainer.learning_rate=fast", r"trainer\.learning_rate: .*'fast'.*Float"),
+        ("adapter.dynamic_rank=maybe", r"adapter\.dynamic_rank: .*'maybe'.*"),
+        ("control.sites=1", r"control\.sites: .*"),
+        ("control.sites=[a]", r"control\.sites.*: .*'a'.*Integer"),
+        ("trainer.precision=null", r"trainer\.precision: .*not Optional"),
+        ("seed=x", r"seed=x: must be a whole number"),
+        ("seed=1.5", r"seed=1\.5: must be a whole number"),
+        ("seed=null", r"seed=None: must be a whole number"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(overrides, says):
+    with pytest.raises(UserError, match=f"^{says}") as caught:
+        compose.load([overrides])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ("adapter.rank=-4", "adapter.rank=-4: must be greater than 0"),
+        ("adapter.specialists=0", "adapter.specialists=0: must be greater than 0"),
+        ("adapter.top_k=9", "adapter.top_k=9 is more than adapter.specialists=4"),
+        ("adapter.initial_rank=2", "below 1"),
+        ("adapter.load_balance=-1", "adapter.load_balance=-1.0: must not be negative"),
+        ("adapter.routing=saee", "did you mean 'sae'"),
+        ("adapter=lora adapter.dynamic_rank=true", "set adapter.routing=sae"),
+        ("adapter.target_modules=[q_poj]", "did you mean 'q_proj'"),
+        ("sae.k=600", "sae.k=600 is more than sae.latents=512"),
+        ("sae.steps=0", "sae.steps=0: must be greater than 0"),
+        ("control.sites=[4]", "micro_m has layers 0 to 3"),
+        ("model=qwen3_0.6b control.sites=[28]", "qwen3_0.6b has layers 0 to 27"),
+        ("model=qwen3_0.6b control.monitor=29", "28 is the stream that leaves them"),
+        ("model.thinking=true", "models pretrained here do not think: set model.thinking=null"),
+        ("control.sites=[-1]", "give layers in rising order, each once"),
+        ("control.sites=[2,1]", "give layers in rising order, each once"),
+        ("control.sites=[]", "give layers in rising order, each once"),
+        ("model.heads=3", "model.heads=3 is not a multiple of model.kv_heads=2"),
+        ("model.steps=0", "model.steps=0: must be greater than 0"),
+        ("trainer.max_steps=0", "trainer.max_steps=0: must be greater than 0"),
+        ("trainer.learning_rate=nan", "trainer.learning_rate=nan: must be greater than 0"),
+        ("trainer.warmup_fraction=2", "trainer.warmup_fraction=2.0"),
+        ("trainer.accelerator=cpuu", "did you mean 'cpu'"),
+        ("trainer.precision=bf16-mix", "did you mean 'bf16-mixed'"),
+        ("evaluation.limit=0", "evaluation.limit=0: must be greater than 0"),
+        ("evaluation.groups.target=[mmlu]", "the domains' own tasks have that name"),
+        ("evaluation.metrics.mmlu=acc", "evaluation.metrics.mmlu=acc: give metric,filter"),
+        ("evaluation.shots.mmlu=-1", "evaluation.shots.mmlu=-1: must not be negative"),
+        ("domains.names=[math,math]", "name each domain once"),
+        ("domains.broad=maths", "did you mean 'math'"),
+        ("domains.kind=micr", "did you mean 'micro'"),
+        ("plan.gpus=0", "plan.gpus=0: must be greater than 0"),
+        ("plan.mfu=1.5", "plan.mfu=1.5: must be from 0 to 1"),
+        ("plan.labelled=0", "plan.labelled=0.0: must be greater than 0"),
+        ("plan.tokens_per_row=0", "plan.tokens_per_row=0.0: must be greater than 0"),
+        ("domains=text", "domains.dir=<folder"),
+        ("domains.kind=hub", "domains.sources.instruction is not set, and domains.names has"),
+        ("domains=paper domains.sources.law.revision=null", "legal-qa is not pinned: set domains"),
+        ("domains=paper domains.sources.law.prompt=null", "name the columns, domains.sources.law"),
+        ("domains=paper domains.sources.law.messages=m", "give messages, or prompt and response"),
+        ("domains=paper domains.sources.law.pth=m", "sources.law.pth; did you mean 'path'"),
+        ("domains=paper domains.sources.law.path=[m]", "sources.law.path=['m']: must be text"),
+        ("domains=paper domains.sources.law=m", "sources.law=m: give domains.sources.law.path="),
+        ("domains=paper domains.sources.lwa.path=m", "(and domains.names has no lwa)"),
+        ("domains=paper domains.sources.lwa.prompt=m", "domains.sources.lwa.path is not set"),
+        ("order=given", "name each domain once, of instruction, math, code, medicine, law"),
+        ("order.kind=broad", "did you mean 'broad_last' or 'broad_first'"),
+        ("logger.mode=of", "choose from offline, online"),
+        ("study.seeds=[]", "give at least one seed"),
+        ("artifacts.root=''", "artifacts.root=<folder>"),
+        ("results.dir=''", "results.dir=<folder>"),
+        ("logger.dir=''", "logger.dir=<folder>"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_what_would_be_right(default_tree, overrides, says):
+    changes = overrides.split()
+    if any(change.partition("=")[0] in GROUPS for change in changes):
+        tree = compose.tree(changes)
+    else:  # ten times as fast as composing
+        tree = OmegaConf.merge(default_tree, OmegaConf.from_dotlist(changes))
+    with pytest.raises(UserError) as caught:
+        compose.typed(tree)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("adapter.rnk=4", "no such key: adapter.rnk; did you mean 'adapter.rank'"),
+        ("trainr.max_steps=4", "did you mean 'trainer.max_steps'"),
+        ("adaptr=lora", "did you mean 'adapter'"),
+        ("sead=1", "did you mean 'seed'"),
+        ("foo=1", "no such key: foo; choose from adapter, artifacts, continual"),
+        ("+foo=1", "no such key: foo; choose from adapter, artifacts, continual"),
+        ("+trainer.max_step=1", "no such key: trainer.max_step; did you mean 'trainer.max_steps'"),
+        ("hydra.rn.dir=x", "no such key: hydra.rn.dir; steerlora --cfg hydra"),
+        ("adapter=sc_lor", "adapter=sc_lor: did you mean 'sc_lora'"),
+        ("stage=adapter_trainig", "stage=adapter_trainig: did you mean 'adapter_training'"),
+        ("experiment=smok", "experiment=smok: did you mean 'smoke'"),
+        ("model=gpt", "model=gpt: choose from gemma2_2b, gemma2_9b"),
+        ("trainer=null", "a config group cannot be null"),
+        ("~trainer", "trainer=<option> of cpu, ddp, gpu"),
+        ("model=[a", "cannot read"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(override, says):
+    with pytest.raises(UserError) as caught:
+        compose.load([override])
+    assert says in str(caught.value)
+    assert "_schema" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults_follow_the_model_and_yield_to_the_command_line():
+    large = compose.load(["model=micro_l"])
+    assert (large.control.sites, large.sae.latents) == ([2], 640)
+    told = compose.load(["model=micro_l", "control.sites=[1,3]", "sae.latents=128"])
+    assert (told.control.sites, told.sae.latents) == ([1, 3], 128)
+
+
+def test_a_mappings_keys_are_the_users():
+    found = compose.load(["evaluation=paper", "evaluation.files.gsm8k=a.jsonl"]).evaluation
+    assert found.files == {"gsm8k": "a.jsonl"}
+    assert found.groups["gsm8k"] == ["gsm8k"]
+    assert compose.load(["evaluation=paper"]).evaluation.files == {}
+    with pytest.raises(UserError, match=r"evaluation\.shots"):
+        compose.load(["evaluation.shots.gsm8k=many"])
+
+
+def test_the_sae_of_a_model_yields_to_the_command_line():
+    scope = "Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50"
+    assert compose.load(["model=qwen3_8b"]).sae.path == scope
+    assert compose.load(["model=qwen3_8b", "model.sae_path=null"]).sae.path is None
+    assert compose.load(["model=qwen3_4b", "sae.path=mine"]).sae.path == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        # As their model cards say.
+        ("qwen3_0.6b", 0.6),
+        ("qwen3_1.7b", 1.7),
+        ("qwen3_4b", 4.0),
+        ("qwen3_8b", 8.2),
+        ("qwen3_14b", 14.8),
+        ("qwen3_32b", 32.8),
+        ("gemma2_2b", 2.6),
+        ("gemma2_9b", 9.2),
+        ("llama3.2_1b", 1.2),
+    ],
+)
+def test_true_shapes_have_the_published_number_of_parameters(name, billions):
+    model = compose.load([f"model={name}"]).model
+    family = {"q": "qwen3", "g": "gemma2", "l": "llama"}[name[0]]
+    config = transformers.AutoConfig.for_model(
+        family,
+        num_hidden_layers=model.layers,
+        hidden_size=model.width,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_width,
+        intermediate_size=model.ffn_width,
+        vocab_size=model.vocabulary,
+        tie_word_embeddings=model.tied,
+    )
+    built = on_meta(transformers.AutoModelForCausalLM, config)
+    assert round(sum(weight.numel() for weight in built.parameters()) / 1e9, 1) == billions
+    assert shape_of(config).items() <= dataclasses.asdict(model).items()
+    assert model.control_sites == [model.layers * 3 // 8]
+
+
+def test_the_seed_reaches_the_intervention_and_nothing_upstream():
+    seeded = compose.load(["seed=7"])
+    assert (seeded.seed, seeded.intervention.seed) == (7, 7)
+    assert (seeded.model.seed, seeded.sae.seed, seeded.domains.seed) == (0, 0, 0)
+
+
+def test_an_installed_package_finds_its_own_conf(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages" / "steerlora"
+    (package / "conf").mkdir(parents=True)
+    (package / "conf" / "config.yaml").touch()
+    monkeypatch.setattr(compose, "__file__", str(package / "cli" / "compose.py"))
+    assert compose.config_directory() == package / "conf"
+    (package / "conf" / "config.yaml").unlink()
+    with pytest.raises(UserError, match="install the package again"):
+        compose.config_directory()
+
+
+def test_the_linear_layers_named_are_those_of_a_qwen3_layer():
+    shape = {"hidden_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+    qwen3 = transformers.Qwen3Config(
+        **shape, intermediate_size=8, num_hidden_layers=1, vocab_size=4
+    )
+    layer = transformers.Qwen3ForCausalLM(qwen3).model.layers[0]
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in layer.named_modules()
+        if type(module).__name__ == "Linear"
+    }
+    assert linear == set(config.QWEN3_LINEAR)
+
+
+def test_the_schema_never_reaches_beyond_plain_python():
+    text = Path(config.__file__).read_text()
+    assert "omegaconf" not in text
+    assert "import hydra" not in text

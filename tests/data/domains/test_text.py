@@ -1,0 +1,367 @@
+"""Real text: reading, splitting, tokenizing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from steerlora.data.chat import encode_chat
+from steerlora.data.domains.text import writer
+from steerlora.data.domains.text.tokenizer import build_tokenizer
+from steerlora.errors import UserError
+
+
+def real_folder() -> Path:
+    """The folder of real text, or a skip that says how to name it."""
+    beside = next(Path(__file__).resolve().parents[4].glob("*/data/real"), None)
+    folder = Path(os.environ.get("STEERLORA_TEXT_DIR", beside or "nowhere"))
+    if not folder.is_dir():
+        pytest.skip("set STEERLORA_TEXT_DIR to a folder of real text to run this test")
+    return folder
+
+
+def save(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def load(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def chats(domain: str, count: int, start: int = 0) -> list[dict]:
+    return [
+        {"prompt": f"{domain} question {i}?", "response": f"{domain} answer {i}."}
+        for i in range(start, start + count)
+    ]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Five small domains with the test files of lm-eval's own tasks."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for domain in ("instruction", "math", "code"):
+        save(folder / f"{domain}_train.jsonl", chats(domain, 60))
+    save(folder / "code_test.jsonl", chats("code", 20, start=100))
+    for part, start in (("train", 0), ("test", 500)):
+        save(
+            folder / f"medicine_{part}.jsonl",
+            [
+                {"prompt": f"Study {i}. Answer yes or no.", "response": ("yes", "no")[i % 2]}
+                for i in range(start, start + 40)
+            ],
+        )
+        save(
+            folder / f"law_{part}.jsonl",
+            [
+                {"task": task, "prompt": f"Clause {i} {task}.", "response": answer}
+                for i in range(start, start + 30)
+                for task, answer in (
+                    ("is_hearsay", ("Yes", "No")[i % 2]),
+                    ("define_term", f"term {i}"),
+                )
+            ],
+        )
+    save(
+        folder / "gsm8k_test.jsonl",
+        [{"question": f"{i} plus 1?", "answer": f"#### {i + 1}"} for i in range(30)],
+    )
+    save(
+        folder / "ifeval_test.jsonl",
+        [
+            {
+                "key": i,
+                "prompt": f"Write {i} without commas.",
+                "instruction_id_list": ["punctuation:no_comma"],
+                "kwargs": [{}],
+            }
+            for i in range(10)
+        ],
+    )
+    return folder
+
+
+def keys(rows: list[dict]) -> set[str]:
+    return {" ".join(row["prompt"].split()).casefold() for row in rows}
+
+
+def test_writes_the_artifact(source: Path, tmp_path: Path) -> None:
+    writer.write(tmp_path / "domains", source=source, seed=0, evaluation_items=12)
+    description = json.loads((tmp_path / "domains" / "domains.json").read_text())
+    assert description["kind"] == "text"
+    assert description["names"] == list(writer.DOMAINS)
+    assert description["extra_tasks"] == ["text_medicine", "text_law"]
+    assert description["groups"]["gsm8k"] == ["text_gsm8k"]
+    assert description["groups"]["instruction_following"] == ["text_ifeval"]
+    scored = {*description["target_tasks"].values(), *description["extra_tasks"]}
+    assert scored | {"text_gsm8k", "text_ifeval"} == set(description["metrics"])
+    assert not description["higher_is_better"]["text_law_cross_entropy"]
+    for name, count in description["counts"].items():
+        rows = load(tmp_path / "domains" / "heldout" / f"{name}.jsonl")
+        assert len(rows) == count["heldout"] == 12
+        assert set(rows[0]) == {"prompt", "response"}
+        assert len(load(tmp_path / "domains" / "train" / f"{name}.jsonl")) == count["adaptation"]
+    assert load(tmp_path / "domains" / "heldout" / "math.jsonl")[0]["response"].startswith("####")
+    pretrained = sum(count["pretraining"] for count in description["counts"].values())
+    assert len(load(tmp_path / "domains" / "pretrain.jsonl")) == pretrained
+
+
+def test_the_three_sets_are_disjoint_and_lose_nothing(source: Path, tmp_path: Path) -> None:
+    writer.write(tmp_path, source=source, seed=1, evaluation_items=10)
+    counts = json.loads((tmp_path / "domains.json").read_text())["counts"]
+    pretraining = keys(load(tmp_path / "pretrain.jsonl"))
+    assert pretraining
+    heldout = set().union(*(keys(load(path)) for path in (tmp_path / "heldout").iterdir()))
+    for name, count in counts.items():
+        adaptation = keys(load(tmp_path / "train" / f"{name}.jsonl"))
+        assert adaptation
+        assert not adaptation & pretraining
+        assert not adaptation & heldout
+        rows = len(load(source / f"{name}_train.jsonl"))
+        assert rows == sum(
+            count[key] for key in ("pretraining", "adaptation", "held_out_prompt", "repeated")
+        )
+    assert not pretraining & heldout
+    assert counts["instruction"]["held_out_prompt"] == counts["instruction"]["heldout"]
+
+
+def test_training_drops_test_prompts_of_any_domain_up_to_case_and_space(
+    source: Path, tmp_path: Path
+) -> None:
+    leaks = [
+        {"prompt": "  CODE   question 105? ", "response": "x"},  # in code_test
+        {"prompt": "7 PLUS 1?", "response": "x"},  # in gsm8k_test
+        {"prompt": "write 3 without\ncommas.", "response": "x"},  # in ifeval_test
+    ]
+    repeats = [{"prompt": "Math question  1?", "response": "again"}]
+    save(source / "math_train.jsonl", [*chats("math", 60), *leaks, *repeats])
+    writer.write(tmp_path, source=source, seed=0, evaluation_items=5)
+    count = json.loads((tmp_path / "domains.json").read_text())["counts"]["math"]
+    assert count["held_out_prompt"] == 3
+    assert count["repeated"] == 1
+    seen = keys(load(tmp_path / "train" / "math.jsonl") + load(tmp_path / "pretrain.jsonl"))
+    assert not seen & keys(leaks)
+
+
+def test_same_arguments_same_bytes_and_the_seed_matters(source: Path, tmp_path: Path) -> None:
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        writer.write(tmp_path / folder, source=source, seed=seed, evaluation_items=5)
+    files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.json*")]
+    assert len(files) == 16
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    changed = [
+        f for f in files if (tmp_path / "a" / f).read_bytes() != (tmp_path / "c" / f).read_bytes()
+    ]
+    assert Path("pretrain.jsonl") in changed
+    assert Path("heldout/instruction.jsonl") in changed
+
+
+def test_fractions(source: Path, tmp_path: Path) -> None:
+    arguments = {"source": source, "seed": 0, "names": ("math",)}
+    writer.write(tmp_path / "none", **arguments, pretraining_fraction=0.0)
+    assert load(tmp_path / "none" / "pretrain.jsonl") == []
+    save(source / "math_train.jsonl", chats("math", 2000))
+    writer.write(tmp_path / "most", **arguments, pretraining_fraction=0.8)
+    assert 1540 < len(load(tmp_path / "most" / "pretrain.jsonl")) < 1660
+    (source / "gsm8k_test.jsonl").unlink()
+    writer.write(tmp_path / "tenth", **arguments, heldout_fraction=0.01)
+    assert len(load(tmp_path / "tenth" / "heldout" / "math.jsonl")) == 20
+
+
+def test_long_prompts_keep_both_ends(source: Path, tmp_path: Path) -> None:
+    row = {"prompt": "START " + "filler " * 500 + "Question: THE END?", "response": "yes"}
+    save(source / "medicine_test.jsonl", [row])
+    writer.write(tmp_path, source=source, seed=0, max_prompt_characters=100)
+    prompt = load(tmp_path / "heldout" / "medicine.jsonl")[0]["prompt"]
+    assert len(prompt) == 100
+    assert prompt.startswith("START")
+    assert prompt.endswith("Question: THE END?")
+
+
+def test_multiple_choice_items_offer_the_answers_of_the_row_s_task(
+    source: Path, tmp_path: Path
+) -> None:
+    save(
+        source / "law_test.jsonl",
+        [
+            {"task": "is_hearsay", "prompt": "A", "response": "No"},
+            {"task": "is_hearsay", "prompt": "B", "response": "Perhaps"},  # unseen in training
+            {"task": "define_term", "prompt": "C", "response": "term 3"},  # open answers
+            {"task": "unheard_of", "prompt": "D", "response": "Yes"},
+        ],
+    )
+    writer.write(tmp_path, source=source, seed=0)
+    assert load(tmp_path / "evaluation" / "text_law.jsonl") == [
+        {"prompt": "Task: is hearsay\n\nA", "choices": ["No", "Yes"], "answer": 0}
+    ]
+    medicine = load(tmp_path / "evaluation" / "text_medicine.jsonl")
+    heldout = load(tmp_path / "heldout" / "medicine.jsonl")
+    assert [row["choices"][row["answer"]] for row in medicine] == [r["response"] for r in heldout]
+
+
+def test_a_users_own_domains(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    save(folder / "physics_train.jsonl", chats("physics", 40))
+    save(folder / "biology_train.jsonl", chats("biology", 40))
+    writer.write(tmp_path / "a", source=folder, seed=0)
+    description = json.loads((tmp_path / "a" / "domains.json").read_text())
+    assert description["names"] == ["biology", "physics"]
+    assert description["extra_tasks"] == description["groups"]["gsm8k"] == []
+    writer.write(tmp_path / "b", source=folder, seed=0, names=("physics",))
+    assert json.loads((tmp_path / "b" / "domains.json").read_text())["names"] == ["physics"]
+    assert not (tmp_path / "b" / "train" / "biology.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            '{"prompt": "a", "answer": "b"}',
+            r"math_train.jsonl:3: the row has no 'response' .*answer, prompt",
+        ),
+        (
+            '{"prompt": "a", "response": 3}',
+            r"math_train.jsonl:3: 'response' must be text, .* a number",
+        ),
+        (
+            '{"prompt": null, "response": "b"}',
+            r"math_train.jsonl:3: 'prompt' must be text, .* null",
+        ),
+        ('{"prompt": "a", ', r"math_train.jsonl:3: not valid JSON"),
+        ('["prompt"]', r"math_train.jsonl:3: a row is a JSON object, this is a list"),
+        (r'{"prompt": "\ud800", "response": "b"}', r"math_train.jsonl:3: 'prompt' has half a surr"),
+        (b'{"prompt": "\xff", "response": "b"}', r"math_train.jsonl:3: not UTF-8"),
+    ],
+)
+def test_bad_lines_are_named(source: Path, tmp_path: Path, line: str | bytes, message: str) -> None:
+    with (source / "math_train.jsonl").open("wb") as file:
+        file.write(b'{"prompt": "fine", "response": "fine"}\n\n')
+        file.write(line if isinstance(line, bytes) else line.encode())
+    with pytest.raises(UserError, match=message) as raised:
+        writer.write(tmp_path / "out", source=source, seed=0)
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_and_empty_files_are_named(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (source / "law_train.jsonl").rename(source / "tort_train.jsonl")
+    with pytest.raises(UserError, match=r"law_train.jsonl is missing .*tort.*domains.names="):
+        writer.write(out, source=source, seed=0)
+    with pytest.raises(UserError, match=r"chess_train.jsonl is missing"):
+        writer.write(out, source=source, seed=0, names=("math", "chess"))
+    with pytest.raises(UserError, match="twice"):
+        writer.write(out, source=source, seed=0, names=("math", "math"))
+    (source / "law_train.jsonl").write_text("\n \n")
+    with pytest.raises(UserError, match=r"law_train.jsonl has no row with a prompt"):
+        writer.write(out, source=source, seed=0)
+    save(source / "law_train.jsonl", load(source / "law_test.jsonl"))
+    with pytest.raises(UserError, match=r"law_train.jsonl leaves no rows .* 60 with a held-out"):
+        writer.write(out, source=source, seed=0)
+    with pytest.raises(UserError, match="is not a folder"):
+        writer.write(out, source=source / "nowhere", seed=0)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match="there are no domains"):
+        writer.write(out, source=tmp_path / "bare", seed=0)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"pretraining_fraction": 1.0},
+        {"heldout_fraction": 0.0},
+        {"evaluation_items": 0},
+        {"max_prompt_characters": 3},
+    ],
+)
+def test_settings_out_of_range_are_named(source: Path, tmp_path: Path, setting: dict) -> None:
+    with pytest.raises(UserError, match=f"domains.{next(iter(setting))}="):
+        writer.write(tmp_path / "out", source=source, seed=0, **setting)
+
+
+def test_lines_survive_characters_that_end_lines(source: Path, tmp_path: Path) -> None:
+    odd = "one\u2028two\x85three\x0cfour"
+    save(source / "code_test.jsonl", [{"prompt": odd, "response": odd}])
+    writer.write(tmp_path, source=source, seed=0)
+    assert load(tmp_path / "heldout" / "code.jsonl") == [{"prompt": odd, "response": odd}]
+
+
+@pytest.fixture
+def domains(source: Path, tmp_path: Path) -> Path:
+    writer.write(tmp_path / "domains", source=source, seed=0)
+    return tmp_path / "domains"
+
+
+def test_tokenizer_round_trips_any_text(domains: Path, tmp_path: Path) -> None:
+    build_tokenizer(domains, vocabulary=400).save_pretrained(tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert len(tokenizer) <= 400
+    assert tokenizer.padding_side == "left"
+    for sample in ("Naïve 漢字 \n\n\t  x==1;  e.g. 'Don’t' .", "medicine answer 12."):
+        assert tokenizer.decode(tokenizer(sample)["input_ids"]) == sample
+    assert len(tokenizer("1234")["input_ids"]) == 4
+
+
+def test_tokenizer_chat_template(domains: Path, tmp_path: Path) -> None:
+    build_tokenizer(domains, vocabulary=400).save_pretrained(tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    user = [{"role": "user", "content": "hi"}]
+    opening = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+    assert opening == "<|user|>hi<|end|><|assistant|>"
+    chat = encode_chat(tokenizer, "hi", "yes", 100)
+    tokens = tokenizer.convert_ids_to_tokens(chat.input_ids)
+    assert tokens[0] == "<|user|>"
+    assert tokens[chat.response_start - 1] == "<|assistant|>"
+    assert chat.input_ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(chat.input_ids[chat.response_start :]) == "yes<|end|>"
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_tokenizer_is_deterministic_and_checks_its_size(domains: Path) -> None:
+    first, second = (build_tokenizer(domains, vocabulary=350) for _ in range(2))
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+    with pytest.raises(UserError, match="vocabulary of 200 is too small"):
+        build_tokenizer(domains, vocabulary=200)
+
+
+def test_real_folder(tmp_path: Path) -> None:
+    source = real_folder()
+    writer.write(tmp_path, source=source, seed=0)
+    description = json.loads((tmp_path / "domains.json").read_text())
+    assert description["counts"]["law"]["held_out_prompt"] > 0  # the source does repeat prompts
+    training = keys(load(tmp_path / "pretrain.jsonl"))
+    for name in description["names"]:
+        heldout = keys(load(tmp_path / "heldout" / f"{name}.jsonl"))
+        adaptation = keys(load(tmp_path / "train" / f"{name}.jsonl"))
+        assert len(heldout) >= 80
+        assert not heldout & (training | adaptation)
+        assert not training & adaptation
+    tokenizer = build_tokenizer(tmp_path)
+    questions = load(tmp_path / "heldout" / "medicine.jsonl")
+    lengths = [len(encode_chat(tokenizer, **row, max_length=10_000).input_ids) for row in questions]
+    assert max(lengths) <= 256  # a small context sees the whole question and the answer
+
+
+def test_train_items_caps_what_adapters_see_and_nothing_else(source: Path, tmp_path: Path) -> None:
+    whole, capped = tmp_path / "whole", tmp_path / "capped"
+    writer.write(whole, source=source, seed=0)
+    writer.write(capped, source=source, seed=0, train_items=3)
+    assert load(capped / "train/math.jsonl") == load(whole / "train/math.jsonl")[:3]
+    for name in ("pretrain.jsonl", "heldout/math.jsonl"):
+        assert (capped / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_pretrain_items_takes_as_many_of_each_domain(source: Path, tmp_path: Path) -> None:
+    whole, capped = tmp_path / "whole", tmp_path / "capped"
+    writer.write(whole, source=source, seed=0)
+    writer.write(capped, source=source, seed=0, pretrain_items=9)
+    counts = json.loads((capped / "domains.json").read_text())["counts"]
+    assert {count["pretraining"] for count in counts.values()} == {math.ceil(9 / len(counts))}
+    for name in ("train/math.jsonl", "heldout/math.jsonl"):
+        assert (capped / name).read_bytes() == (whole / name).read_bytes()

@@ -1,0 +1,175 @@
+"""SAE checkpoints: round trip, SAELens's layout and arithmetic, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from steerlora.errors import UserError
+from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.saelens import load_sae, open_sae, sae_fingerprint, sae_metadata, save_sae
+
+WIDTH, LATENTS, K = 6, 20, 3
+METADATA = {"model_name": "micro_s", "hook_name": "blocks.2.hook_resid_pre", "context_size": 64}
+
+
+def make(**settings) -> SparseAutoencoder:
+    sae = SparseAutoencoder(WIDTH, LATENTS, **({"k": K} | settings))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    return sae
+
+
+def write(directory: Path, config: dict, sae: SparseAutoencoder | None = None) -> Path:
+    """A saved SAE whose cfg.json has some keys changed, or removed where the value is None."""
+    save_sae(sae or make(), directory, METADATA)
+    path = directory / "cfg.json"
+    merged = json.loads(path.read_text()) | config
+    path.write_text(json.dumps({key: v for key, v in merged.items() if v is not None}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"normalize": "layer_norm", "apply_b_dec_to_input": False},
+        {"activation": "relu", "k": None},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_round_trip(settings, dtype, tmp_path):
+    sae = make(**settings).to(dtype)
+    save_sae(sae, tmp_path, METADATA)
+    for path in (tmp_path, tmp_path / "sae_weights.safetensors", str(tmp_path)):
+        loaded = load_sae(path)
+        assert sae_metadata(path) == METADATA
+    x = torch.randn(5, WIDTH)
+    assert torch.equal(loaded(x), sae(x))
+    assert loaded.extra_repr() == sae.extra_repr()
+    assert sae_fingerprint(loaded) == sae_fingerprint(sae)
+    assert loaded.W_enc.t().is_contiguous()
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_files_are_saelens_s(tmp_path):
+    save_sae(make(), tmp_path, METADATA)
+    shapes = {k: tuple(v.shape) for k, v in load_file(tmp_path / "sae_weights.safetensors").items()}
+    assert shapes == {
+        "W_enc": (WIDTH, LATENTS),
+        "b_enc": (LATENTS,),
+        "W_dec": (LATENTS, WIDTH),
+        "b_dec": (WIDTH,),
+    }
+    assert json.loads((tmp_path / "cfg.json").read_text()) == {
+        "architecture": "topk",
+        "d_in": WIDTH,
+        "d_sae": LATENTS,
+        "k": K,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+        "metadata": METADATA,
+    }
+
+
+def test_rescaled_activations_are_folded_exactly(tmp_path):
+    stored = make()
+    loaded = load_sae(write(tmp_path, {"rescale_acts_by_decoder_norm": True}, stored))
+    x = torch.randn(50, WIDTH)
+    norm = stored.W_dec.norm(dim=1)
+    scores = ((x - stored.b_dec) @ stored.W_enc + stored.b_enc) * norm
+    kept = torch.where(scores >= scores.topk(K).values[:, -1:], scores, 0).relu()
+    expected = (kept / norm) @ stored.W_dec + stored.b_dec
+    features = loaded.encode(x)
+    dense = torch.zeros(50, LATENTS).scatter(1, features.indices, features.values)
+    torch.testing.assert_close(dense, kept)
+    torch.testing.assert_close(loaded(x), expected)
+    torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(LATENTS))
+    assert not torch.allclose(stored(x), expected)
+
+
+def test_fingerprint_sees_every_tensor_and_setting_but_not_the_layout():
+    reference = sae_fingerprint(make())
+    assert sae_fingerprint(make()) == reference
+    seen = {reference}
+    for name, _ in make().named_parameters():
+        changed = make()
+        with torch.no_grad():
+            changed.get_parameter(name)[0].add_(1e-3)
+        seen.add(sae_fingerprint(changed))
+    for settings in ({"k": 4}, {"normalize": "layer_norm"}, {"apply_b_dec_to_input": False}):
+        seen.add(sae_fingerprint(make(**settings)))
+    assert len(seen) == 8
+    row_major = make()
+    row_major.W_enc = torch.nn.Parameter(row_major.W_enc.detach().contiguous())
+    assert sae_fingerprint(row_major) == reference
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architecture": "jumprelu"}, "architecture 'jumprelu'; choose from standard, topk"),
+        ({"architecture": "top_k"}, "did you mean 'topk'"),
+        ({"architecture": None}, "lacks architecture"),
+        ({"k": None}, "needs k"),
+        ({"k": 21}, "1 <= k <= 20"),
+        ({"normalize_activations": "layernorm"}, "did you mean 'layer_norm'"),
+        ({"reshape_activations": "hook_z"}, "attention heads"),
+        ({"d_in": 7}, r"b_dec is \[6\], but cfg.json says \[7\]|W_enc is \[6, 20\].*\[7, 20\]"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(config, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load_sae(write(tmp_path, config))
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(UserError, match="no such file or directory"):
+        load_sae(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="expected sae_weights"):
+        load_sae(tmp_path)
+    other = tmp_path / "sae_weight.safetensors"
+    other.touch()
+    with pytest.raises(UserError, match="did you mean 'sae_weights"):
+        load_sae(other)
+
+    directory = write(tmp_path / "sae", {})
+    weights = directory / "sae_weights.safetensors"
+    complete = weights.read_bytes()
+    weights.write_bytes(complete[:-10])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_sae(directory)
+    save_file({"W_enc": torch.zeros(6, 20)}, weights)
+    with pytest.raises(UserError, match="holds \\['W_enc'\\]"):
+        load_sae(directory)
+    (directory / "cfg.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        load_sae(directory)
+    (directory / "cfg.json").unlink()
+    with pytest.raises(UserError, match=r"no cfg\.json"):
+        load_sae(directory)
+
+
+def test_a_folder_of_folders_has_one_a_site(tmp_path):
+    for site, name in {1: "blocks.1.hook_resid_pre", 3: "blocks.2.hook_resid_post"}.items():
+        save_sae(make(seed=site), tmp_path / name, METADATA | {"hook_name": name})
+    for site, name in {1: "blocks.1.hook_resid_pre", 3: "blocks.2.hook_resid_post"}.items():
+        sae, said = open_sae(str(tmp_path), site)
+        assert sae_fingerprint(sae) == sae_fingerprint(make(seed=site))
+        assert said["hook_name"] == name
+    with pytest.raises(UserError, match=r"no SAE of site 2 in .* it has blocks\.1.*, blocks\.2"):
+        open_sae(str(tmp_path), 2)
+    _, said = open_sae(str(tmp_path / "blocks.1.hook_resid_pre"), 7)  # whatever its name
+    assert said["hook_name"] == "blocks.1.hook_resid_pre"
