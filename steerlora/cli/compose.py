@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -21,11 +21,38 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from steerlora.config import GROUPS, Config
+from steerlora.config import SECTIONS, Config
 from steerlora.errors import UserError, nearest
+from steerlora.methods.config import METHODS, MethodConfig
+from steerlora.registry import Registry, import_plugins
+from steerlora.saes.config import SAES, SAEConfig
 
 SCHEMA = "_schema"
 """Option of every group that holds its typed defaults; the YAML files build on it."""
+
+KINDS: dict[str, tuple[str, Registry, type]] = {
+    "method": ("kind", METHODS, MethodConfig),
+    "sae": ("architecture", SAES, SAEConfig),
+}
+"""{section whose type depends on its kind: (the key that names it, the kinds, what all have)}.
+
+A YAML file of such a section builds on ``_<kind>``, or on ``_schema`` and lists the kind's keys.
+"""
+GROUPS = (*SECTIONS, *KINDS)
+OTHER_KEYS = ("seed", "plugins")
+
+RENAMED = {
+    "adapter.routing": "method.signal",
+    "adapter": "method",
+    "continual.specialists": "method.isolation",
+    "continual.replay_ratio": "method.replay.ratio",
+    "continual.replay_batches": "method.replay.batches",
+    "continual.memory": "method.memory.enabled",
+    "continual": "method",
+    "control": "method",
+    "routing": "method.health",
+}
+"""What keys of earlier versions are called now."""
 
 # YAML may write ${every_layer:${model.layers}} for a site at every layer. Registered on import, so
 # that the processes of a sweep have it too.
@@ -44,18 +71,47 @@ def config_directory() -> Path:
     raise UserError(f"no conf/config.yaml beside {package}: install the package again")
 
 
-@cache
 def register_schemas() -> None:
     """Give every group its typed defaults, so that each key exists and has a type."""
-    for group, schema in GROUPS.items():
-        # A frozen dataclass makes a read-only node, which YAML could not fill in.
-        node = OmegaConf.structured(schema)
-        OmegaConf.set_readonly(node, None)
-        for field in dataclasses.fields(schema):
-            if get_origin(get_type_hints(schema)[field.name]) is dict:
-                # Its keys are the user's: evaluation.files.gsm8k=<file>, without Hydra's "+".
-                OmegaConf.set_struct(node[field.name], False)
-        ConfigStore.instance().store(group=group, name=SCHEMA, node=node)
+    for group, schema in SECTIONS.items():
+        _register(group, SCHEMA, schema)
+    for group, (_, kinds, common) in KINDS.items():
+        _register(group, SCHEMA, common)
+        for kind, schema in kinds.known():
+            _register(group, f"_{kind}", schema)
+    _register_launchers()
+
+
+@cache
+def _register(group: str, name: str, schema: type) -> None:
+    ConfigStore.instance().store(group=group, name=name, node=_node(schema))
+
+
+def _node(schema: type) -> DictConfig:
+    """The typed defaults of a section; fields may follow other keys of the configuration."""
+    node = _writable(OmegaConf.structured(schema))
+    if schema in (common for _, _, common in KINDS.values()):
+        node = OmegaConf.create(OmegaConf.to_container(node))  # a kind's YAML adds keys of its own
+    for field in dataclasses.fields(schema):
+        if "interpolation" in field.metadata:
+            OmegaConf.update(node, field.name, field.metadata["interpolation"])
+        elif get_origin(get_type_hints(schema)[field.name]) is dict:
+            # Its keys are the user's: evaluation.files.gsm8k=<file>, without Hydra's "+".
+            OmegaConf.set_struct(node[field.name], False)
+    return node
+
+
+def _writable(node: DictConfig) -> DictConfig:
+    """A frozen dataclass makes a read-only node, which YAML could not fill in."""
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        if isinstance(node._get_node(key), DictConfig):
+            _writable(node[key])
+    return node
+
+
+@cache
+def _register_launchers() -> None:
     Plugins.instance()  # which have stored their options by then
     if _has_launchers():
         from steerlora.cli.launchers import register_options
@@ -100,11 +156,24 @@ def tree(overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: an unknown key or option, with the nearest right ones.
     """
+    import_plugins(_plugins_named(overrides))
     with hydra_ready():
         try:
             return compose("config", list(overrides))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise UserError(explain(error)) from error
+
+
+def _plugins_named(overrides: Sequence[str]) -> list[str]:
+    """Modules that the command line names: they register before anything is composed."""
+    given = [text for text in overrides if text.startswith("plugins=")]
+    try:
+        found = OverridesParser.create().parse_overrides(given)
+        return [str(name) for override in found for name in override.value()]
+    except (HydraException, TypeError) as error:
+        raise UserError(
+            f"{given[-1]}: give a list of modules, plugins=[my_package.mine]"
+        ) from error
 
 
 def typed(tree: DictConfig) -> Config:
@@ -117,34 +186,46 @@ def typed(tree: DictConfig) -> Config:
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise UserError(f"seed={seed}: must be a whole number")
     for key in tree:
-        if key not in (*GROUPS, "seed"):
+        if key not in (*GROUPS, *OTHER_KEYS):
             raise UserError(f"no such key: {key}; {_nearest_key(key)}")
     try:
         values = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
     sections = {}
-    for name, schema in GROUPS.items():
+    for name in GROUPS:
         if values.get(name) is not None:
-            sections[name] = _section(name, schema, values[name])
+            sections[name] = _section(name, _schema_of(name, values[name]), values[name])
         elif name != "stage":
             options = ", ".join(_options(name))
             raise UserError(
                 f"{name} is empty: it needs its section"
                 + (f", {name}=<option> of {options}" if options else "")
             )
-    return Config(**sections, seed=seed)
+    return Config(**sections, seed=seed, plugins=tuple(values.get("plugins") or ()))
 
 
-def _section(name: str, schema: type, values: dict):
-    node = OmegaConf.structured(schema)
-    OmegaConf.set_readonly(node, None)
+def _schema_of(section: str, values: dict[str, Any]) -> type:
+    """The type of a section, which in some depends on what it says of itself.
+
+    Raises:
+        UserError: it names a kind that is not registered.
+    """
+    if section in SECTIONS:
+        return SECTIONS[section]
+    key, kinds, _ = KINDS[section]
+    kinds.check(f"{section}.{key}", values.get(key, ""))
+    return kinds[values[key]]
+
+
+def _section(name: str, schema: type, values: dict[str, Any]) -> Any:
+    node = _writable(OmegaConf.structured(schema))
     try:
         merged = OmegaConf.merge(node, values)
     except OmegaConfBaseException as error:
-        key = f"{name}.{getattr(error, 'key', None)}"
+        key = f"{name}.{getattr(error, 'full_key', None)}"
         if isinstance(error, ConfigKeyError):
-            raise UserError(f"no such key: {key}; {_nearest_key(key)}") from error
+            raise UserError(f"no such key: {key}; {_nearest_key(key, schema)}") from error
         raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
     return OmegaConf.to_object(merged)
 
@@ -193,20 +274,53 @@ def _options(group: str) -> list[str]:
     return sorted(path.stem for path in (config_directory() / group).glob("*.yaml"))
 
 
-def _nearest_key(key: str) -> str:
-    """Suggestions for a dotted key: its own section's keys if that exists, else the sections."""
+def _nearest_key(key: str, schema: type | None = None) -> str:
+    """Suggestions for a dotted key: its own section's keys if that exists, else the sections.
+
+    Args:
+        key: what was given.
+        schema: the type of its section, where that is known.
+    """
     if key.split(".")[0] == "hydra":
         return "steerlora --cfg hydra lists Hydra's own"
-    section, _, name = key.rpartition(".")
-    if section in GROUPS:
-        choices = list(GROUPS[section].__dataclass_fields__)
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            rest = key.removeprefix(old)
+            return f"it is {new}{rest} now" if "." in key else f"it is {new}=<option> now"
+    section, _, name = key.partition(".")
+    of_section = {s: schema if schema and s == section else _schemas(s) for s in GROUPS}
+    keys = {s: _keys(s, types) for s, types in of_section.items()}
+    if section in keys and name:
         return (
-            nearest(name, choices).replace("'", f"'{section}.", 1) if name else nearest("", choices)
+            nearest(key, keys[section])
+            if _close(key, keys[section])
+            else ("choose from " + ", ".join(k.removeprefix(f"{section}.") for k in keys[section]))
         )
-    first = key.split(".")[0]
-    everywhere = [f"{g}.{n}" for g, schema in GROUPS.items() for n in schema.__dataclass_fields__]
-    if "." in key:
-        close = nearest(key, everywhere)
-        if close.startswith("did you mean"):
-            return close
-    return nearest(first, [*GROUPS, "seed", "experiment"])
+    everywhere = [found for names in keys.values() for found in names]
+    if "." in key and _close(key, everywhere):
+        return nearest(key, everywhere)
+    return nearest(section, [*GROUPS, *OTHER_KEYS, "experiment"])
+
+
+def _close(name: str, choices: Sequence[str]) -> bool:
+    return nearest(name, choices).startswith("did you mean")
+
+
+def _schemas(section: str) -> tuple[type, ...]:
+    """The types that a section may have, as far as they are imported."""
+    if section in SECTIONS:
+        return (SECTIONS[section],)
+    return tuple(schema for _, schema in KINDS[section][1].known())
+
+
+def _keys(prefix: str, schemas: type | tuple[type, ...]) -> list[str]:
+    """Every dotted key of a section, those of nested sections too."""
+    found = {}
+    for schema in schemas if isinstance(schemas, tuple) else (schemas,):
+        hints = get_type_hints(schema)
+        for field in dataclasses.fields(schema):
+            key, nested = f"{prefix}.{field.name}", hints[field.name]
+            found |= dict.fromkeys(
+                _keys(key, nested) if dataclasses.is_dataclass(nested) else [key]
+            )
+    return list(found)

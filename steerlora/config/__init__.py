@@ -1,7 +1,8 @@
 """The typed configuration: what every key means, its unit, and what it may be.
 
-Hydra composes YAML; ``steerlora.cli.compose`` turns the result into these dataclasses once, at the
-door. Everything behind it sees plain frozen dataclasses. A file a theme; what concerns several
+Hydra composes YAML; ``steerlora.cli.compose`` turns the result into these dataclasses once. All
+code behind it sees plain frozen dataclasses. Sections that several rooms share are declared here, a
+file a theme; what only a method or an SAE needs is declared beside its code. What concerns several
 sections is checked here.
 """
 
@@ -9,20 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from steerlora.config.checks import one_of
-from steerlora.config.course import ContinualConfig, EvaluationConfig, OrderConfig, TrainerConfig
-from steerlora.config.method import (
-    QWEN3_LINEAR,
-    AdapterConfig,
-    ControlConfig,
-    FeaturesConfig,
-    InterventionConfig,
-    RoutingConfig,
-    SAEConfig,
-)
+from steerlora.config.course import EvaluationConfig, OrderConfig, TrainerConfig
+from steerlora.config.features import FeaturesConfig
+from steerlora.config.intervention import InterventionConfig
 from steerlora.config.run import (
-    STAGES,
     ArtifactsConfig,
     LoggerConfig,
     PlanConfig,
@@ -33,15 +27,14 @@ from steerlora.config.run import (
 from steerlora.config.world import DomainsConfig, ModelConfig, SourceConfig
 from steerlora.errors import UserError
 
+if TYPE_CHECKING:
+    from steerlora.methods.config import MethodConfig
+    from steerlora.saes.config import SAEConfig
+
 __all__ = [
-    "GROUPS",
-    "QWEN3_LINEAR",
-    "STAGES",
-    "AdapterConfig",
+    "SECTIONS",
     "ArtifactsConfig",
     "Config",
-    "ContinualConfig",
-    "ControlConfig",
     "DomainsConfig",
     "EvaluationConfig",
     "FeaturesConfig",
@@ -51,8 +44,6 @@ __all__ = [
     "OrderConfig",
     "PlanConfig",
     "ResultsConfig",
-    "RoutingConfig",
-    "SAEConfig",
     "SourceConfig",
     "StageConfig",
     "StudyConfig",
@@ -62,25 +53,17 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run, whole.
-
-    Attributes:
-        stage: the stage to run; null with an experiment.
-        seed: of adapters, their data order and the interventions' draws. Domains, base and SAE have
-            seeds of their own, so that a sweep over this one trains them once.
-    """
+    """One run, whole."""
 
     stage: StageConfig | None = None
+    """The stage to run; null with an experiment."""
     model: ModelConfig
     domains: DomainsConfig
     sae: SAEConfig
-    control: ControlConfig
     features: FeaturesConfig
-    adapter: AdapterConfig
-    routing: RoutingConfig
+    method: MethodConfig
     intervention: InterventionConfig
     order: OrderConfig
-    continual: ContinualConfig
     trainer: TrainerConfig
     evaluation: EvaluationConfig
     plan: PlanConfig
@@ -89,23 +72,23 @@ class Config:
     artifacts: ArtifactsConfig
     results: ResultsConfig
     seed: int = 0
+    """Of methods, their data order and the interventions' draws. Domains, base and SAE have seeds
+    of their own, so that a sweep over this one trains them once."""
+    plugins: tuple[str, ...] = ()
+    """Modules of the user's that register methods, SAEs, interventions, routers or stages."""
 
     def __post_init__(self) -> None:
-        if max(self.control.sites) >= self.model.layers:
+        method, model = self.method, self.model
+        if max(method.sites) >= model.layers:
             raise UserError(
-                f"control.sites={self.control.sites}: {self.model.name} has layers 0 to "
-                f"{self.model.layers - 1}"
+                f"method.sites={method.sites}: {model.name} has layers 0 to {model.layers - 1}"
             )
-        if (self.control.monitor or 0) > self.model.layers:
+        if (method.monitor or 0) > model.layers:
             raise UserError(
-                f"control.monitor={self.control.monitor}: {self.model.name} has "
-                f"{self.model.layers} layers; {self.model.layers} is the stream that leaves them"
+                f"method.monitor={method.monitor}: {model.name} has {model.layers} layers; "
+                f"{model.layers} is the stream that leaves them"
             )
-        self._check_method()
-        if self.model.path is None:
-            for name in self.adapter.target_modules or ():
-                if name.isidentifier():  # else a path or a pattern, which the model itself judges
-                    one_of("adapter.target_modules", name, QWEN3_LINEAR)
+        method.check(self)
         if self.domains.kind == "text" and not self.domains.dir:
             raise UserError("domains.dir is not set: domains.dir=<folder of <domain>_train.jsonl>")
         if self.order.kind == "given" and sorted(self.order.sequence) != sorted(self.domains.names):
@@ -122,73 +105,20 @@ class Config:
         for name in self.intervention.domains:
             one_of("intervention.domains", name, self.domains.names)
         for site in self.intervention.sites:
-            if site not in self.control.sites:
+            if site not in method.sites:
                 raise UserError(
                     f"intervention.sites={self.intervention.sites}: the control sites are "
-                    f"{self.control.sites}"
+                    f"{method.sites}"
                 )
 
-    def _check_method(self) -> None:
-        """Settings of several sections that make no method together."""
-        adapter, continual, domains = self.adapter, self.continual, len(self.domains.names)
-        if adapter.monitored and self.control.monitor is None:
-            raise UserError(
-                "adapter.preservation and adapter.steering compare features at a monitor site: "
-                "set control.monitor=<layer>, such as the number of layers"
-            )
-        if self.control.source == "base_last" and adapter.routing == "sae":
-            raise UserError(
-                "control.source=base_last reads hidden states: set adapter.routing=dense"
-            )
-        if self.control.source == "base_last" and adapter.router == "prototype":
-            raise UserError(
-                "adapter.router=prototype reads the streams at its sites: set "
-                "control.source=inline or base"
-            )
-        if continual.specialists == "frozen" and adapter.routing == "none":
-            raise UserError(
-                "continual.specialists=frozen freezes what routing chose most, and "
-                f"adapter={adapter.name} has no routing: set it to free or own"
-            )
-        if adapter.router == "prototype" and adapter.specialists < domains:
-            raise UserError(
-                f"adapter.router=prototype has a specialist a domain: set adapter.specialists "
-                f"to at least {domains}"
-            )
-        if continual.specialists == "own" and adapter.specialists < domains:
-            raise UserError(
-                f"continual.specialists=own needs a specialist a domain: set adapter.specialists "
-                f"to at least {domains}"
-            )
-        if continual.specialists != "free" and self.trainer.weight_decay:
-            raise UserError(
-                f"continual.specialists={continual.specialists}: weight decay would shrink the "
-                "frozen ones: set trainer.weight_decay=0"
-            )
-        if continual.memory and (adapter.routing != "sae" or adapter.router == "prototype"):
-            raise UserError(
-                "continual.memory=true needs a learnt router of SAE features: set "
-                "adapter.routing=sae and adapter.router=linear or mlp"
-            )
-        if adapter.orthogonality and continual.specialists != "own":
-            raise UserError(
-                "adapter.orthogonality keeps an arriving domain's specialist apart from the "
-                "others: set continual.specialists=own"
-            )
 
-
-GROUPS: dict[str, type] = {
+SECTIONS: dict[str, type] = {
     "stage": StageConfig,
     "model": ModelConfig,
     "domains": DomainsConfig,
-    "sae": SAEConfig,
-    "control": ControlConfig,
     "features": FeaturesConfig,
-    "adapter": AdapterConfig,
-    "routing": RoutingConfig,
     "intervention": InterventionConfig,
     "order": OrderConfig,
-    "continual": ContinualConfig,
     "trainer": TrainerConfig,
     "evaluation": EvaluationConfig,
     "plan": PlanConfig,
@@ -197,4 +127,4 @@ GROUPS: dict[str, type] = {
     "artifacts": ArtifactsConfig,
     "results": ResultsConfig,
 }
-"""The sections of a configuration and their types."""
+"""The sections that have one type. ``method`` and ``sae`` have that of the kind they name."""

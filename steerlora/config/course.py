@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from steerlora.config.checks import not_negative, one_of, positive, share
+from steerlora.config.checks import not_negative, one_of, positive
 from steerlora.errors import UserError
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
@@ -40,49 +40,6 @@ class OrderConfig:
         )
         positive("order", steps_per_domain=self.steps_per_domain)
         not_negative("order", index=self.index)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContinualConfig:
-    """What a sequence of domains does against forgetting.
-
-    Attributes:
-        specialists: "free": all of them train in every domain; "frozen": the one that carried a
-            domain most is frozen when the domain ends; "own": each arriving domain trains one of
-            its own, the next, and the others are frozen.
-        replay_ratio: share of the steps that repeat a batch of an earlier domain.
-        replay_batches: batches of each domain that are kept for it.
-        memory: let specialists be spawned, merged and pruned, in sequences and in joint training.
-        memory_every: steps between its decisions.
-        spawn_confidence: a specialist is spawned where the gate's mean confidence (0: even over
-            those kept, 1: one-hot) is below this,
-        spawn_similarity: and the text's mean features are less similar (cosine) than this to every
-            active specialist's.
-        merge_similarity: specialists are merged whose mean features are more similar than this.
-        prune_usage: a specialist is dropped whose usage is below this part of the even share.
-    """
-
-    specialists: str = "free"
-    replay_ratio: float = 0.0
-    replay_batches: int = 128
-    memory: bool = False
-    memory_every: int = 50
-    spawn_confidence: float = 0.5
-    spawn_similarity: float = 0.95
-    merge_similarity: float = 0.99
-    prune_usage: float = 0.1
-
-    def __post_init__(self) -> None:
-        one_of("continual.specialists", self.specialists, ("free", "frozen", "own"))
-        positive("continual", replay_batches=self.replay_batches, memory_every=self.memory_every)
-        share(
-            "continual",
-            replay_ratio=self.replay_ratio,
-            spawn_confidence=self.spawn_confidence,
-            spawn_similarity=self.spawn_similarity,
-            merge_similarity=self.merge_similarity,
-            prune_usage=self.prune_usage,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from steerlora.config.checks import given, one_of, positive, share
 from steerlora.errors import UserError
 
-STAGES = (
-    "domains",
-    "base",
-    "activations",
-    "sae_training",
-    "features",
-    "adapter_training",
-    "evaluate",
-    "causal_ablation",
-    "sequential_forgetting",
-    "report",
-    "status",
-    "plan",
-)
-"""What ``stage=`` may name; all but the last three store an artifact."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """Attributes: name: the stage to bring up to date, with whatever it needs."""
+    """The stage to bring up to date, with whatever it needs."""
 
     name: str
-
-    def __post_init__(self) -> None:
-        one_of("stage.name", self.name, STAGES)
+    """Registered name of a stage, or "status", "plan" or "report"."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the stage has of its own; it checks them itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,16 +103,16 @@ class StudyConfig:
     meaningful: bool = True
     models: list[str] = field(default_factory=list)
     main_model: str = ""
-    adapters: list[str] = field(default_factory=list)
-    scale_adapters: list[str] = field(default_factory=list)
+    methods: list[str] = field(default_factory=list)
+    scale_methods: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
     scale_seeds: list[int] = field(default_factory=lambda: [0])
     interventions: list[str] = field(default_factory=list)
     doses: list[float] = field(default_factory=list)
     retrained: list[str] = field(default_factory=list)
-    ablation_adapter: str = "sc_lora"
+    ablation_method: str = "sc_lora"
     orders: list[str] = field(default_factory=list)
-    sequential_adapters: list[str] = field(default_factory=list)
+    sequential_methods: list[str] = field(default_factory=list)
     workers: int = 1
 
     def __post_init__(self) -> None:

@@ -1,0 +1,40 @@
+"""How features are sorted by use (stage ``features``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from steerlora.config.checks import not_negative, positive, share
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """How features are sorted into general ones and domains' own (stage ``features``)."""
+
+    general_quantile: float = 0.7
+    """A general feature's frequency is at or above this quantile, from 0 to 1."""
+    largest_variation: float = 0.8
+    """A general feature's coefficient of variation over domains is at most this, from 0."""
+    domain_quantile: float = 0.8
+    """A domain's own feature stands out from the other domains at or above this quantile."""
+    least: int = 64
+    """Features of each sort at least, from 0; at most an eighth of ``sae.latents``."""
+    instruct_model: str | None = None
+    """Folder or hub id of an instruction-tuned version of the base; general features must then also
+    drift little between the two. Null: no such condition."""
+    drift_quantile: float = 0.7
+    """A general feature's drift is at or below this quantile, from 0 to 1."""
+    shown: int = 8
+    """Strongest features listed for each domain, from 1."""
+    examples: int = 5
+    """Tokens in context listed for each of them, from 1."""
+
+    def __post_init__(self) -> None:
+        share(
+            "features",
+            general_quantile=self.general_quantile,
+            domain_quantile=self.domain_quantile,
+            drift_quantile=self.drift_quantile,
+        )
+        positive("features", shown=self.shown, examples=self.examples)
+        not_negative("features", least=self.least, largest_variation=self.largest_variation)

@@ -1,0 +1,138 @@
+"""What every method's configuration has, and what stages ask of it; free of torch.
+
+``METHODS`` holds one configuration class a kind of method: ``@method("kind")``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from steerlora.config.checks import positive, share
+from steerlora.errors import UserError
+from steerlora.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from steerlora.config import Config
+    from steerlora.methods.base import Learner, Method, Sources
+
+METHODS: Registry[type[MethodConfig]] = Registry(
+    "method.kind", "steerlora.methods.*.config", "steerlora.methods.*"
+)
+method = METHODS.register
+
+QWEN3_LINEAR = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+"""Linear layers of a decoder layer of the models that are pretrained here."""
+
+
+def from_model(name: str, default: Any) -> Any:
+    """A field whose default is another key of the configuration, such as "model.layers"."""
+    make = (lambda: list(default)) if isinstance(default, list) else (lambda: default)
+    return field(default_factory=make, metadata={"interpolation": f"${{{name}}}"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """Batches of earlier domains among a domain's own, in a sequence."""
+
+    ratio: float = 0.0
+    """Share of the steps that repeat a batch of an earlier domain, from 0 to 1."""
+    batches: int = 128
+    """Batches of each domain that are kept for it, from 1."""
+
+    def __post_init__(self) -> None:
+        share("method.replay", ratio=self.ratio)
+        positive("method.replay", batches=self.batches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """One method: what trains on a frozen base model, and how.
+
+    A kind of method is a subclass, registered by ``@method("kind")`` in ``methods/<kind>/config.py``.
+    It says by its properties what stages have to know (capabilities), and builds the method.
+    """
+
+    kind: str = ""
+    """Registered name of the kind."""
+    name: str = ""
+    """What tables call it."""
+    sites: list[int] = from_model("model.control_sites", [1])
+    """Control sites: layers whose incoming stream the method reads or changes, in rising order.
+    Nothing below the first is adapted."""
+    monitor: int | None = None
+    """Layer whose incoming stream is compared with the base's, by losses that do so and by the
+    drift of general features that sequences report: above the first site, at most the number of
+    layers (the stream that leaves the last one). Null: none."""
+    target_modules: list[str] | None = None
+    """Linear layers that are adapted, by last name, by path inside a decoder layer, or by a pattern
+    of either ("*_proj", "self_attn.*"); null: all."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+
+    # Capabilities: what stages ask in place of the kind
+
+    reads_features: ClassVar[bool] = False
+    """It needs a trained SAE at every site."""
+    reads_taxonomy: ClassVar[bool] = False
+    """It needs the features of every site sorted by use (stage ``features``)."""
+    compares_with_base: ClassVar[bool] = False
+    """A loss of it compares features at ``monitor`` with the base's."""
+    has_control_signal: ClassVar[bool] = False
+    """Interventions can change the signal that routes it."""
+    exports_to_peft: ClassVar[bool] = False
+    """PEFT can hold it: training writes PEFT's format as well."""
+    not_trained: ClassVar[frozenset[str]] = frozenset({"name"})
+    """Keys that do not change what training writes, so they are not part of its fingerprint."""
+    only_in_evaluation: ClassVar[tuple[str, ...]] = ()
+    """Keys that change how a trained method is evaluated, and not how it trains."""
+
+    @property
+    def at_evaluation(self) -> dict[str, Any]:
+        """The values of ``only_in_evaluation``."""
+        return {key: getattr(self, key) for key in self.only_in_evaluation}
+
+    def __post_init__(self) -> None:
+        sites = self.sites
+        if not sites or sorted(set(sites)) != list(sites) or min(sites) < 0:
+            raise UserError(f"method.sites={sites}: give layers in rising order, each once")
+        if self.monitor is not None and self.monitor <= min(sites):
+            raise UserError(
+                f"method.monitor={self.monitor}: must be above the first control site, "
+                f"{min(sites)}; below it nothing is adapted"
+            )
+
+    def check(self, config: Config) -> None:
+        """Refuse what does not go with other sections of the configuration.
+
+        Raises:
+            UserError: says what to set.
+        """
+
+    def build(self, model: nn.Module, sources: Sources, seed: int) -> Method:
+        """The method, untrained and attached to ``model``.
+
+        Args:
+            model: the frozen base; it may lie on the meta device.
+            sources: SAEs and features of the sites, as far as the capabilities ask for them.
+            seed: of the initial weights.
+
+        Raises:
+            ValueError: it does not fit the model.
+        """
+        raise NotImplementedError
+
+    def learner(self, method: Method, **settings: Any) -> Learner:
+        """How it trains; the arguments are those of :class:`steerlora.methods.base.Learner`."""
+        from steerlora.methods.base import Learner
+
+        return Learner(self, method, **settings)

@@ -1,0 +1,317 @@
+"""Configuration of low-rank specialists that a router weighs; free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from steerlora.config.checks import not_negative, one_of, positive, share
+from steerlora.errors import UserError
+from steerlora.methods.config import QWEN3_LINEAR, MethodConfig, method
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from steerlora.config import Config
+    from steerlora.methods.base import Method, Sources
+    from steerlora.methods.routed_lora.learning import RoutedLoRALearner
+
+SIGNALS = ("none", "dense", "sae")
+CONTEXTS = ("token", "causal_mean", "ema")
+SOURCES = ("inline", "base", "base_last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of the losses; one of weight zero is not computed."""
+
+    task: float = 1.0
+    """Of the next token's cross-entropy."""
+    preservation: float = 0.0
+    """Of the squared change of general features; needs ``method.monitor``."""
+    steering: float = 0.0
+    """Of the squared distance of a domain's own features from its prototype; needs
+    ``method.monitor``."""
+    gate_sparsity: float = 0.0
+    """Of the gate's entropy."""
+    rank_budget: float = 0.0
+    """Of the mean of the rank mask."""
+    load_balance: float = 0.0
+    """Of mean usage's squared distance from uniform over the active specialists."""
+    diversity: float = 0.0
+    """Of the squared cosine between specialists."""
+    orthogonality: float = 0.0
+    """Of O-LoRA's loss in sequences: the arriving domain's specialist against the earlier ones;
+    needs ``method.isolation=own``."""
+
+    def __post_init__(self) -> None:
+        not_negative("method.losses", **vars(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """The memory policy: specialists are spawned, merged and pruned, in sequences and in joint
+    training."""
+
+    enabled: bool = False
+    """Whether it acts; it needs a learnt router of SAE features."""
+    every: int = 50
+    """Steps between its decisions, from 1."""
+    spawn_confidence: float = 0.5
+    """A specialist is spawned where the gate's mean confidence (0: even over those kept, 1:
+    one-hot) is below this, from 0 to 1,"""
+    spawn_similarity: float = 0.95
+    """and the text's mean features are less similar (cosine) than this to every active
+    specialist's, from 0 to 1."""
+    merge_similarity: float = 0.99
+    """Specialists are merged whose mean features are more similar than this, from 0 to 1."""
+    prune_usage: float = 0.1
+    """A specialist is dropped whose usage is below this part of the even share, from 0 to 1."""
+
+    def __post_init__(self) -> None:
+        positive("method.memory", every=self.every)
+        share(
+            "method.memory",
+            spawn_confidence=self.spawn_confidence,
+            spawn_similarity=self.spawn_similarity,
+            merge_similarity=self.merge_similarity,
+            prune_usage=self.prune_usage,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """The health of routing, measured during training (``methods/routed_lora/health.py``)."""
+
+    log_every: int = 50
+    """Steps between measurements, from 1."""
+    collapse: str = "warn"
+    """What to do when routing collapses in joint training: "ignore", "warn" or "stop". (In a
+    sequence one domain at a time may well have one specialist.)"""
+    collapse_below: float = 0.3
+    """Usage entropy / log E below which routing has collapsed, from 0 to 1."""
+
+    def __post_init__(self) -> None:
+        positive("method.health", log_every=self.log_every)
+        one_of("method.health.collapse", self.collapse, ("ignore", "warn", "stop"))
+        share("method.health", collapse_below=self.collapse_below)
+
+
+@method("routed_lora")
+@dataclass(frozen=True, kw_only=True)
+class RoutedLoRAConfig(MethodConfig):
+    """Low-rank specialists at and above a control site, weighed token by token by a router.
+
+    Plain LoRA is the case without a signal. The total rank is ``specialists * rank`` in every case.
+    """
+
+    kind: str = "routed_lora"
+    """Registered name of the kind."""
+    signal: str = "sae"
+    """What routes: "sae" (the site's features), "dense" (the hidden state at the site), or "none":
+    every specialist always acts, as one plain LoRA of the total rank."""
+    source: str = "inline"
+    """Where the signal is read: "inline", the current stream at each site; "base", a separate
+    forward of the frozen base (with one site the two are equal, and the forward is saved);
+    "base_last", the final hidden state of such a forward, for every site (signal "dense" only)."""
+    context: str = "token"
+    """Over which tokens the signal is averaged: "token" (each token's own), or the tokens so far,
+    "causal_mean" or "ema"."""
+    decay: float = 0.9
+    """Of "ema": weight of the past, a token, above 0 and below 1."""
+    router: str = "linear"
+    """Registered name of the router: "linear" or "mlp" (two layers), learnt, or "prototype":
+    nothing learnt, each token goes to the specialist of the domain whose mean signal its own is
+    nearest to."""
+    router_hidden: int = 256
+    """Hidden width of "mlp", from 1."""
+    per_module: bool = False
+    """A router of its own for every adapted module, in place of one a site."""
+    specialists: int = 4
+    """E, from 1."""
+    active: int | None = None
+    """Specialists active at the start, the first ones; null: all. The memory policy spawns
+    others."""
+    rank: int = 16
+    """R of each specialist, from 1."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / rank."""
+    top_k: int = 2
+    """Specialists kept for each token, from 1; as many as there are: a dense gate."""
+    temperature: float = 1.0
+    """Of the gate's softmax, above 0."""
+    prototypes: bool = False
+    """A learnt gate is reweighted by the cosine of the signal to the domains' prototypes (domain
+    d's goes to specialist d modulo E)."""
+    whitened: bool = True
+    """"prototype" measures nearness where the signal varies alike in all directions within a
+    domain; false: in the signal as it is."""
+    hard_gate: bool = True
+    """"prototype" keeps the nearest only; false: softmax of the cosines."""
+    margin: float = 0.05
+    """"prototype" leaves a token without any update where the cosines of the nearest two prototypes
+    differ by less, from 0."""
+    null_specialist: bool = True
+    """"prototype" knows general text too, and leaves it without any update."""
+    dynamic_rank: bool = True
+    """Learn a token-dependent rank mask."""
+    initial_rank: float = 0.75
+    """Effective rank at initialisation, a fraction of ``rank``, from 1 / rank and below 1."""
+    hard_rank: float = 0.0
+    """Outside training, rank components whose mask is below this are left out and not computed,
+    from 0 to 1; 0: the soft mask."""
+    isolation: str = "free"
+    """Which specialists train in a sequence: "free", all of them in every domain; "frozen", the one
+    that a domain used most is frozen when the domain ends; "own", each arriving domain trains one
+    of its own, the next, and the others are frozen."""
+    losses: LossWeights = field(default_factory=LossWeights)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+
+    not_trained: ClassVar[frozenset[str]] = frozenset(
+        {"name", "hard_rank", "health.collapse", "health.collapse_below"}
+    )
+    only_in_evaluation: ClassVar[tuple[str, ...]] = ("hard_rank",)
+
+    @property
+    def routed(self) -> bool:
+        """Whether a router weighs the specialists; otherwise it is plain LoRA."""
+        return self.signal != "none"
+
+    @property
+    def by_prototype(self) -> bool:
+        """Whether tokens go to the specialist of the nearest prototype, and nothing is learnt."""
+        return self.routed and self.router == "prototype"
+
+    @property
+    def total_rank(self) -> int:
+        """E * R: what plain LoRA of the same size has as its rank."""
+        return self.specialists * self.rank
+
+    @property
+    def reads_features(self) -> bool:
+        return self.signal == "sae"
+
+    @property
+    def reads_taxonomy(self) -> bool:
+        return self.prototypes
+
+    @property
+    def compares_with_base(self) -> bool:
+        return bool(self.losses.preservation or self.losses.steering)
+
+    @property
+    def has_control_signal(self) -> bool:
+        return self.signal == "sae"
+
+    @property
+    def exports_to_peft(self) -> bool:
+        return not self.routed
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("method.signal", self.signal, SIGNALS)
+        one_of("method.context", self.context, CONTEXTS)
+        one_of("method.source", self.source, SOURCES)
+        one_of("method.isolation", self.isolation, ("free", "frozen", "own"))
+        if not 0 < self.decay < 1:
+            raise UserError(f"method.decay={self.decay}: must be above 0 and below 1")
+        positive(
+            "method",
+            specialists=self.specialists,
+            rank=self.rank,
+            alpha=self.alpha,
+            router_hidden=self.router_hidden,
+            active=self.active,
+            top_k=self.top_k,
+            temperature=self.temperature,
+        )
+        for name, value in {"active": self.active or 0, "top_k": self.top_k}.items():
+            if value > self.specialists:
+                raise UserError(
+                    f"method.{name}={value} is more than method.specialists={self.specialists}"
+                )
+        if not 1 / self.rank <= self.initial_rank < 1 and self.dynamic_rank:
+            raise UserError(
+                f"method.initial_rank={self.initial_rank}: a fraction of the rank, at least "
+                f"1/rank ({1 / self.rank:.3g}) and below 1"
+            )
+        share("method", hard_rank=self.hard_rank)
+        not_negative("method", margin=self.margin)
+        self._check_signal()
+        self._check_specialists()
+
+    def _check_signal(self) -> None:
+        """Settings of the signal and the router that make no method together."""
+        if not self.routed and self.dynamic_rank:
+            raise UserError("method.dynamic_rank=true needs a router: set method.signal=sae")
+        if self.by_prototype and (self.dynamic_rank or self.per_module or self.prototypes):
+            raise UserError(
+                "method.router=prototype learns nothing: set method.dynamic_rank, "
+                "method.per_module and method.prototypes to false"
+            )
+        if self.router == "prototype" and not self.routed:
+            raise UserError("method.router=prototype needs a signal: method.signal=sae or dense")
+        if self.prototypes and not self.reads_features:
+            raise UserError("method.prototypes=true needs method.signal=sae")
+        if self.source == "base_last" and self.reads_features:
+            raise UserError("method.source=base_last reads hidden states: set method.signal=dense")
+        if self.source == "base_last" and self.by_prototype:
+            raise UserError(
+                "method.router=prototype reads the streams at its sites: set "
+                "method.source=inline or base"
+            )
+        if self.compares_with_base and self.monitor is None:
+            raise UserError(
+                "method.losses.preservation and method.losses.steering compare features at a "
+                "monitor site: set method.monitor=<layer>, such as the number of layers"
+            )
+
+    def _check_specialists(self) -> None:
+        """Settings of the specialists in a sequence that make no method together."""
+        if self.isolation == "frozen" and not self.routed:
+            raise UserError(
+                "method.isolation=frozen freezes what routing chose most, and "
+                f"method={self.name} has no routing: set it to free or own"
+            )
+        if self.memory.enabled and (not self.reads_features or self.by_prototype):
+            raise UserError(
+                "method.memory.enabled=true needs a learnt router of SAE features: set "
+                "method.signal=sae and method.router=linear or mlp"
+            )
+        if self.losses.orthogonality and self.isolation != "own":
+            raise UserError(
+                "method.losses.orthogonality keeps an arriving domain's specialist apart from the "
+                "others: set method.isolation=own"
+            )
+
+    def check(self, config: Config) -> None:
+        domains = len(config.domains.names)
+        for key, wanted in {
+            "router=prototype": self.by_prototype,
+            "isolation=own": self.isolation == "own",
+        }.items():
+            if wanted and self.specialists < domains:
+                raise UserError(
+                    f"method.{key} needs a specialist a domain: set method.specialists to at least "
+                    f"{domains}"
+                )
+        if self.isolation != "free" and config.trainer.weight_decay:
+            raise UserError(
+                f"method.isolation={self.isolation}: weight decay would shrink the frozen "
+                "specialists: set trainer.weight_decay=0"
+            )
+        if config.model.path is None:
+            for name in self.target_modules or ():
+                if name.isidentifier():  # else a path or a pattern, which the model itself checks
+                    one_of("method.target_modules", name, QWEN3_LINEAR)
+
+    def build(self, model: nn.Module, sources: Sources, seed: int) -> Method:
+        from steerlora.methods.routed_lora.adapter import Adapter
+
+        return Adapter.of(model, self, sources, seed)
+
+    def learner(self, method: Method, **settings: Any) -> RoutedLoRALearner:
+        from steerlora.methods.routed_lora.learning import RoutedLoRALearner
+
+        return RoutedLoRALearner(self, method, **settings)
