@@ -35,10 +35,9 @@ QWEN3_LINEAR = (
 """Linear layers of a decoder layer of the models that are pretrained here."""
 
 
-def from_model(name: str, default: Any) -> Any:
-    """A field whose default is another key of the configuration, such as "model.layers"."""
-    make = (lambda: list(default)) if isinstance(default, list) else (lambda: default)
-    return field(default_factory=make, metadata={"interpolation": f"${{{name}}}"})
+def follows(key: str) -> dict[str, str]:
+    """Metadata of a field that is by default what another key of the configuration is."""
+    return {"interpolation": f"${{{key}}}"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,7 @@ class ReplayConfig:
 class MethodConfig:
     """One method: what trains on a frozen base model, and how.
 
-    A kind of method is a subclass, registered by ``@method("kind")`` in ``methods/<kind>/config.py``.
+    A kind of method is a subclass in ``methods/<kind>/config.py``, registered by ``@method("kind")``.
     It says by its properties what stages have to know (capabilities), and builds the method.
     """
 
@@ -67,7 +66,7 @@ class MethodConfig:
     """Registered name of the kind."""
     name: str = ""
     """What tables call it."""
-    sites: list[int] = from_model("model.control_sites", [1])
+    sites: list[int] = field(default_factory=lambda: [1], metadata=follows("model.control_sites"))
     """Control sites: layers whose incoming stream the method reads or changes, in rising order.
     Nothing below the first is adapted."""
     monitor: int | None = None

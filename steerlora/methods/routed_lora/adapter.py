@@ -10,7 +10,6 @@ no backward below c.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,33 +19,31 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from steerlora.lm.decoder import (
-    EditedLayer,
+    ObservedForward,
+    attach_edits,
     decoder_of,
     final_norm,
     layers_of,
     layers_path,
+    parameters_of_forward,
+    remove_edits,
     residual_streams,
 )
+from steerlora.lm.targets import find_targets, put_back, refuse_replaced, size_of
+from steerlora.methods.base import Method, Sources
+from steerlora.methods.routed_lora.config import RoutedLoRAConfig
+from steerlora.methods.routed_lora.health import SiteHealth
 from steerlora.methods.routed_lora.interventions import INTERVENTIONS, Intervention, SiteFacts
 from steerlora.methods.routed_lora.lowrank import AdaptedLinear, LowRank
-from steerlora.methods.routed_lora.prototypes import PrototypeRouter
-from steerlora.methods.routed_lora.routers import LinearRouter, MLPRouter
-from steerlora.methods.routed_lora.routing import Routing
-from steerlora.methods.routed_lora.shape import (
-    AdapterShape,
-    check_saes,
-    find_targets,
-    refuse_adapted,
-    size_of,
-    total_rank,
-)
+from steerlora.methods.routed_lora.peft import export_peft
+from steerlora.methods.routed_lora.routing import ROUTERS, Routing
 from steerlora.methods.routed_lora.site import CurrentForward, ModuleScale, Site
 from steerlora.saes.autoencoder import SparseAutoencoder
 
-__all__ = ["Adapter", "AdapterShape", "Site", "total_rank"]
+__all__ = ["Adapter"]
 
 
-class Adapter(nn.Module):
+class Adapter(Method):
     """Low-rank specialists of a base model, and the routers that weigh them.
 
     Parameter names, which are also the names in ``adapter_model.safetensors``:
@@ -63,8 +60,8 @@ class Adapter(nn.Module):
 
     Args:
         model: the base model; it is frozen here, and attached to by :meth:`attach`.
-        shape: what to build.
-        saes: {site: SAE} for routing "sae", else unused. Frozen; they keep their own type.
+        config: what to build.
+        saes: {site: SAE} for signal "sae", else unused. Frozen; they keep their own type.
         feature_scales: {site: mean L2 norm of the features}; 1 where absent.
         seed: of the initial weights.
 
@@ -80,53 +77,63 @@ class Adapter(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        shape: AdapterShape,
+        config: RoutedLoRAConfig,
         saes: Mapping[int, SparseAutoencoder] | None = None,
         *,
         feature_scales: Mapping[int, float] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        saes = dict(saes or {}) if shape.routing == "sae" else {}
-        refuse_adapted(model)
-        _parameters_of_forward(decoder_of(model))
+        super().__init__(config)
+        saes = dict(saes or {}) if config.reads_features else {}
+        refuse_replaced(model)
+        parameters_of_forward(decoder_of(model))
         generator = torch.Generator().manual_seed(seed)
-        targets = find_targets(model, shape)
+        targets = self._targets(model)
         width = decoder_of(model).config.hidden_size
-        check_saes(shape, saes, width)
-        self.shape, self.layers_path = shape, layers_path(model)
+        _check_saes(config, saes, width)
+        self.layers_path = layers_path(model)
         self.layers = nn.ModuleDict(
             {
-                name: LowRank(*size_of(target.linear), total_rank(shape), generator)
+                name: LowRank(*size_of(target.linear), config.total_rank, generator)
                 for name, target in targets.items()
             }
         )
-        at_first = shape.specialists if shape.active is None else shape.active
-        self.register_buffer("active", torch.arange(shape.specialists) < at_first)
+        at_first = config.specialists if config.active is None else config.active
+        self.register_buffer("active", torch.arange(config.specialists) < at_first)
         self.routers, self.scales = nn.ModuleDict(), _Scales()
         self.forward_state = CurrentForward()
         self.sites: dict[int, Site] = {}
         # Held outside the module tree: the SAEs are inputs of the adapter, not part of it.
         self.saes = _Frozen(saes)
-        for site in shape.sites if shape.routing != "none" else ():
+        for site in config.sites if config.routed else ():
             sae = saes.get(site)
             signal_width = width if sae is None else sae.latents
-            self.routers[str(site)] = self._new_router(site, signal_width, generator)
+            modules = len(self.modules_of(site)) if config.per_module else 1
+            router = ROUTERS[config.router](signal_width, config, modules, generator)
+            self.routers[str(site)] = router
             scale = float((feature_scales or {}).get(site, 1.0))
             self.scales.register_buffer(str(site), torch.tensor(scale))
-            facts = SiteFacts(sae, float(shape.rank), {}) if sae is not None else None
+            facts = SiteFacts(sae, float(config.rank), {}) if sae is not None else None
             self.sites[site] = Site(self, site, facts)
         self._base_cache: DynamicCache | None = None
-        # Carrier and its own forward; in a list, so that the model is no part of this module.
-        self._carriers: list[tuple[nn.Module, object]] = []
+        # What undoes the attachment; a list, so that the model is no part of this module.
+        self._attached: list[tuple[nn.Module, ObservedForward]] = []
         model.requires_grad_(False)
 
-    def _new_router(self, site: int, width: int, generator: torch.Generator) -> nn.Module:
-        if self.shape.router == "prototype":
-            return PrototypeRouter(width, self.shape)
-        kind = {"linear": LinearRouter, "mlp": MLPRouter}[self.shape.router]
-        modules = len(self.modules_of(site)) if self.shape.per_module else 1
-        return kind(width, self.shape, modules, generator)
+    @classmethod
+    def of(cls, model: nn.Module, config: RoutedLoRAConfig, sources: Sources, seed: int) -> Adapter:
+        """A new adapter with the SAEs and prototypes of ``sources``, attached."""
+        adapter = cls(
+            model,
+            config,
+            {site: given.sae for site, given in sources.saes.items()},
+            feature_scales={site: given.mean_norm for site, given in sources.saes.items()},
+            seed=seed,
+        )
+        for site in config.sites if config.prototypes else ():
+            if site in sources.taxonomies:
+                adapter.routers[str(site)].set_prototypes(sources.taxonomies[site].prototypes)
+        return adapter.attach(model)
 
     # Attaching and detaching
 
@@ -136,62 +143,57 @@ class Adapter(nn.Module):
         Its own home is where the model begins. Of a model that is spread over several devices each
         pair of matrices goes to its layer, and signals and scales to where they are read.
         """
-        decoder = decoder_of(model)
-        refuse_adapted(model)
+        refuse_replaced(model)
         self.to(next(model.parameters()).device)
-        scale = self.shape.alpha / self.shape.rank
-        for name, (parent, child, linear) in find_targets(model, self.shape).items():
+        scale = self.config.alpha / self.config.rank
+        for name, (parent, child, linear) in self._targets(model).items():
             low_rank, source = self.layers[name], self._source(name)
             setattr(parent, child, AdaptedLinear(linear, low_rank, source, scale))
             low_rank.to(linear.weight.device)
-        layers, forward = layers_of(model), decoder.forward
-        for layer, site in self.sites.items():
-            layers[layer] = EditedLayer(layers[layer], site.edit)
-        names = _parameters_of_forward(decoder)
+        attach_edits(model, {layer: site.edit for layer, site in self.sites.items()})
 
-        def observed(*args, **kwargs):
-            now, given = self.forward_state, {**dict(zip(names, args, strict=False)), **kwargs}
+        def note(given: dict) -> None:
+            now = self.forward_state
             if not now.disabled:
-                now.attention_mask = given.get("attention_mask")
-                now.position_ids = given.get("position_ids")
-                cache = given.get("past_key_values")
-                now.continuing = cache is not None and cache.get_seq_length() > 0
-                now.base_streams = self._base_streams(model, given, cached=cache is not None)
-            return forward(**given)
+                now.note(given)
+                cached = given.get("past_key_values") is not None
+                now.base_streams = self._base_streams(model, given, cached=cached)
 
-        self._carriers.append((model, vars(decoder).get("forward")))
-        decoder.forward = observed
+        self._attached.append((model, ObservedForward(model, note)))
         return self
 
     def remove(self) -> None:
         """Give the model back as it was: the same modules, no wrapper left."""
-        if not self._carriers:
+        if not self._attached:
             raise ValueError("the adapter is not attached to a model")
-        model, own_forward = self._carriers.pop()
-        decoder = decoder_of(model)
-        del decoder.forward
-        if own_forward is not None:
-            decoder.forward = own_forward
-        layers = layers_of(model)
-        for layer in self.sites:
-            layers[layer] = layers[layer].layer
-        for parent, child, adapted in find_targets(model, self.shape).values():
-            setattr(parent, child, adapted.base)
+        model, observed = self._attached.pop()
+        observed.remove()
+        remove_edits(model, self.sites)
+        put_back(self._targets(model))
+
+    def _targets(self, model: nn.Module):
+        # A router of every site: a site beyond the last layer is refused as the first one is.
+        if max(self.config.sites) >= len(layers_of(model)):
+            raise ValueError(
+                f"control sites {self.config.sites}: the model has layers 0 to "
+                f"{len(layers_of(model)) - 1}"
+            )
+        return find_targets(model, min(self.config.sites), self.config.target_modules)
 
     def modules_of(self, site: int) -> list[str]:
         """Names in ``layers`` of the modules that a site controls, lowest layer first."""
         return [name for name in self.layers if self._site_of(name) == site]
 
     def _site_of(self, name: str) -> int | None:
-        below = [site for site in self.shape.sites if site <= int(name.split(":")[0])]
+        below = [site for site in self.config.sites if site <= int(name.split(":")[0])]
         return max(below, default=None)
 
     def _source(self, name: str) -> ModuleScale:
         site = self.sites.get(self._site_of(name))
-        index = self.modules_of(site.layer).index(name) if site and self.shape.per_module else 0
+        index = self.modules_of(site.layer).index(name) if site and self.config.per_module else 0
         return ModuleScale(self.forward_state, site, index)
 
-    # A second forward, of the base: only where the shape asks for one
+    # A second forward, of the base: only where the configuration asks for one
 
     @torch.no_grad()
     def _base_streams(self, model: nn.Module, given: dict, *, cached: bool) -> dict[int, Tensor]:
@@ -201,7 +203,7 @@ class Adapter(nn.Module):
 
         With one site and source "base" there is nothing to do: below it nothing is adapted.
         """
-        source, sites = self.shape.source, list(self.sites)
+        source, sites = self.config.source, list(self.sites)
         if source == "inline" or (source == "base" and len(sites) < 2) or not sites:
             return {}
         if cached and not self.forward_state.continuing:
@@ -256,7 +258,7 @@ class Adapter(nn.Module):
         """Run the model with its control signal changed, inside this context only.
 
         Args:
-            name: one of ``INTERVENTIONS``.
+            name: a registered one.
             seed: of the intervention's draws.
             domain: the tokens' true domain, for ``oracle_domain`` and ``domains``.
             strength: from 0 (intact) to 1: how much of the intervened signal is mixed in.
@@ -268,13 +270,9 @@ class Adapter(nn.Module):
                 routed by an SAE, or an intervention inside another.
             RuntimeError: the context ended and no control site had run inside it.
         """
-        if name not in INTERVENTIONS:
-            raise ValueError(f"no intervention {name!r}: choose from {', '.join(INTERVENTIONS)}")
-        if self.shape.routing != "sae":
-            raise ValueError(
-                "interventions act on SAE routing; this adapter's routing is "
-                f"{self.shape.routing!r}"
-            )
+        if not self.config.has_control_signal:
+            return super().intervention(name)
+        INTERVENTIONS.check("intervention", name)
         unknown = [site for site in sites if site not in self.sites]
         if unknown:
             raise ValueError(f"no control site {unknown[0]}: there are {list(self.sites)}")
@@ -305,30 +303,60 @@ class Adapter(nn.Module):
         for layer, site in self.sites.items():
             if site.routing is not None:
                 parts = (part.detach() for part in site.routing)
-                parts = (part.mean(-2) if self.shape.per_module else part for part in parts)
+                parts = (part.mean(-2) if self.config.per_module else part for part in parts)
                 found[layer] = Routing(*parts)
         return found
 
     def available(self) -> Tensor:
         """[E] bool: specialists that routing may choose as things stand.
 
-        For learnt routers the active ones; for prototypes those whose domain was met.
+        For learnt routers the active ones; for prototypes those whose domain has come.
         """
-        if self.shape.router == "prototype" and self.sites:
-            return self.routers[str(min(self.sites))].met[:-1]
-        return self.active
+        first = self.routers[str(min(self.sites))] if self.sites else None
+        found = None if first is None else first.available()
+        return self.active if found is None else found
 
     def real_tokens(self, stream: Tensor) -> Tensor:
         """True on real tokens of the last forward, [B, S]; with a KV cache, the mask's end."""
         return self.forward_state.real_tokens(stream)
 
-    def truncate(self, hard_rank: float) -> None:
+    def configure(self, *, hard_rank: float = 0.0) -> None:
         """From now on, leave out mask values below ``hard_rank`` where no gradient is recorded."""
-        self.shape = replace(self.shape, hard_rank=hard_rank)
+        self.config = replace(self.config, hard_rank=hard_rank)
 
-    def parameter_count(self) -> int:
-        """Trainable parameters, routers included."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+    def products(self) -> list[nn.Parameter]:
+        """The matrices of the adapted layers; routers read a few rows of their tables a token."""
+        return list(self.layers.parameters())
+
+    def health(self, domains: Sequence[str], seed: int) -> SiteHealth | None:
+        """What measures the routing of the forwards that follow, site by site."""
+        return SiteHealth(self, domains, seed) if self.sites else None
+
+    def facts(self) -> dict:
+        """What interventions know of each site, beside the weights."""
+        return {
+            str(layer): {
+                "mean_rank": site.facts.mean_rank,
+                "specialist_of_domain": site.facts.specialist_of_domain,
+            }
+            for layer, site in self.sites.items()
+            if site.facts is not None
+        }
+
+    def load_facts(self, stored: dict) -> None:
+        """Take back what :meth:`facts` gave."""
+        for layer, facts in stored.items():
+            site = self.sites[int(layer)]
+            site.facts.mean_rank = facts["mean_rank"]
+            site.facts.specialist_of_domain = facts["specialist_of_domain"]
+
+    def export_peft(self, directory, *, base_path: str) -> None:
+        """Write a plain LoRA in PEFT's format.
+
+        Raises:
+            UserError: the adapter is routed.
+        """
+        export_peft(self, directory, base_path=base_path)
 
     def _apply(self, function, *args, **kwargs):
         super()._apply(function, *args, **kwargs)
@@ -339,15 +367,21 @@ class Adapter(nn.Module):
         return self
 
 
-def _parameters_of_forward(decoder: nn.Module) -> list[str]:
-    """The names that a decoder's forward knows its positional arguments by."""
-    names = list(inspect.signature(decoder.forward).parameters)
-    if "past_key_values" not in names:
-        raise ValueError(
-            f"{type(decoder).__name__} keeps no keys and values (its forward takes "
-            f"{', '.join(names)}): an adapter needs an attention decoder"
-        )
-    return names
+def _check_saes(
+    config: RoutedLoRAConfig, saes: Mapping[int, SparseAutoencoder], width: int
+) -> None:
+    """ValueError unless there is an SAE of the model's width for each site that needs one."""
+    ROUTERS.check("method.router", config.router)
+    if not config.reads_features:
+        return
+    missing = [site for site in config.sites if site not in saes]
+    if missing:
+        raise ValueError(f"no SAE for control site {missing[0]}; SAEs are given for {sorted(saes)}")
+    for site, sae in saes.items():
+        if sae.width != width:
+            raise ValueError(
+                f"the SAE at site {site} reads width {sae.width}, the model has {width}"
+            )
 
 
 class _Scales(nn.Module):

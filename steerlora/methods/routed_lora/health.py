@@ -7,10 +7,16 @@ rank components.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+
+from steerlora.data.chat import ChatBatch
+
+if TYPE_CHECKING:
+    from steerlora.methods.routed_lora.adapter import Adapter
 
 DEAD_SHARE = 0.1
 """A specialist is dead when its mean usage is below this part of the uniform share 1 / E."""
@@ -228,6 +234,36 @@ class RoutingHealth:
             np.add.at(joint, generator.permutation(self._unit_domains), self._unit_gates)
             values[index] = normalised_mutual_information(joint)
         return values
+
+
+class SiteHealth:
+    """`RoutingHealth` of every control site of an adapter.
+
+    Args:
+        adapter: attached.
+        domains: the D domain names.
+        seed: of the reservoirs and of the permutations.
+    """
+
+    def __init__(self, adapter: Adapter, domains: Sequence[str], seed: int) -> None:
+        self.adapter, active = adapter, adapter.available()
+        self.sites = {
+            site: RoutingHealth(domains, adapter.config.specialists, active=active, seed=seed)
+            for site in adapter.sites
+        }
+
+    def update(self, batch: ChatBatch, first: int) -> None:
+        """Add the forward that has just been, of this batch, whose rows are numbered from first."""
+        real = batch.attention_mask.bool()
+        owners = batch.domains[:, None].expand_as(real)[real]
+        rows = torch.arange(len(real), device=real.device)[:, None].expand_as(real)[real]
+        for site, routing in self.adapter.routing().items():
+            ranks = routing.mask[real].sum(-1)
+            self.sites[site].update(routing.gate[real], ranks, owners, first + rows)
+
+    def result(self) -> dict[str, dict]:
+        """{site: all statistics}, as plain numbers for JSON."""
+        return {str(site): seen.result() for site, seen in self.sites.items()}
 
 
 def normalised_mutual_information(joint: np.ndarray) -> float:

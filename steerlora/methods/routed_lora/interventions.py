@@ -8,14 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from steerlora.errors import UserError
 from steerlora.methods.routed_lora.routing import Routing
+from steerlora.registry import Registry
 from steerlora.saes.autoencoder import SparseAutoencoder, SparseFeatures, untrained_like
+
+INTERVENTIONS: Registry[type[Intervention]] = Registry(
+    "intervention", "steerlora.methods.routed_lora.interventions"
+)
+"""Every intervention by its name in configurations and tables."""
+intervention = INTERVENTIONS.register
 
 
 @dataclass
@@ -48,6 +57,13 @@ class Intervention:
     Raises:
         ValueError: a strength outside [0, 1].
     """
+
+    needs_domain: ClassVar[bool] = False
+    """It needs the tokens' true domain."""
+    in_training: ClassVar[bool] = True
+    """It means something while an adapter trains."""
+    fixes: ClassVar[frozenset[str]] = frozenset()
+    """Of `SiteFacts`: what it fixes, so that training under it must not record it anew."""
 
     seed: int = 0
     domain: str | None = None
@@ -171,14 +187,24 @@ def _by_row(share: list[float], like: Tensor) -> Tensor:
 
 
 def check_phase(name: str, phase: str) -> None:
-    """ValueError where the control ``name`` means nothing in ``phase`` (evaluation or training)."""
-    if name == "permute_latents" and phase == "training":
-        raise ValueError(
-            "permute_latents in phase training: latents permuted before training are latents by "
+    """Refuse an intervention that does not exist, or means nothing in a phase.
+
+    Args:
+        name: of the intervention.
+        phase: "evaluation" or "training".
+
+    Raises:
+        UserError: says what would be right.
+    """
+    INTERVENTIONS.check("intervention.name", name)
+    if phase == "training" and not INTERVENTIONS[name].in_training:
+        raise UserError(
+            f"{name} in phase training: latents permuted before training are latents by "
             "other names, which is no control; use phase evaluation, or randomize"
         )
 
 
+@intervention("replace_dense")
 class ReplaceDense(Intervention):
     """Top-k (by magnitude) of a fixed random projection of the hidden state: no SAE at all.
 
@@ -201,6 +227,7 @@ class ReplaceDense(Intervention):
         return SparseFeatures(values, indices)
 
 
+@intervention("replace_random_sae")
 class ReplaceRandomSAE(Intervention):
     """Features of an untrained SAE of the same shape."""
 
@@ -210,6 +237,7 @@ class ReplaceRandomSAE(Intervention):
         return self._cache[id(site)].encode(stream)
 
 
+@intervention("randomize")
 class Randomize(Intervention):
     """The same values on random latents, drawn anew for every token."""
 
@@ -223,6 +251,7 @@ class Randomize(Intervention):
         return SparseFeatures(features.values, indices)
 
 
+@intervention("shuffle")
 class Shuffle(Intervention):
     """Another token's signal, permuted over the real tokens of the batch."""
 
@@ -236,11 +265,14 @@ class Shuffle(Intervention):
         return SparseFeatures(values, indices)
 
 
+@intervention("permute_latents")
 class PermuteLatents(Intervention):
     """A fixed permutation of latent identities, after training.
 
     (Fixed before training it would be a relabelling, and no control at all.)
     """
+
+    in_training = False
 
     def features(self, features, stream, real, site):
         if id(site) not in self._cache:
@@ -252,6 +284,7 @@ class PermuteLatents(Intervention):
         return SparseFeatures(features.values, self._cache[id(site)][features.indices])
 
 
+@intervention("invert")
 class Invert(Intervention):
     """The sign of every active latent flipped."""
 
@@ -259,8 +292,11 @@ class Invert(Intervention):
         return SparseFeatures(-features.values, features.indices)
 
 
+@intervention("fixed_rank")
 class FixedRank(Intervention):
     """Signal and gate untouched; the mask is one up to the mean trained rank and zero beyond."""
+
+    fixes = frozenset({"mean_rank"})
 
     def routing(self, routing, site):
         kept = max(1, round(site.mean_rank))
@@ -269,6 +305,7 @@ class FixedRank(Intervention):
         return Routing(routing.gate, fixed.expand_as(routing.mask))
 
 
+@intervention("uniform_gate")
 class UniformGate(Intervention):
     """Signal and mask untouched; every active specialist weighs one over their number."""
 
@@ -279,8 +316,12 @@ class UniformGate(Intervention):
         return Routing(uniform / uniform.sum(-1, keepdim=True), routing.mask)
 
 
+@intervention("oracle_domain")
 class OracleDomain(Intervention):
     """Signal and mask untouched; the gate is one-hot at the true domain's own specialist."""
+
+    needs_domain = True
+    fixes = frozenset({"specialist_of_domain"})
 
     def routing(self, routing, site):
         owners, rows = site.specialist_of_domain, self.rows(len(routing.gate))
@@ -294,17 +335,3 @@ class OracleDomain(Intervention):
         one_hot = F.one_hot(chosen, routing.gate.shape[-1]).to(routing.gate.dtype)
         shape = (len(rows), *[1] * (routing.gate.dim() - 2), -1)
         return Routing(one_hot.view(shape).expand_as(routing.gate), routing.mask)
-
-
-INTERVENTIONS: dict[str, type[Intervention]] = {
-    "replace_dense": ReplaceDense,
-    "replace_random_sae": ReplaceRandomSAE,
-    "randomize": Randomize,
-    "shuffle": Shuffle,
-    "permute_latents": PermuteLatents,
-    "invert": Invert,
-    "fixed_rank": FixedRank,
-    "uniform_gate": UniformGate,
-    "oracle_domain": OracleDomain,
-}
-"""Every control by its name in configs and tables."""

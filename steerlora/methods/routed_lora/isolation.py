@@ -30,17 +30,17 @@ def train_only(adapter: Adapter, specialists: Collection[int]) -> Iterator[None]
     Raises:
         ValueError: none, or one that the adapter does not have.
     """
-    shape = adapter.shape
-    unknown = sorted(set(specialists) - set(range(shape.specialists)))
+    config = adapter.config
+    unknown = sorted(set(specialists) - set(range(config.specialists)))
     if unknown or not specialists:
         raise ValueError(
-            f"specialists to train {sorted(specialists)}: choose from 0 to {shape.specialists - 1}"
+            f"specialists to train {sorted(specialists)}: choose from 0 to {config.specialists - 1}"
         )
 
     @cache
     def held(device: torch.device) -> Tensor:
         """[E*R], True on what stays; known on a device only once a gradient is there."""
-        owner = torch.arange(shape.specialists, device=device).repeat_interleave(shape.rank)
+        owner = torch.arange(config.specialists, device=device).repeat_interleave(config.rank)
         return torch.isin(owner, torch.tensor(sorted(specialists), device=device), invert=True)
 
     def hold_rows(gradient: Tensor) -> Tensor:

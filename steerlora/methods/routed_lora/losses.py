@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from steerlora.methods.monitor import squared_change
 from steerlora.methods.routed_lora.lowrank import LowRank
 from steerlora.saes.sparse import SparseFeatures
 
@@ -28,24 +28,6 @@ def preservation(adapted: SparseFeatures, base: SparseFeatures, general: Tensor)
         general: M_general, [N] bool.
     """
     return squared_change(adapted, base, general) / (len(base.values) * len(general))
-
-
-def squared_change(adapted: SparseFeatures, base: SparseFeatures, counted: Tensor) -> Tensor:
-    """Sum over tokens and over the latents ``counted`` [N] bool of (z_ft - z_base)^2.
-
-    A token's two lists of latents are joined and sorted, so that a latent active in both stands
-    twice in a row: O(T K log K), without a [T, N] tensor, and exactly zero where nothing changed.
-    """
-    values = torch.cat([adapted.values, -base.values], -1)
-    # An inactive entry's index means nothing: it goes to latent N, which never counts.
-    indices = torch.cat([adapted.indices, base.indices], -1)
-    indices = indices.masked_fill(values == 0, len(counted))
-    indices, order = indices.sort(dim=-1)
-    values = values.gather(-1, order)
-    repeated = F.pad(indices[:, 1:] == indices[:, :-1], (1, 0))
-    following = F.pad(values[:, 1:] * repeated[:, 1:], (0, 1))
-    kept = F.pad(counted, (0, 1))[indices] & ~repeated
-    return ((values + following).square() * kept).sum()
 
 
 def steering(adapted: SparseFeatures, prototypes: Tensor, masks: Tensor, domains: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from steerlora.lm.targets import ReplacedLinear
+
 
 class ScaleSource(Protocol):
     """Where a layer reads the weight of every (specialist, rank) pair in the current forward."""
@@ -45,7 +47,7 @@ class LowRank(nn.Module):
         self.B = nn.Parameter(torch.zeros(d_out, total_rank))
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(ReplacedLinear):
     """y = W x + (alpha / r) sum_e g_e B_e diag(m) A_e x as two products and one multiplication.
 
     With all specialists stacked the sum is ((x A^T) * scale) B^T: no loop over specialists, no
@@ -61,17 +63,10 @@ class AdaptedLinear(nn.Module):
     def __init__(
         self, base: nn.Linear, low_rank: LowRank, source: ScaleSource, constant_scale: float
     ) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.low_rank = low_rank
         self.source = source
         self.constant_scale = constant_scale
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D_in] -> [..., D_out]."""

@@ -22,6 +22,7 @@ from steerlora.distributed.ranks import is_main
 from steerlora.distributed.reductions import sum_over_ranks
 from steerlora.distributed.strategies import editable
 from steerlora.methods.routed_lora.adapter import Adapter, Site
+from steerlora.methods.routed_lora.config import MemoryConfig
 from steerlora.methods.routed_lora.specialists import (
     clear_specialist,
     merge_specialists,
@@ -66,8 +67,7 @@ class MemoryPolicy(Callback):
 
     Args:
         adapter: routed by SAE features, through a learnt router.
-        every: steps between looks.
-        spawn_confidence, spawn_similarity, merge_similarity, prune_usage: thresholds, see above.
+        policy: steps between looks, and the thresholds above.
         domain: what trains, for the record.
         protected: specialists that are neither merged nor pruned.
         seed: of fresh weights.
@@ -83,24 +83,19 @@ class MemoryPolicy(Callback):
     def __init__(
         self,
         adapter: Adapter,
+        policy: MemoryConfig,
         *,
-        every: int,
-        spawn_confidence: float,
-        spawn_similarity: float,
-        merge_similarity: float,
-        prune_usage: float,
         domain: str,
         protected: Collection[int] = (),
         seed: int = 0,
     ) -> None:
-        if adapter.shape.routing != "sae" or adapter.shape.router == "prototype":
+        config = adapter.config
+        if not config.reads_features or config.by_prototype:
             raise ValueError(
-                "the memory policy needs a learnt router of SAE features; this adapter has routing "
-                f"{adapter.shape.routing!r}, router {adapter.shape.router!r}"
+                "the memory policy needs a learnt router of SAE features; this adapter has signal "
+                f"{config.signal!r}, router {config.router!r}"
             )
-        self.adapter, self.every, self.domain = adapter, every, domain
-        self.spawn_confidence, self.spawn_similarity = spawn_confidence, spawn_similarity
-        self.merge_similarity, self.prune_usage = merge_similarity, prune_usage
+        self.adapter, self.policy, self.domain = adapter, policy, domain
         self.protected, self.seed = frozenset(protected), seed
         self.events: list[dict[str, Any]] = []
         # Sums over tokens by name: since the last look, and by specialist over everything so far.
@@ -122,7 +117,7 @@ class MemoryPolicy(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        due = trainer.global_step % self.every == 0 and begins_step(trainer, batch_idx)
+        due = trainer.global_step % self.policy.every == 0 and begins_step(trainer, batch_idx)
         if due and self._window:
             self._window = self._whole_window()
             layers = [p for layer in self.adapter.layers.values() for p in (layer.A, layer.B)]
@@ -201,7 +196,7 @@ class MemoryPolicy(Callback):
 
     def _remember(self, window: dict[str, Tensor]) -> None:
         for name, held in {"usage": window["usage"], **_features(window)}.items():
-            seen = held[..., : self.adapter.shape.specialists]
+            seen = held[..., : self.adapter.config.specialists]
             self._lasting[name] = seen + self._lasting.get(name, torch.zeros_like(seen))
 
     # What is done
@@ -219,11 +214,11 @@ class MemoryPolicy(Callback):
             first, second = merged
             usage[first] += usage[second]
         left = [e for e in judged if e not in merged[1:]]
-        pruned = self._prune(step, left, usage, self.prune_usage / len(judged))
+        pruned = self._prune(step, left, usage, self.policy.prune_usage / len(judged))
         settle_moments(self.adapter, states, {*spawned, *merged, *pruned}, judged)
 
     def _confidence(self, window: dict[str, Tensor], active: int) -> float:
-        choices = min(self.adapter.shape.top_k, active)
+        choices = min(self.adapter.config.top_k, active)
         if choices == 1:
             return 0.0
         return max(0.0, 1 - float(window["entropy"] / window["tokens"]) / math.log(choices))
@@ -232,7 +227,7 @@ class MemoryPolicy(Callback):
         inactive = (~self.adapter.active).nonzero().flatten().tolist()
         if nearest is None or not inactive:
             return []
-        if confidence >= self.spawn_confidence or nearest >= self.spawn_similarity:
+        if confidence >= self.policy.spawn_confidence or nearest >= self.policy.spawn_similarity:
             return []
         new = inactive[0]
         self.adapter.active[new] = True
@@ -240,8 +235,8 @@ class MemoryPolicy(Callback):
             step,
             "spawn",
             [new],
-            f"confidence {confidence:.3f} < {self.spawn_confidence}, "
-            f"similarity {nearest:.3f} < {self.spawn_similarity}",
+            f"confidence {confidence:.3f} < {self.policy.spawn_confidence}, "
+            f"similarity {nearest:.3f} < {self.policy.spawn_similarity}",
         )
         return [new]
 
@@ -252,7 +247,7 @@ class MemoryPolicy(Callback):
         cosines = self._cosines(_features(self._lasting))[free][:, free]
         pairs = torch.triu_indices(len(free), len(free), 1).t().tolist()
         similarity, (i, j) = max((float(cosines[i, j]), (i, j)) for i, j in pairs)
-        if similarity <= self.merge_similarity:
+        if similarity <= self.policy.merge_similarity:
             return []
         first, second = free[i], free[j]
         masses = self._lasting["usage"][[first, second]]
@@ -261,7 +256,7 @@ class MemoryPolicy(Callback):
         for held in self._lasting.values():
             held[..., first] += held[..., second]
         self._retire(step, second)
-        why = f"similarity {similarity:.3f} > {self.merge_similarity}"
+        why = f"similarity {similarity:.3f} > {self.policy.merge_similarity}"
         self._record(step, "merge", [first, second], why)
         return [first, second]
 
@@ -270,7 +265,7 @@ class MemoryPolicy(Callback):
         for specialist in sorted(judged, key=usage.__getitem__):
             if usage[specialist] >= least or specialist in self.protected:
                 continue
-            if int(self.adapter.active.sum()) <= self.adapter.shape.top_k:
+            if int(self.adapter.active.sum()) <= self.adapter.config.top_k:
                 break
             self._retire(step, specialist)
             why = f"usage {usage[specialist]:.3f} < {least:.3f}"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 
 from steerlora.errors import UserError
-from steerlora.methods.routed_lora.adapter import Adapter, total_rank
+
+if TYPE_CHECKING:
+    from steerlora.methods.routed_lora.adapter import Adapter
 
 
 def export_peft(adapter: Adapter, directory: Path | str, *, base_path: str) -> None:
@@ -20,14 +23,14 @@ def export_peft(adapter: Adapter, directory: Path | str, *, base_path: str) -> N
     Raises:
         UserError: the adapter is routed, which PEFT's LoRA cannot express.
     """
-    shape = adapter.shape
-    if shape.routing != "none":
+    config = adapter.config
+    if not config.exports_to_peft:
         raise UserError(
-            f"PEFT's format holds plain LoRA only; this adapter is routed ({shape.routing!r})"
+            f"PEFT's format holds plain LoRA only; this adapter is routed ({config.signal!r})"
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    rank = total_rank(shape)
+    rank = config.total_rank
     state, layers, modules = {}, set(), set()
     for name, layer in adapter.layers.items():
         index, module = name.replace("/", ".").split(":")
@@ -37,12 +40,12 @@ def export_peft(adapter: Adapter, directory: Path | str, *, base_path: str) -> N
         state[f"{key}.lora_A.weight"] = layer.A.detach().contiguous()
         state[f"{key}.lora_B.weight"] = layer.B.detach().contiguous()
     save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {
+    stored = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_path,
         "r": rank,
-        "lora_alpha": shape.alpha / shape.rank * rank,
+        "lora_alpha": config.alpha / config.rank * rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
@@ -50,4 +53,4 @@ def export_peft(adapter: Adapter, directory: Path | str, *, base_path: str) -> N
         "layers_to_transform": sorted(layers),
         "layers_pattern": adapter.layers_path.rsplit(".", 1)[-1],
     }
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "adapter_config.json").write_text(json.dumps(stored, indent=2) + "\n")

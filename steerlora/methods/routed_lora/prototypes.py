@@ -1,4 +1,4 @@
-"""Routing by the nearest prototype: each domain met so far is one mean signal, no gradient learns.
+"""Routing by the nearest prototype: each domain so far is one mean signal, no gradient learns.
 
 B batch, S sequence, C tokens of a chunk, W width of the signal (N latents or D), K active latents,
 P prototypes, E specialists, R rank components, V directions of the covariance.
@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.context import ContextState, average_so_far
-from steerlora.methods.routed_lora.routing import RouterState, Routing
-from steerlora.methods.routed_lora.shape import AdapterShape
+from steerlora.methods.routed_lora.routing import RouterState, Routing, router
 from steerlora.saes.sparse import SparseFeatures
 
 DENSE_ENTRIES = 2**24
@@ -48,7 +48,7 @@ def pooled(
     signal: SparseFeatures | Tensor,
     width: int,
     real: Tensor,
-    shape: AdapterShape,
+    config: RoutedLoRAConfig,
     state: ContextState | None = None,
     restarts: Tensor | None = None,
 ) -> Iterator[Pooled]:
@@ -61,7 +61,7 @@ def pooled(
         signal: features, values and indices [B, S, K], or a dense signal [B, S, W].
         width: W.
         real: [B, S], True on real tokens.
-        shape: context and decay.
+        config: context and decay.
         state: of the same sequences, where these tokens continue them (a KV cache).
         restarts: [B, S], True where another sample begins in the same row (packing).
     """
@@ -78,7 +78,7 @@ def pooled(
             part = dense.scatter_add_(-1, signal.indices[:, chunk], part)
         again = None if restarts is None else restarts[:, chunk]
         averages, state = average_so_far(
-            part, real[:, chunk], shape.context, shape.decay, state, again
+            part, real[:, chunk], config.context, config.decay, state, again
         )
         yield Pooled(start, averages, state)
 
@@ -108,7 +108,7 @@ def cosines_so_far(
     prototypes: Tensor,
     centre: Tensor,
     real: Tensor,
-    shape: AdapterShape,
+    config: RoutedLoRAConfig,
     state: ContextState | None = None,
     restarts: Tensor | None = None,
     metric: Metric | None = None,
@@ -116,7 +116,7 @@ def cosines_so_far(
     """Cosine, under ``metric``, of the averaged signal and prototypes, both less ``centre``.
 
     Args:
-        signal, real, shape, state, restarts: as for :func:`pooled`.
+        signal, real, config, state, restarts: as for :func:`pooled`.
         prototypes: [P, W]; one that equals the centre has cosine zero.
         centre: [W].
         metric: None: the plain one.
@@ -127,24 +127,25 @@ def cosines_so_far(
     measure = metric or (lambda rows: rows)
     directions = unit_rows(measure(prototypes - centre)).t()
     found = []
-    for part in pooled(signal, len(centre), real, shape, state, restarts):
+    for part in pooled(signal, len(centre), real, config, state, restarts):
         found.append(unit_rows(measure(part.values - centre)) @ directions)
         state = part.state
     return torch.cat(found, 1), state
 
 
+@router("prototype")
 class PrototypeRouter(nn.Module):
     """Each token goes to the specialist of the domain that its context looks most like.
 
-    With c the mean of the prototypes met so far and s the signal's average over the context,
+    With c the mean of the prototypes known so far and s the signal's average over the context,
 
         cos_p = <M (s - c), M (p - c)> / (|M (s - c)| |M (p - c)|)
 
-    - whitened: M makes the signal vary alike in all directions within the domains met so far, as
+    - whitened: M makes the signal vary alike in all directions within the domains so far, as
       in linear discriminant analysis with a shared covariance, here kept as a stream of domains
       comes by (Hayes & Kanan 2020, arXiv 1909.01520); otherwise M is the identity;
-    - hard gate: one at the nearest prototype's specialist; soft: softmax(cos / tau) over those met;
-    - margin: no update for a token whose two nearest differ by less than ``shape.margin``;
+    - hard gate: one at the nearest prototype's specialist; soft: softmax(cos / tau) over all known;
+    - margin: no update for a token whose two nearest differ by less than ``config.margin``;
     - null specialist: general text has a prototype too, and its specialist is no update.
 
     A prototype that comes alone has nothing to be told apart from, and takes every token. Gradients
@@ -152,18 +153,26 @@ class PrototypeRouter(nn.Module):
 
     Attributes:
         prototypes: [E + 1, W]; row e is the domain of specialist e, the last is general text.
-        met: [E + 1] bool, which of them exist.
+        known: [E + 1] bool, which of them exist.
         basis, variance: whitened: [V, W] orthonormal and [V]: the covariance within domains,
             leading directions first.
         samples, total_variance: likewise, scalars: signals seen, the trace of that covariance.
     """
 
-    def __init__(self, width: int, shape: AdapterShape) -> None:
+    fitted = True
+
+    def __init__(
+        self,
+        width: int,
+        config: RoutedLoRAConfig,
+        modules: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
-        self.shape = shape
-        self.register_buffer("prototypes", torch.zeros(shape.specialists + 1, width))
-        self.register_buffer("met", torch.zeros(shape.specialists + 1, dtype=torch.bool))
-        if shape.whitened:
+        self.config = config
+        self.register_buffer("prototypes", torch.zeros(config.specialists + 1, width))
+        self.register_buffer("known", torch.zeros(config.specialists + 1, dtype=torch.bool))
+        if config.whitened:
             directions = min(COVARIANCE_RANK, width)
             self.register_buffer("basis", torch.zeros(directions, width))
             self.register_buffer("variance", torch.zeros(directions))
@@ -171,7 +180,7 @@ class PrototypeRouter(nn.Module):
             self.register_buffer("total_variance", torch.zeros(()))
 
     @torch.no_grad()
-    def meet(self, specialist: int | None, signals: Tensor) -> None:
+    def fit(self, specialist: int | None, signals: Tensor) -> None:
         """Take a domain's signals [n, W], one a text; ``specialist`` None: general text.
 
         Raises:
@@ -181,12 +190,12 @@ class PrototypeRouter(nn.Module):
             raise ValueError(
                 f"signals must be [texts, {self.prototypes.shape[1]}]; got {list(signals.shape)}"
             )
-        row = self.shape.specialists if specialist is None else specialist
+        row = self.config.specialists if specialist is None else specialist
         signals = signals.double()
         mean = signals.mean(0)
         self.prototypes[row] = mean
-        self.met[row] = True
-        if self.shape.whitened:
+        self.known[row] = True
+        if self.config.whitened:
             self._add_scatter(signals - mean)
 
     def _add_scatter(self, deviations: Tensor) -> None:
@@ -215,9 +224,18 @@ class PrototypeRouter(nn.Module):
                 setattr(self, name, buffer.to(after.device))
         return self
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whole specialists can be expected to have no token of a batch."""
+        return self.config.hard_gate
+
+    def available(self) -> Tensor:
+        """[E] bool, the specialists whose domain is known."""
+        return self.known[:-1]
+
     def metric(self) -> Metric | None:
-        """M, of what was met so far; None: the identity."""
-        if not self.shape.whitened:
+        """M, of what is known so far; None: the identity."""
+        if not self.config.whitened:
             return None
         floor = SHRINKAGE * self.total_variance / self.prototypes.shape[1]
         kept = floor / (self.variance + floor).clamp_min(torch.finfo(floor.dtype).tiny)
@@ -226,30 +244,30 @@ class PrototypeRouter(nn.Module):
     @torch.no_grad()
     def forward(self, signal, real, active, state=None, restarts=None):
         """As ``Router.forward``; ``active`` has no say."""
-        shape, rows = self.shape, self.met.nonzero().flatten()
+        config, rows = self.config, self.known.nonzero().flatten()
         if not len(rows):
-            raise ValueError("prototype routing before any domain was met: call meet() first")
-        met = self.prototypes[rows]
-        met = met.to(torch.promote_types(met.dtype, torch.float32))
+            raise ValueError("prototype routing before any domain is known: call fit() first")
+        known = self.prototypes[rows]
+        known = known.to(torch.promote_types(known.dtype, torch.float32))
         cosines, summed = cosines_so_far(
             signal,
-            met,
-            met.mean(0),
+            known,
+            known.mean(0),
             real,
-            shape,
+            config,
             state and state.signal,
             restarts,
             self.metric(),
         )
-        if shape.hard_gate:
+        if config.hard_gate:
             weights = torch.zeros_like(cosines).scatter_(-1, cosines.argmax(-1, keepdim=True), 1.0)
         else:
-            weights = torch.softmax(cosines / shape.temperature, dim=-1)
+            weights = torch.softmax(cosines / config.temperature, dim=-1)
         if len(rows) > 1:
             best = cosines.topk(2, dim=-1).values
-            weights = weights * (best[..., :1] - best[..., 1:] >= shape.margin)
-        gate = weights.new_zeros(*weights.shape[:-1], shape.specialists + 1)
+            weights = weights * (best[..., :1] - best[..., 1:] >= config.margin)
+        gate = weights.new_zeros(*weights.shape[:-1], config.specialists + 1)
         gate[..., rows] = weights
-        gate = gate[..., : shape.specialists]
-        mask = torch.ones_like(gate[..., :1]).expand(*gate.shape[:-1], shape.rank)
+        gate = gate[..., : config.specialists]
+        mask = torch.ones_like(gate[..., :1]).expand(*gate.shape[:-1], config.rank)
         return Routing(gate, mask), RouterState(summed)

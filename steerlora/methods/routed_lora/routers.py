@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
+from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.context import average_so_far
 from steerlora.methods.routed_lora.prototypes import cosines_so_far
-from steerlora.methods.routed_lora.routing import RouterState, Routing
-from steerlora.methods.routed_lora.shape import AdapterShape
+from steerlora.methods.routed_lora.routing import RouterState, Routing, router
 from steerlora.saes.sparse import SparseFeatures, sparse_decode
 
 GATE_EPSILON = 1e-8
@@ -80,18 +80,27 @@ class Router(nn.Module):
 
     Args:
         width: N for SAE features, D for a dense hidden state.
-        shape: the adapter's.
+        config: the adapter's.
 
     Attributes:
-        prototypes: [E, width], one a specialist, with ``shape.prototypes``; zero rows reweight
+        prototypes: [E, width], one a specialist, with ``config.prototypes``; zero rows reweight
             nothing.
     """
 
-    def __init__(self, width: int, shape: AdapterShape) -> None:
+    def __init__(self, width: int, config: RoutedLoRAConfig) -> None:
         super().__init__()
-        self.shape = shape
-        if shape.prototypes:
-            self.register_buffer("prototypes", torch.zeros(shape.specialists, width))
+        self.config = config
+        if config.prototypes:
+            self.register_buffer("prototypes", torch.zeros(config.specialists, width))
+
+    fitted = False
+    """It takes the signals of each domain's training text before the domain trains (``fit``)."""
+    leaves_out = False
+    """Whole specialists can be expected to have no token of a batch."""
+
+    def available(self) -> Tensor | None:
+        """[E] bool, the specialists that it may choose by itself; None: the active ones."""
+        return None
 
     def project(self, signal: SparseFeatures | Tensor) -> Tensor:
         """[B, S, K] features or [B, S, width] -> [B, S, outputs]."""
@@ -118,28 +127,33 @@ class Router(nn.Module):
             state: of the same sequences, where these tokens continue them.
             restarts: [B, S], True where another sample begins in the same row (packing).
         """
-        shape = self.shape
+        config = self.config
         averaged, summed = average_so_far(
-            self.project(signal), real, shape.context, shape.decay, state and state.signal, restarts
+            self.project(signal),
+            real,
+            config.context,
+            config.decay,
+            state and state.signal,
+            restarts,
         )
         gate_logits, mask_logits = self.logits(averaged)
         similarity = compared = None
-        if shape.prototypes:
+        if config.prototypes:
             cosines, compared = cosines_so_far(
                 signal,
                 self.prototypes,
                 torch.zeros_like(self.prototypes[0]),
                 real,
-                shape,
+                config,
                 state and state.similarity,
                 restarts,
             )
             similarity = cosines.unsqueeze(-2) if gate_logits.dim() > cosines.dim() else cosines
-        gate = top_k_gate(gate_logits, shape.top_k, shape.temperature, active, similarity)
+        gate = top_k_gate(gate_logits, config.top_k, config.temperature, active, similarity)
         if mask_logits is not None:
             mask = monotone_mask(mask_logits)
         else:
-            mask = torch.ones_like(gate[..., :1]).expand(*gate.shape[:-1], shape.rank)
+            mask = torch.ones_like(gate[..., :1]).expand(*gate.shape[:-1], config.rank)
         return Routing(gate, mask), RouterState(summed, compared)
 
     def set_prototypes(self, prototypes: Tensor) -> None:
@@ -154,10 +168,11 @@ class Router(nn.Module):
                 f"prototypes must be [domains, {self.prototypes.shape[1]}]; got "
                 f"{list(prototypes.shape)}"
             )
-        owners = torch.arange(len(prototypes), device=prototypes.device) % self.shape.specialists
+        owners = torch.arange(len(prototypes), device=prototypes.device) % self.config.specialists
         self.prototypes.zero_().index_add_(0, owners, prototypes.to(self.prototypes))
 
 
+@router("linear")
 class LinearRouter(Router):
     """Gate and mask logits as one linear map of the signal.
 
@@ -169,21 +184,21 @@ class LinearRouter(Router):
     """
 
     def __init__(
-        self, width: int, shape: AdapterShape, modules: int, generator: torch.Generator
+        self, width: int, config: RoutedLoRAConfig, modules: int, generator: torch.Generator
     ) -> None:
-        super().__init__(width, shape)
+        super().__init__(width, config)
         self.count = modules
-        outputs = shape.specialists + (shape.rank if shape.dynamic_rank else 0)
+        outputs = config.specialists + (config.rank if config.dynamic_rank else 0)
         self.weight = nn.Parameter(torch.zeros(width, modules * outputs))
         self.bias = nn.Parameter(torch.zeros(modules * outputs))
         with torch.no_grad():
             weight = self.weight.view(width, modules, outputs)
             bias = self.bias.view(modules, outputs)
             # Small, not zero: equal logits would send every token to the same top-k specialists.
-            weight[..., : shape.specialists].normal_(0, 0.1, generator=generator)
-            if shape.dynamic_rank:
-                bias[:, shape.specialists :] = rank_bias(
-                    shape.rank, shape.initial_rank * shape.rank
+            weight[..., : config.specialists].normal_(0, 0.1, generator=generator)
+            if config.dynamic_rank:
+                bias[:, config.specialists :] = rank_bias(
+                    config.rank, config.initial_rank * config.rank
                 )
 
     def project(self, signal):
@@ -199,14 +214,15 @@ class LinearRouter(Router):
         return flat.view(*signal.values.shape[:-1], -1) + self.bias
 
     def logits(self, projected):
-        if self.shape.per_module:
+        if self.config.per_module:
             projected = projected.unflatten(-1, (self.count, -1))
         gate, mask = projected.split(
-            [self.shape.specialists, projected.shape[-1] - self.shape.specialists], dim=-1
+            [self.config.specialists, projected.shape[-1] - self.config.specialists], dim=-1
         )
-        return gate, mask if self.shape.dynamic_rank else None
+        return gate, mask if self.config.dynamic_rank else None
 
 
+@router("mlp")
 class MLPRouter(Router):
     """Two-layer perceptrons with GELU, one for the gate and one for the mask of each module.
 
@@ -222,10 +238,10 @@ class MLPRouter(Router):
     """
 
     def __init__(
-        self, width: int, shape: AdapterShape, modules: int, generator: torch.Generator
+        self, width: int, config: RoutedLoRAConfig, modules: int, generator: torch.Generator
     ) -> None:
-        super().__init__(width, shape)
-        hidden, units = shape.router_hidden, shape.router_hidden * (1 + shape.dynamic_rank)
+        super().__init__(width, config)
+        hidden, units = config.router_hidden, config.router_hidden * (1 + config.dynamic_rank)
         # The signal has about unit norm, so unit weights give units of about unit size.
         self.hidden_weight = nn.Parameter(
             torch.empty(width, modules, units).normal_(generator=generator)
@@ -233,13 +249,13 @@ class MLPRouter(Router):
         self.hidden_bias = nn.Parameter(torch.zeros(modules, units))
         scale = 1 / math.sqrt(hidden)
         self.gate_weight = nn.Parameter(
-            torch.empty(modules, hidden, shape.specialists).normal_(0, scale, generator=generator)
+            torch.empty(modules, hidden, config.specialists).normal_(0, scale, generator=generator)
         )
-        self.gate_bias = nn.Parameter(torch.zeros(modules, shape.specialists))
-        if shape.dynamic_rank:
-            self.rank_weight = nn.Parameter(torch.zeros(modules, hidden, shape.rank))
-            bias = rank_bias(shape.rank, shape.initial_rank * shape.rank)
-            self.rank_bias = nn.Parameter(torch.full((modules, shape.rank), bias))
+        self.gate_bias = nn.Parameter(torch.zeros(modules, config.specialists))
+        if config.dynamic_rank:
+            self.rank_weight = nn.Parameter(torch.zeros(modules, hidden, config.rank))
+            bias = rank_bias(config.rank, config.initial_rank * config.rank)
+            self.rank_bias = nn.Parameter(torch.full((modules, config.rank), bias))
 
     def project(self, signal):
         table = self.hidden_weight.flatten(1)
@@ -253,15 +269,15 @@ class MLPRouter(Router):
         return projected.view(*signal.values.shape[:-1], -1)
 
     def logits(self, projected):
-        shape, (modules, hidden, _) = self.shape, self.gate_weight.shape
+        config, (modules, hidden, _) = self.config, self.gate_weight.shape
         units = F.gelu(projected.unflatten(-1, (modules, -1)))
         gate = self._second(units[..., :hidden], self.gate_weight, self.gate_bias)
-        if not shape.dynamic_rank:
+        if not config.dynamic_rank:
             return gate, None
         return gate, self._second(units[..., hidden:], self.rank_weight, self.rank_bias)
 
     def _second(self, units: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """[..., M, H] -> [..., M, outputs]; without M where the modules share the router."""
-        if not self.shape.per_module:
+        if not self.config.per_module:
             return units.squeeze(-2) @ weight[0] + bias[0]
         return torch.einsum("bsmh,mho->bsmo", units, weight) + bias

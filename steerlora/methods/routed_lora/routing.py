@@ -7,9 +7,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from steerlora.methods.routed_lora.context import ContextState
+from steerlora.registry import Registry
+
+ROUTERS: Registry[type[nn.Module]] = Registry(
+    "method.router",
+    "steerlora.methods.routed_lora.routers",
+    "steerlora.methods.routed_lora.prototypes",
+)
+"""Routers by name. Each is made with the signal's width, the configuration, the number of modules
+that have a router of their own, and a random generator."""
+router = ROUTERS.register
 
 
 class Routing(NamedTuple):

@@ -45,7 +45,7 @@ def prompt_signals(
         for site, stream in streams.items():
             width = adapter.routers[str(site)].prototypes.shape[1]
             signal = adapter.sites[site].signal(stream, real)
-            for part in pooled(signal, width, real, adapter.shape):
+            for part in pooled(signal, width, real, adapter.config):
                 position = ends - part.start
                 here = (position >= 0) & (position < part.values.shape[1])
                 found[site].append(part.values[here, position[here]])

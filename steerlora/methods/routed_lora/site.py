@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from steerlora.lm.decoder import ForwardArguments
 from steerlora.methods.routed_lora.interventions import Intervention, SiteFacts
 from steerlora.methods.routed_lora.routing import RouterState, Routing
 from steerlora.saes.sparse import SparseFeatures
@@ -21,34 +22,15 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class CurrentForward:
-    """What all sites of an adapter know of the forward that is running.
+class CurrentForward(ForwardArguments):
+    """What all sites of an adapter know of the forward that is running."""
 
-    Attributes:
-        attention_mask: [B, S so far] or None.
-        position_ids: [B, S] or None; of packed rows, negative on padding.
-        continuing: a KV cache holds earlier tokens of these sequences.
-        disabled: the model is the base, for now.
-        base_streams: {site: stream} to read in place of the current ones.
-        intervention: the control that acts.
-    """
-
-    attention_mask: Tensor | None = None
-    position_ids: Tensor | None = None
-    continuing: bool = False
     disabled: bool = False
+    """The model is the base, for now."""
     base_streams: dict[int, Tensor] = field(default_factory=dict)
+    """{site: stream} to read in place of the current ones."""
     intervention: Intervention | None = None
-
-    def real_tokens(self, stream: Tensor) -> Tensor:
-        """True on real tokens of this forward, [B, S]; with a KV cache, the mask's end."""
-        batch, length = stream.shape[:2]
-        mask, positions = self.attention_mask, self.position_ids
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            return mask[:, -length:].bool()
-        if positions is not None and positions.dim() == 2:
-            return (positions >= 0).expand(batch, length)
-        return torch.ones(batch, length, dtype=torch.bool, device=stream.device)
+    """The control that acts."""
 
     def restarts(self, real: Tensor) -> Tensor | None:
         """True where a packed row goes on with another sample: its positions do not go on, [B, S].
@@ -119,16 +101,20 @@ class Site:
             read = self.forward.base_streams.get(self.layer, stream).detach()
             read = read.to(self.adapter.active.device)  # where routers and SAEs are
             real = self.forward.real_tokens(read)
-            routing, state = self.adapter.routers[str(self.layer)](
+            routing, state = self.router(
                 self.signal(read, real),
                 real,
                 self.adapter.active,
-                self._carried(len(stream)),
+                self._state_so_far(len(stream)),
                 self.forward.restarts(real),
             )
             self.context = _detached(state)
             self._use(self._controlled(routing), stream)
         return stream
+
+    @property
+    def router(self) -> nn.Module:
+        return self.adapter.routers[str(self.layer)]
 
     def signal(self, stream: Tensor, real: Tensor) -> SparseFeatures | Tensor:
         """What the router reads of a stream [B, S, D]: features [B, S, K], or the stream normed."""
@@ -146,7 +132,7 @@ class Site:
             self.features = SparseFeatures(values, features.indices)
         return self.features
 
-    def _carried(self, batch: int) -> RouterState | None:
+    def _state_so_far(self, batch: int) -> RouterState | None:
         """The state that a KV cache's tokens left here; None at the beginning of sequences."""
         if not self.forward.continuing:
             return None
@@ -165,17 +151,17 @@ class Site:
         return intervention.apply_routing(routing, self.facts, self.layer)
 
     def _use(self, routing: Routing, stream: Tensor) -> None:
-        shape, no_gradient = self.adapter.shape, not torch.is_grad_enabled()
-        if shape.hard_rank and no_gradient:
+        config, no_gradient = self.adapter.config, not torch.is_grad_enabled()
+        if config.hard_rank and no_gradient:
             mask = routing.mask
-            routing = routing._replace(mask=mask * (mask >= shape.hard_rank))
-        gate = routing.gate * (shape.alpha / shape.rank)
+            routing = routing._replace(mask=mask * (mask >= config.hard_rank))
+        gate = routing.gate * (config.alpha / config.rank)
         pairs = gate.unsqueeze(-1) * routing.mask.unsqueeze(-2)
         scale = pairs.flatten(-2).to(stream.dtype)
-        scales = scale.unbind(-2) if shape.per_module else (scale,)
+        scales = scale.unbind(-2) if config.per_module else (scale,)
         self.columns = None
         # Looking which pairs are in use pays only where whole columns can be expected not to be.
-        if no_gradient and (shape.hard_rank or (shape.router == "prototype" and shape.hard_gate)):
+        if no_gradient and (config.hard_rank or self.router.leaves_out):
             used = [(scale != 0).flatten(0, -2).any(0) for scale in scales]
             self.columns = tuple(columns.nonzero().flatten() for columns in used)
             scales = tuple(

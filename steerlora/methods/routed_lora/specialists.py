@@ -17,7 +17,7 @@ from steerlora.methods.routed_lora.merging import merge_low_rank
 
 def rows_of(adapter: Adapter, specialist: int) -> slice:
     """A specialist's rows of every A, and columns of every B."""
-    rank = adapter.shape.rank
+    rank = adapter.config.rank
     return slice(specialist * rank, (specialist + 1) * rank)
 
 
@@ -26,7 +26,7 @@ def clear_specialist(adapter: Adapter, specialist: int, generator: torch.Generat
     """As at the beginning: a random A, and B zero."""
     rows = rows_of(adapter, specialist)
     for layer in adapter.layers.values():
-        fresh = _fresh(layer, adapter.shape.rank, generator)
+        fresh = _fresh(layer, adapter.config.rank, generator)
         layer.A[rows] = fresh.A.to(layer.A)
         layer.B[:, rows] = 0
 
@@ -39,7 +39,7 @@ def merge_specialists(
 
     Rank components that the two together do not fill start afresh.
     """
-    rows, others, rank = rows_of(adapter, first), rows_of(adapter, second), adapter.shape.rank
+    rows, others, rank = rows_of(adapter, first), rows_of(adapter, second), adapter.config.rank
     for layer in adapter.layers.values():
         A, B = layer.A, layer.B
         merged_A, merged_B = merge_low_rank(
@@ -69,7 +69,7 @@ def settle_moments(
             if "exp_avg" not in state:
                 continue
             first, second = (
-                state[name].movedim(along, 0).unflatten(0, (adapter.shape.specialists, -1))
+                state[name].movedim(along, 0).unflatten(0, (adapter.config.specialists, -1))
                 for name in ("exp_avg", "exp_avg_sq")
             )  # views: [E, R, D_in or D_out]
             usual = second[list(typical)].mean((0, 1))

@@ -11,9 +11,14 @@ from contextlib import ExitStack
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from steerlora.config import InterventionConfig
 from steerlora.data.chat import ChatBatch
 from steerlora.methods.routed_lora.adapter import Adapter
-from steerlora.methods.routed_lora.interventions import Intervention, check_phase
+from steerlora.methods.routed_lora.interventions import (
+    INTERVENTIONS,
+    Intervention,
+    check_phase,
+)
 
 
 class TrainUnder(Callback):
@@ -27,7 +32,7 @@ class TrainUnder(Callback):
 
     Args:
         adapter: what trains.
-        name, seed, strength, sites, domains: of the intervention (``Adapter.intervention``).
+        config: of the intervention.
         domain_names: the names that ``ChatBatch.domains`` counts in; -1 there is no domain.
 
     Raises:
@@ -38,22 +43,11 @@ class TrainUnder(Callback):
     def __init__(
         self,
         adapter: Adapter,
-        name: str,
-        *,
-        seed: int,
-        strength: float = 1.0,
-        sites: Sequence[int] = (),
-        domains: Sequence[str] = (),
+        config: InterventionConfig,
         domain_names: Sequence[str],
     ) -> None:
-        check_phase(name, "training")
-        self.adapter, self.name, self.domain_names = adapter, name, tuple(domain_names)
-        self.settings = {
-            "seed": seed,
-            "strength": strength,
-            "sites": tuple(sites),
-            "domains": tuple(domains),
-        }
+        check_phase(config.name, "training")
+        self.adapter, self.config, self.domain_names = adapter, config, tuple(domain_names)
         self._context = ExitStack()
         self._control: Intervention | None = None
 
@@ -62,9 +56,15 @@ class TrainUnder(Callback):
     ) -> None:
         # Opened here, not at the start: a training that resumes at its end has no step to control.
         if self._control is None:
-            if self.name == "oracle_domain":
+            if INTERVENTIONS[self.config.name].needs_domain:
                 self._deal_domains()
-            opened = self.adapter.intervention(self.name, **self.settings)
+            opened = self.adapter.intervention(
+                self.config.name,
+                seed=self.config.seed,
+                strength=self.config.strength,
+                sites=self.config.sites,
+                domains=self.config.domains,
+            )
             self._control = self._context.enter_context(opened)
         owners = batch.domains.tolist()
         self._control.begin(

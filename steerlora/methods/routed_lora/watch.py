@@ -14,6 +14,7 @@ from steerlora.data.chat import ChatBatch
 from steerlora.errors import UserError
 from steerlora.lm.decoder import decoder_of
 from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.methods.routed_lora.config import HealthConfig
 from steerlora.methods.routed_lora.health import RoutingHealth, on_real_tokens
 
 logger = logging.getLogger(__name__)
@@ -34,10 +35,8 @@ class RoutingWatch(Callback):
         adapter: the attached adapter in training.
         domain_names: what the domain ids of ``probe`` stand for.
         probe: rows of every domain that is trained on.
-        log_every: optimizer steps between measurements.
-        collapse: what to do where the usage entropy over active specialists is below
-            ``collapse_below``: "ignore", "warn" (logged once a training) or "stop".
-        collapse_below: usage entropy in units of log E, from 0 to 1.
+        config: when to measure, and what to do where the usage entropy over active specialists says
+            that routing has collapsed (a warning is logged once a training).
     """
 
     def __init__(
@@ -45,12 +44,10 @@ class RoutingWatch(Callback):
         adapter: Adapter,
         domain_names: Sequence[str],
         probe: ChatBatch,
-        log_every: int,
-        collapse: str,
-        collapse_below: float,
+        config: HealthConfig,
     ) -> None:
         self.adapter, self.domain_names, self.probe = adapter, tuple(domain_names), probe
-        self.log_every, self.collapse, self.collapse_below = log_every, collapse, collapse_below
+        self.config = config
         self.history: list[dict[str, float | int]] = []
         self.warned = False
 
@@ -62,18 +59,18 @@ class RoutingWatch(Callback):
         batch: ChatBatch,
         batch_idx: int,
     ) -> None:
-        """Measure, log, and judge.
+        """Measure and log, and see whether routing has collapsed.
 
         Raises:
             UserError: routing has collapsed and ``collapse`` is "stop".
         """
         step = trainer.global_step
-        if not self.adapter.sites or step % self.log_every:
+        if not self.adapter.sites or step % self.config.log_every:
             return
         measured = self._measure(module)
         self.history.append({"step": step, **measured})
         module.log_dict({f"routing/{name}": float(value) for name, value in measured.items()})
-        if measured["usage_entropy"] < self.collapse_below:
+        if measured["usage_entropy"] < self.config.collapse_below:
             self._collapsed(step, measured["usage_entropy"])
 
     @torch.no_grad()
@@ -86,7 +83,7 @@ class RoutingWatch(Callback):
         routing = adapter.sites[min(adapter.sites)].routing
         real = probe.attention_mask.bool()
         health = RoutingHealth(
-            self.domain_names, adapter.shape.specialists, active=adapter.available()
+            self.domain_names, adapter.config.specialists, active=adapter.available()
         )
         gates, ranks = on_real_tokens(routing.gate, routing.mask, real)
         health.update(gates, ranks, probe.domains[:, None].expand_as(real)[real])
@@ -95,15 +92,18 @@ class RoutingWatch(Callback):
     def _collapsed(self, step: int, entropy: float) -> None:
         found = (
             f"step {step}: routing has collapsed, usage entropy {entropy:.3f} of 1 is below "
-            f"routing.collapse_below={self.collapse_below}"
+            f"method.health.collapse_below={self.config.collapse_below}"
         )
-        if self.collapse == "stop":
+        if self.config.collapse == "stop":
             raise UserError(
-                f"{found}: raise adapter.load_balance, or go on with routing.collapse=warn"
+                f"{found}: raise method.losses.load_balance, or go on with "
+                "method.health.collapse=warn"
             )
-        if self.collapse == "warn" and not self.warned:
+        if self.config.collapse == "warn" and not self.warned:
             self.warned = True
-            logger.warning("%s: raise adapter.load_balance, or set routing.collapse=stop", found)
+            logger.warning(
+                "%s: raise method.losses.load_balance, or set method.health.collapse=stop", found
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history, "warned": self.warned}

@@ -1,4 +1,4 @@
-"""The features of the adapted stream above the adapters, beside those of the base's own stream.
+"""The features of the adapted stream above a method, beside those of the base's own stream.
 
 B batch, S sequence, T real tokens, D model width, L layers, N latents, K active latents.
 
@@ -12,22 +12,47 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steerlora.lm.decoder import continued, decoder_of, edited, layers_of
-from steerlora.methods.routed_lora.adapter import Adapter
-from steerlora.methods.routed_lora.losses import squared_change
+from steerlora.lm.decoder import (
+    ForwardArguments,
+    ObservedForward,
+    continued,
+    decoder_of,
+    edited,
+    layers_of,
+)
+from steerlora.methods.base import Method
 from steerlora.saes.autoencoder import SparseAutoencoder
 from steerlora.saes.sparse import SparseFeatures
 from steerlora.saes.taxonomy import Taxonomy
 
 
+def squared_change(adapted: SparseFeatures, base: SparseFeatures, counted: Tensor) -> Tensor:
+    """Sum over tokens and over the latents ``counted`` [N] bool of (z_ft - z_base)^2.
+
+    A token's two lists of latents are joined and sorted, so that a latent active in both stands
+    twice in a row: O(T K log K), without a [T, N] tensor, and exactly zero where nothing changed.
+    """
+    values = torch.cat([adapted.values, -base.values], -1)
+    # An inactive entry's index means nothing: it goes to latent N, which never counts.
+    indices = torch.cat([adapted.indices, base.indices], -1)
+    indices = indices.masked_fill(values == 0, len(counted))
+    indices, order = indices.sort(dim=-1)
+    values = values.gather(-1, order)
+    repeated = F.pad(indices[:, 1:] == indices[:, :-1], (1, 0))
+    following = F.pad(values[:, 1:] * repeated[:, 1:], (0, 1))
+    kept = F.pad(counted, (0, 1))[indices] & ~repeated
+    return ((values + following).square() * kept).sum()
+
+
 class Monitor:
-    """Watches one stream of a model that carries an adapter.
+    """Watches one stream of a model that a method is attached to.
 
     Args:
-        model: a causal language model, with ``adapter`` attached.
-        adapter: what is attached to it.
+        model: a causal language model.
+        method: what is attached to it.
         sae: of the stream watched; it keeps its own type.
         layer: the stream entering this layer; L: the one leaving the last layer, before the norm.
         taxonomy: of that SAE's features.
@@ -38,19 +63,19 @@ class Monitor:
         prototypes: [D, N].
 
     Raises:
-        ValueError: a layer that no adapter lies below, or beyond the last; an SAE or a taxonomy
+        ValueError: a layer below which nothing is adapted, or beyond the last; an SAE or a taxonomy
             that does not fit.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        adapter: Adapter,
+        method: Method,
         sae: SparseAutoencoder,
         layer: int,
         taxonomy: Taxonomy,
     ) -> None:
-        decoder, first = decoder_of(model), min(adapter.shape.sites)
+        decoder, first = decoder_of(model), method.first_layer
         layers = len(layers_of(model))
         if not first < layer <= layers:
             raise ValueError(
@@ -68,12 +93,13 @@ class Monitor:
                 f"the SAE at monitor site {layer} has {latents} latents, its taxonomy "
                 f"{len(taxonomy.general)}"
             )
-        self.model, self.adapter, self.layer = model, adapter, layer
+        self.model, self.method, self.layer = model, method, layer
         self.general, self.domain = taxonomy.general, taxonomy.domain
         self.prototypes = taxonomy.prototypes.float()
         self.sae = sae.eval().requires_grad_(False)
         self._first = first
         self._streams: dict[int, Tensor] = {}
+        self._arguments = ForwardArguments()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -82,8 +108,13 @@ class Monitor:
         Whatever wraps the layers already, a control site for one, stays in its place.
         """
         self._streams = {}
-        with edited(self.model, {site: self._record(site) for site in (self._first, self.layer)}):
-            yield
+        observed = ObservedForward(self.model, self._arguments.note)
+        try:
+            sites = (self._first, self.layer)
+            with edited(self.model, {site: self._record(site) for site in sites}):
+                yield
+        finally:
+            observed.remove()
 
     def features(self) -> SparseFeatures:
         """z_ft of the recorded forward's real tokens, [T, K], with gradient in the stream."""
@@ -91,15 +122,15 @@ class Monitor:
 
     @torch.no_grad()
     def base_features(self) -> SparseFeatures:
-        """z_base of the same tokens, [T, K]: what the model computes there with no adapter.
+        """z_base of the same tokens, [T, K]: what the model computes there with no method.
 
         Called after the recording, of which it would else become a part.
         """
-        recorded = self.adapter.forward_state
+        recorded = self._arguments
         positions = {"position_ids": recorded.position_ids}  # which not every family takes
         if recorded.position_ids is None:
             positions = {}
-        with self.adapter.disabled():
+        with self.method.disabled():
             stream = continued(
                 self.model,
                 self._streams[self._first],
@@ -137,4 +168,4 @@ class Monitor:
             self.sae.to(stream.device)
             for name in ("general", "domain", "prototypes"):
                 setattr(self, name, getattr(self, name).to(stream.device))
-        return self.sae.encode(stream[self.adapter.real_tokens(stream)])
+        return self.sae.encode(stream[self._arguments.real_tokens(stream)])

@@ -1,11 +1,13 @@
-"""Adapters on disk: ``adapter_model.safetensors`` and ``adapter_config.json``."""
+"""Trained methods on disk: ``adapter_model.safetensors`` and ``adapter_config.json``."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -13,16 +15,19 @@ from torch import nn
 
 from steerlora.errors import UserError
 from steerlora.lm.identity import model_fingerprint
-from steerlora.methods.routed_lora.adapter import Adapter, AdapterShape
+from steerlora.methods.base import Method, SiteSAE, Sources
+from steerlora.methods.config import METHODS
 from steerlora.saes.autoencoder import SparseAutoencoder
 from steerlora.saes.saelens import load_sae, sae_fingerprint
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FORMAT = "steerlora"
+FORMAT_VERSION = 2
+"""Raised when ``adapter_config.json`` means something else; files of another one are refused."""
 
 
 def save_adapter(
-    adapter: Adapter,
+    method: Method,
     directory: Path | str,
     *,
     base_fingerprint: str,
@@ -30,14 +35,14 @@ def save_adapter(
     written_for: Path | None = None,
     trained_under: str = "none",
 ) -> None:
-    """Write an adapter; what it depends on goes in as fingerprints.
+    """Write a method; what it depends on goes in as fingerprints.
 
     Args:
-        adapter: what to save.
+        method: what to save.
         directory: where; made if absent.
         base_fingerprint: of the base model (:func:`model_fingerprint`).
-        sae_paths: {site: folder of its SAE}; stored relative to the adapter's folder.
-        written_for: the folder where the adapter will lie, if it is moved after writing.
+        sae_paths: {site: folder of its SAE}; stored relative to the method's folder.
+        written_for: the folder where it will lie, if it is moved after writing.
         trained_under: the intervention of a retrained control; "none": it was trained intact.
     """
     directory = Path(directory)
@@ -47,32 +52,26 @@ def save_adapter(
         {
             "site": site,
             "fingerprint": sae_fingerprint(sae),
-            "latents": sae.W_enc.shape[1],
+            "latents": sae.latents,
             "path": os.path.relpath(Path(sae_paths[site]).absolute(), home)
             if sae_paths and site in sae_paths
             else None,
         }
-        for site, sae in adapter.saes.items()
+        for site, sae in method.saes.items()
     ]
-    config = {
+    stored = {
         "format": FORMAT,
+        "version": FORMAT_VERSION,
         "base_fingerprint": base_fingerprint,
-        "shape": adapter.shape.as_dict(),
+        "method": asdict(method.config),
         "trained_under": trained_under,
         "saes": saes,
-        "sites": {
-            str(site): {
-                "mean_rank": held.facts.mean_rank,
-                "specialist_of_domain": held.facts.specialist_of_domain,
-            }
-            for site, held in adapter.sites.items()
-            if held.facts is not None
-        },
+        "facts": method.facts(),
     }
-    state = {name: tensor.detach().contiguous() for name, tensor in adapter.state_dict().items()}
+    state = {name: tensor.detach().contiguous() for name, tensor in method.state_dict().items()}
     assert all(tensor.numel() for tensor in state.values()), "an adapter weight is empty"
     save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
-    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (directory / CONFIG).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
 
 
 def load_adapter(
@@ -80,19 +79,19 @@ def load_adapter(
     path: Path | str,
     *,
     sae: SparseAutoencoder | Path | str | Mapping[int, SparseAutoencoder] | None = None,
-) -> Adapter:
-    """Attach a saved adapter to ``model``, in place.
+) -> Method:
+    """Attach a saved method to ``model``, in place.
 
     Args:
-        model: a transformers causal language model: the base that the adapter was trained on.
+        model: a transformers causal language model: the base that the method was trained on.
         path: folder that :func:`save_adapter` wrote.
         sae: the SAE (or its folder, or {site: SAE}) where it is not found at the recorded place.
 
     Returns:
-        The attached adapter; ``remove()`` gives the model back as it was.
+        The attached method; ``remove()`` gives the model back as it was.
 
     Raises:
-        UserError: no adapter there, another base model, another SAE, files that cannot be read, or
+        UserError: no method there, another base model, another SAE, files that cannot be read, or
             weights that do not fit.
     """
     path = Path(path)
@@ -102,37 +101,51 @@ def load_adapter(
                 f"{path} is no adapter: {name} is missing "
                 "(steerlora stage=adapter_training makes one and prints its folder)"
             )
-    config = _read_config(path / CONFIG)
+    stored = _read_config(path / CONFIG)
     found = model_fingerprint(model)
-    if found != config["base_fingerprint"]:
+    if found != stored["base_fingerprint"]:
         raise UserError(
             f"adapter {path} was trained on another base model "
-            f"(its base is {config['base_fingerprint']}, this model is {found})"
+            f"(its base is {stored['base_fingerprint']}, this model is {found})"
         )
-    shape = {key: tuple(v) if isinstance(v, list) else v for key, v in config["shape"].items()}
-    saes = {entry["site"]: _sae_for(entry, path, sae) for entry in config["saes"]}
+    saes = {entry["site"]: SiteSAE(_sae_for(entry, path, sae)) for entry in stored["saes"]}
     try:
         weights = load_file(path / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path / WEIGHTS} cannot be read ({error}): copy or train the adapter again"
         ) from error
+    method = None
     try:
-        adapter = Adapter(model, AdapterShape(**shape), saes)
-        adapter.load_state_dict(weights)
-    except (TypeError, ValueError, RuntimeError) as error:
+        config = _grown(METHODS[stored["method"]["kind"]], stored["method"])
+        method = config.build(model, Sources(saes=saes), seed=0)
+        method.load_state_dict(weights)
+        method.load_facts(stored["facts"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if method is not None:
+            method.remove()
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"adapter {path} does not fit this model: {reason}") from error
-    for site, facts in config["sites"].items():
-        held = adapter.sites[int(site)].facts
-        held.mean_rank = facts["mean_rank"]
-        held.specialist_of_domain = facts["specialist_of_domain"]
-    return adapter.attach(model)
+    return method
 
 
 def trained_under(path: Path | str) -> str:
-    """The intervention that a saved adapter was trained under; "none" where there was none."""
+    """The intervention that a saved method was trained under; "none" where there was none."""
     return _read_config(Path(path) / CONFIG).get("trained_under", "none")
+
+
+def _grown(schema: type, stored: Mapping[str, Any]) -> Any:
+    """A configuration from the mapping that ``asdict`` gave, its nested ones too."""
+    hints = get_type_hints(schema)
+    unknown = set(stored) - {field.name for field in fields(schema)}
+    if unknown:
+        raise ValueError(f"its configuration has {', '.join(sorted(unknown))}, unknown here")
+    return schema(
+        **{
+            name: _grown(hints[name], value) if is_dataclass(hints[name]) else value
+            for name, value in stored.items()
+        }
+    )
 
 
 def _read_config(path: Path) -> dict:
@@ -143,7 +156,12 @@ def _read_config(path: Path) -> dict:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise UserError(f"{path} is not a SteerLoRA adapter (no format: {FORMAT})")
-    absent = [key for key in ("base_fingerprint", "shape", "saes", "sites") if key not in config]
+    if config.get("version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {config.get('version')}, this code reads {FORMAT_VERSION}: "
+            "train the adapter again"
+        )
+    absent = [key for key in ("base_fingerprint", "method", "saes", "facts") if key not in config]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}: copy or train the adapter again")
     return config

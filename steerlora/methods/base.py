@@ -1,0 +1,215 @@
+"""The interface of a method: what is attached to a frozen base model, and how it trains.
+
+A kind of method gives a configuration (``methods/config.py``) and a :class:`Method`; where it does
+not train by the next token's loss alone, a :class:`Learner` as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from steerlora.data.chat import ChatBatch, EncodedChat
+from steerlora.methods.config import MethodConfig
+from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.taxonomy import Taxonomy
+from steerlora.training.language import next_token_loss
+
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback
+
+    from steerlora.config import InterventionConfig
+    from steerlora.methods.monitor import Monitor
+
+
+class SiteSAE(NamedTuple):
+    """A control site's trained SAE."""
+
+    sae: SparseAutoencoder
+    mean_norm: float = 1.0
+    """Mean L2 norm of its features on held-out text."""
+    path: Path | None = None
+    """Its folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """What a method reads, by control site, as far as its capabilities ask for it."""
+
+    saes: Mapping[int, SiteSAE] = field(default_factory=dict)
+    taxonomies: Mapping[int, Taxonomy] = field(default_factory=dict)
+
+
+class Health(Protocol):
+    """What a method measures of itself on held-out text."""
+
+    def update(self, batch: ChatBatch, first: int) -> None:
+        """Add the forward of this batch that has just been; its rows count from ``first``."""
+
+    def result(self) -> dict[str, dict]:
+        """{site: {statistic: value}}, plain numbers for JSON."""
+
+
+class Method(nn.Module):
+    """What trains: parameters and buffers beside a frozen model, and how they change its forwards.
+
+    Its state dict is what is saved; what it only reads, such as SAEs, is kept outside.
+
+    Args:
+        config: of the method.
+    """
+
+    saes: Mapping[int, SparseAutoencoder]
+    """SAEs that it runs in every forward, by site."""
+
+    def __init__(self, config: MethodConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.saes = {}
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest layer that it may change; the stream that enters it is the base's own."""
+        return min(self.config.sites)
+
+    def attach(self, model: nn.Module) -> Method:
+        """Put it into ``model``, in place; :meth:`remove` undoes it exactly.
+
+        Raises:
+            ValueError: the model carries a method already.
+        """
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        """Give the model back as it was: the same modules, no wrapper left.
+
+        Raises:
+            ValueError: it is not attached.
+        """
+        raise NotImplementedError
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """The attached model computes exactly what the base model would, inside this context."""
+        raise NotImplementedError
+
+    def intervention(self, name: str, **settings: Any) -> AbstractContextManager[Any]:
+        """Run the model with the control signal changed, inside this context only.
+
+        Raises:
+            ValueError: it has no control signal.
+        """
+        raise ValueError(
+            f"intervention {name} acts on a control signal of SAE features, and "
+            f"{self.config.name or self.config.kind} has none"
+        )
+
+    def configure(self, **options: Any) -> None:
+        """Take the options of ``config.only_in_evaluation``."""
+
+    def products(self) -> list[nn.Parameter]:
+        """Trained matrices that every token is multiplied by, for counting operations."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def health(self, domains: Sequence[str], seed: int) -> Health | None:
+        """What measures the method on the forwards that follow; None: nothing does."""
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        """What is saved beside the weights, as plain JSON."""
+        return {}
+
+    def load_facts(self, stored: dict[str, Any]) -> None:
+        """Take back what :meth:`facts` gave."""
+
+    def export_peft(self, directory: Path | str, *, base_path: str) -> None:
+        """Write it in PEFT's format, where ``config.exports_to_peft``."""
+        raise NotImplementedError
+
+    def parameter_count(self) -> int:
+        """Trainable parameters."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+
+class Task(NamedTuple):
+    """What a training learns: all domains together, or one of a sequence."""
+
+    rows: dict[str, list[EncodedChat]]
+    """{domain: its training rows}."""
+    position: int | None = None
+    """Of the domain in its sequence, from 0; None: all domains together."""
+
+    @property
+    def name(self) -> str:
+        return "all" if self.position is None else next(iter(self.rows))
+
+
+class Learner:
+    """How a method trains: by the next token's loss, unless a kind of method says otherwise.
+
+    Args:
+        config: of the method.
+        method: attached to ``model``.
+        model: the base model.
+        domains: all domains' names; the domain ids of batches are positions in it.
+        pad_token_id: fills batches.
+        seed: of what training draws.
+        intervention: that it trains under, if its phase says so.
+        monitor: of the stream at ``config.monitor``, if there is one.
+        general_text: gives rows of general text, encoded, at most so many.
+    """
+
+    def __init__(
+        self,
+        config: MethodConfig,
+        method: Method,
+        *,
+        model: nn.Module,
+        domains: Sequence[str],
+        pad_token_id: int,
+        seed: int,
+        intervention: InterventionConfig,
+        monitor: Monitor | None = None,
+        general_text: Callable[[int], list[EncodedChat]] = lambda most: [],
+    ) -> None:
+        self.config, self.method, self.model = config, method, model
+        self.domains, self.pad_token_id, self.seed = tuple(domains), pad_token_id, seed
+        self.intervention, self.monitor, self.general_text = intervention, monitor, general_text
+
+    def losses(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
+        """{name: (weight, value)} of a batch; the training's loss is their weighted sum.
+
+        Of a part of a batch, a mean over tokens is multiplied by the part's share of them
+        (``batch.shares``), so that parts and ranks add up to the whole batch.
+        """
+        return {"task": (1.0, next_token_loss(self.model, batch))}
+
+    def callbacks(self, task: Task) -> list[Callback]:
+        """What else happens during the training of a task; their state is in its checkpoints."""
+        return []
+
+    def begin(self, task: Task) -> None:
+        """Just before a task's first step, on every rank; what it leaves is in every checkpoint."""
+
+    def end(self, task: Task) -> None:
+        """Just after a task's last step, on every rank."""
+
+    def training(self, task: Task) -> AbstractContextManager[None]:
+        """Open for as long as a task trains."""
+        return nullcontext()
+
+    def state(self) -> dict[str, Any]:
+        """What the tasks so far leave for the next ones, beside the method's own state dict: plain
+        values and tensors."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state` gave, before the next task begins."""
+
+    def history(self) -> dict[str, Any]:
+        """What is worth keeping of the training, as plain JSON: lists by name."""
+        return {}

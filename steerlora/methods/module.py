@@ -1,0 +1,92 @@
+"""A method in training under Lightning: its learner's losses, AdamW, checkpoints of it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from steerlora.config import TrainerConfig
+from steerlora.data.chat import ChatBatch
+from steerlora.distributed.shards import elements
+from steerlora.errors import UserError
+from steerlora.lm.decoder import check_packing
+from steerlora.lm.flops import training_flops_per_token
+from steerlora.methods.base import Learner
+from steerlora.training.language import Text, shape_of
+from steerlora.training.loop import rise_hold_fall
+
+
+class MethodModule(L.LightningModule):
+    """An attached method in training; the base and the SAEs stay frozen.
+
+    Args:
+        learner: of the method.
+        trainer: AdamW's settings.
+        total_steps: length of the schedule.
+
+    Raises:
+        UserError: packed rows, and a model in which packed conversations would see each other.
+    """
+
+    strict_loading = False  # checkpoints hold the method only
+
+    def __init__(self, learner: Learner, *, trainer: TrainerConfig, total_steps: int) -> None:
+        super().__init__()
+        if trainer.packing:
+            try:
+                check_packing(learner.model)
+            except ValueError as error:
+                raise UserError(f"trainer.packing=true: {error}; set it to false") from error
+        self.model, self.method = learner.model, learner.method
+        self.learner, self.settings, self.total_steps = learner, trainer, total_steps
+
+    def training_step(self, batch: ChatBatch, index: int) -> Tensor:
+        terms = self.learner.losses(batch)
+        loss = sum(weight * term for weight, term in terms.values())
+        self.log("train/loss", loss, sync_dist=True)
+        self.log_dict({f"train/{name}": term for name, (_, term) in terms.items()}, sync_dist=True)
+        return loss
+
+    def flops_per_token(self, batch: ChatBatch) -> float:
+        """Floating-point operations, forward and backward; 0: unknown."""
+        shape, text, method = shape_of(self.model), Text.of(batch), self.method
+        if shape is None:
+            return 0.0
+        return training_flops_per_token(
+            shape,
+            adapter_parameters=sum(map(elements, method.products())),
+            first_adapted_layer=method.first_layer,
+            sequence=text.length,
+            labelled=text.labelled,
+            sae_parameters=sum(sae.width * sae.latents for sae in method.saes.values()),
+        )
+
+    def configure_optimizers(self):
+        parameters = [p for p in self.method.parameters() if p.requires_grad]
+        return scheduled_adamw(parameters, self.settings, self.total_steps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k.startswith("method.")}
+
+
+def scheduled_adamw(
+    parameters: Sequence[nn.Parameter], settings: TrainerConfig, total: int
+) -> tuple[list[torch.optim.Optimizer], list[dict[str, Any]]]:
+    """AdamW whose rate rises, holds and falls over ``total`` steps, as Lightning takes it."""
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        eps=settings.adam_epsilon,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    rise, fall = (round(s * total) for s in (settings.warmup_fraction, settings.decay_fraction))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rise_hold_fall(step, total, rise, fall)
+    )
+    return [optimizer], [{"scheduler": schedule, "interval": "step"}]

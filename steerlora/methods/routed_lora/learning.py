@@ -1,0 +1,249 @@
+"""How routed specialists train: losses, prototypes, memory, and which of them a domain may change.
+
+T real tokens, E specialists, R rank components.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from steerlora.data.chat import ChatBatch, EncodedChat, collate
+from steerlora.distributed.reductions import mean_over_ranks, world
+from steerlora.lm.decoder import decoder_of
+from steerlora.methods.base import Learner, Task
+from steerlora.methods.routed_lora import losses
+from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.methods.routed_lora.config import RoutedLoRAConfig
+from steerlora.methods.routed_lora.interventions import INTERVENTIONS
+from steerlora.methods.routed_lora.isolation import train_only
+from steerlora.methods.routed_lora.memory import MemoryPolicy
+from steerlora.methods.routed_lora.signals import prompt_signals
+from steerlora.methods.routed_lora.train_under import TrainUnder
+from steerlora.methods.routed_lora.watch import RoutingWatch
+from steerlora.training.language import next_token_loss
+
+FACT_ROWS = 64
+"""Training rows a domain over which mean rank and the domains' specialists are recorded."""
+PROBE_ROWS = 16
+"""Training rows a domain on which the health of routing is followed."""
+PROTOTYPE_ROWS = 512
+"""Training rows a domain, and rows of general text, whose signals make a prototype."""
+
+
+class RoutedLoRALearner(Learner):
+    """Trains an `Adapter`.
+
+    Attributes:
+        frozen: specialists that train no more, in the order in which they were frozen.
+        memory: the memory policy of the task in training; None where it is off.
+        watch: over the routing of the task in training.
+    """
+
+    config: RoutedLoRAConfig
+    method: Adapter
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        if self.config.compares_with_base and self.monitor is None:
+            raise ValueError(
+                "the preservation and steering losses compare features at a monitor site: give a "
+                "monitor, or set both weights to zero"
+            )
+        self.frozen: list[int] = []
+        self.memory: MemoryPolicy | None = None
+        self.watch: RoutingWatch | None = None
+        self._task: Task | None = None
+        self._memory_state: dict[str, Any] = {"domain": "", "events": [], "tensors": {}}
+
+    # Losses
+
+    def losses(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
+        """The task's loss and the auxiliary ones that are on.
+
+        Of routing that several sites or modules have, a loss is the mean. Usage, for load balance,
+        is that of all ranks' parts (of the parts that one rank takes in turn, each has its own).
+        """
+        weights = self.config.losses
+        with self.monitor.recording() if self.config.compares_with_base else nullcontext():
+            task = next_token_loss(self.model, batch)
+        return {"task": (weights.task, task), **self.auxiliary(batch)}
+
+    def auxiliary(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
+        """{name: (weight, value)} of the losses besides the task's, after its forward."""
+        return {**self._on_features(batch), **self._on_routing(batch), **self._on_weights()}
+
+    def _on_features(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
+        weights, monitor = self.config.losses, self.monitor
+        terms: dict[str, tuple[float, Tensor]] = {}
+        if not self.config.compares_with_base:
+            return terms
+        adapted = monitor.features()
+        if weights.preservation:
+            value = losses.preservation(adapted, monitor.base_features(), monitor.general)
+            terms["preservation"] = (weights.preservation, value * batch.shares.real)
+        if weights.steering:
+            real = batch.attention_mask.bool()
+            owners = batch.domains[:, None].expand_as(real)[real]
+            value = losses.steering(adapted, monitor.prototypes, monitor.domain, owners)
+            terms["steering"] = (weights.steering, value * batch.shares.owned)
+        return terms
+
+    def _on_routing(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
+        weights, sites = self.config.losses, list(self.method.sites.values())
+        real, active, share = batch.attention_mask.bool(), self.method.active, batch.shares.real
+        terms: dict[str, tuple[float, Tensor]] = {}
+        if sites and weights.gate_sparsity:
+            values = [losses.gate_sparsity(site.routing.gate[real]) for site in sites]
+            terms["gate_sparsity"] = (weights.gate_sparsity, torch.stack(values).mean() * share)
+        if sites and weights.load_balance:
+            usages = [site.routing.gate[real].mean(0) for site in sites]
+            if world() > 1:
+                usages = [mean_over_ranks(usage * share) for usage in usages]
+            values = [losses.load_balance(usage, active) for usage in usages]
+            terms["load_balance"] = (weights.load_balance, torch.stack(values).mean())
+        if sites and weights.rank_budget and self.config.dynamic_rank:
+            values = [losses.rank_budget(site.routing.mask[real]) for site in sites]
+            terms["rank_budget"] = (weights.rank_budget, torch.stack(values).mean() * share)
+        return terms
+
+    def _on_weights(self) -> dict[str, tuple[float, Tensor]]:
+        config, layers = self.config, self.method.layers.values()
+        terms: dict[str, tuple[float, Tensor]] = {}
+        if config.losses.diversity and config.specialists > 1 and config.routed:
+            value = losses.specialist_diversity(layers, config.specialists)
+            terms["diversity"] = (config.losses.diversity, value)
+        if config.losses.orthogonality and self._task and self._task.position:
+            now = self._task.position
+            value = losses.orthogonality(layers, config.specialists, now, range(now))
+            terms["orthogonality"] = (config.losses.orthogonality, value)
+        return terms
+
+    # Around a task
+
+    def callbacks(self, task: Task) -> list[Callback]:
+        config, health = self.config, self.config.health
+        probe = [
+            (row, self.domains.index(name))
+            for name, own in task.rows.items()
+            for row in own[:PROBE_ROWS]
+        ]
+        self.watch = RoutingWatch(
+            self.method,
+            self.domains,
+            collate(*zip(*probe, strict=True), self.pad_token_id),
+            # One domain at a time may well have one specialist: that is no collapse.
+            health if task.position is None else replace(health, collapse="ignore"),
+        )
+        found: list[Callback] = [self.watch]
+        if self.intervention.retrained:
+            found.append(TrainUnder(self.method, self.intervention, self.domains))
+        self.memory = None
+        if config.memory.enabled:
+            self.memory = MemoryPolicy(
+                self.method, config.memory, domain=task.name, protected=self.frozen, seed=self.seed
+            )
+            if task.position is not None:
+                self.memory.load_state_dict(self._memory_state)
+            found.append(self.memory)
+        return found
+
+    def training(self, task: Task) -> AbstractContextManager[None]:
+        self._task = task
+        everyone = set(range(self.config.specialists))
+        if task.position is not None and self.config.isolation == "own":
+            return train_only(self.method, [task.position])
+        if self.frozen:
+            return train_only(self.method, everyone - set(self.frozen))
+        return nullcontext()
+
+    def begin(self, task: Task) -> None:
+        """Fit prototypes: general text is known from the start, a domain from its arrival on."""
+        if not any(router.fitted for router in self.method.routers.values()):
+            return
+        if not task.position and self.config.null_specialist:
+            self._fit(None, self.general_text(PROTOTYPE_ROWS))
+        for specialist, rows in enumerate(task.rows.values(), task.position or 0):
+            self._fit(specialist, rows)
+
+    def _fit(self, specialist: int | None, rows: list[EncodedChat]) -> None:
+        """Give routers the signals of a domain's training rows; None: of general text."""
+        spread = rows[:: max(1, len(rows) // PROTOTYPE_ROWS)][:PROTOTYPE_ROWS]
+        signals = prompt_signals(self.model, self.method, spread, self.pad_token_id)
+        for site, found in signals.items():
+            self.method.routers[str(site)].fit(specialist, found)
+
+    def end(self, task: Task) -> None:
+        """Joint training: record what interventions need. In a sequence: freeze a specialist."""
+        if task.position is None:
+            self._record_facts(task)
+        elif self.config.isolation == "frozen":
+            self._freeze_most_used(task)
+
+    def _freeze_most_used(self, task: Task) -> None:
+        """Freeze the free specialist that the domain used most; one always stays free."""
+        free = [e for e in range(self.config.specialists) if e not in self.frozen]
+        if len(free) < 2:
+            return
+        (rows,) = task.rows.values()
+        gate = sum(gate for gate, _ in self._usage(rows).values())
+        self.frozen.append(max(free, key=lambda specialist: float(gate[specialist])))
+
+    @torch.no_grad()
+    def _usage(self, rows: list[EncodedChat]) -> dict[int, tuple[Tensor, Tensor]]:
+        """{site: (mean gate [E], token ranks [T])} over the first training rows of one domain."""
+        self.model.eval()
+        chosen = rows[:FACT_ROWS]
+        batch = collate(chosen, [-1] * len(chosen), self.pad_token_id).to(self.model.device)
+        decoder_of(self.model)(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        )
+        real = batch.attention_mask.bool()
+        return {
+            layer: (routing.gate[real].mean(0), routing.mask[real].sum(-1))
+            for layer, routing in self.method.routing().items()
+        }
+
+    def _record_facts(self, task: Task) -> None:
+        """Record, over training rows, the mean rank and each domain's specialist.
+
+        What an adapter was trained under (``oracle_domain``'s specialists, ``fixed_rank``'s rank)
+        stays as it was during its training.
+        """
+        if not self.method.sites:
+            return
+        fixed: frozenset[str] = frozenset()
+        if self.intervention.retrained:
+            fixed = INTERVENTIONS[self.intervention.name].fixes
+        found = {name: self._usage(own) for name, own in task.rows.items()}
+        for layer, site in self.method.sites.items():
+            if site.facts is None:
+                continue
+            if "mean_rank" not in fixed:
+                ranks = torch.cat([by_site[layer][1] for by_site in found.values()])
+                site.facts.mean_rank = float(ranks.mean())
+            if "specialist_of_domain" not in fixed:
+                site.facts.specialist_of_domain = {
+                    name: int(by_site[layer][0].argmax()) for name, by_site in found.items()
+                }
+
+    # From one task to the next
+
+    def state(self) -> dict[str, Any]:
+        # Of the policy that has just trained; before the first task, nothing.
+        memory = self.memory.state_dict() if self.memory else self._memory_state
+        return {"frozen": list(self.frozen), "memory": memory}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.frozen, self._memory_state = list(state["frozen"]), state["memory"]
+
+    def history(self) -> dict[str, Any]:
+        return {
+            "routing": self.watch.history if self.watch else [],
+            "events": self.memory.events if self.memory else [],
+        }
