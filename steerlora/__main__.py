@@ -26,7 +26,7 @@ from rich.console import Console
 
 from steerlora import planning
 from steerlora.cli import compose
-from steerlora.cli.sweep import Sweep
+from steerlora.cli.sweep import CommandLine, prepare_outcomes, print_outcomes, run_job
 from steerlora.config import Config
 from steerlora.distributed import ranks
 from steerlora.engine import preemption
@@ -55,34 +55,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        sweep = _check(arguments)
-        if sweep.help:
+        command = _check(arguments)
+        if command.help:
             _print_help()
             return
-        if sweep.multirun:
-            sweep.open()
-        sys.argv = ["steerlora", *sweep.arguments]
+        if command.multirun:
+            prepare_outcomes(command.jobs)
+        sys.argv = ["steerlora", *command.arguments]
         compose.register_schemas()
         directory = str(compose.config_directory())
         hydra.main(config_path=directory, config_name="config", version_base="1.3")(_job)()
-        if sweep.multirun:
-            raise SystemExit(sweep.close(console))
+        if command.multirun:
+            raise SystemExit(print_outcomes(command.jobs, console))
     except ENDS as error:
         _end(error)
 
 
-def _check(arguments: list[str]) -> Sweep:
-    """Refuse every wrong override before any work; a sweep's jobs one and all."""
-    sweep = Sweep.of(arguments)
-    if sweep.informational:
-        compose.tree(sweep.overrides)
-        return sweep
-    for job in sweep.jobs if sweep.multirun else [sweep.overrides]:
+def _check(arguments: list[str]) -> CommandLine:
+    """Refuse every wrong override before any work, those of all jobs of a sweep too."""
+    command = CommandLine.parse(arguments)
+    if command.informational:
+        compose.tree(command.overrides)
+        return command
+    for job in command.jobs if command.multirun else [command.overrides]:
         config = compose.load(job)
         _runnable(config)
-        if sweep.multirun:
+        if command.multirun:
             _planned(config, _variant_of(job))
-    return sweep
+    return command
 
 
 def _runnable(config: Config) -> None:
@@ -116,7 +116,7 @@ def _job(tree: DictConfig) -> None:
     ours = logging.INFO if ranks.is_main() else logging.WARNING
     logging.getLogger("steerlora").setLevel(ours)
     try:
-        Sweep.record(lambda: execute(config, _variant_of(overrides)))
+        run_job(lambda: execute(config, _variant_of(overrides)))
     except ENDS as error:
         _end(error)
 
@@ -141,7 +141,7 @@ def execute(config: Config, variant: compose.Compose) -> None:
 
         console.print(status_table(ArtifactStore(config.artifacts.root).listing()))
         return
-    with preemption.heeded(), ranks.joined(plain(config)):
+    with preemption.signals_handled(), ranks.joined(plain(config)):
         _build(config, variant)
 
 
@@ -164,9 +164,9 @@ def _build(config: Config, variant: compose.Compose) -> None:
         return
     if planned:
         written = experiment.report(config, planned, finished)
-        summary.experiment(console, config, finished, written, time.monotonic() - began)
+        summary.print_experiment(console, config, finished, written, time.monotonic() - began)
     else:
-        summary.stage(console, steps, finished, time.monotonic() - began)
+        summary.print_stage(console, steps, finished, time.monotonic() - began)
 
 
 def _planned(config: Config, variant: compose.Compose) -> tuple[Plan | None, tuple[Step, ...]]:

@@ -1,4 +1,7 @@
-"""Hydra's side of the door: YAML groups to one typed configuration, errors in one line."""
+"""Hydra's part: it composes the YAML groups into one typed configuration.
+
+Every mistake in the configuration becomes a `UserError` of one line.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ def register_schemas() -> None:
                 # Its keys are the user's: evaluation.files.gsm8k=<file>, without Hydra's "+".
                 OmegaConf.set_struct(node[field.name], False)
         ConfigStore.instance().store(group=group, name=SCHEMA, node=node)
-    Plugins.instance()  # which have stored their options by then
+    Plugins.instance()  # loads the plugins, which store their options
     if _has_launchers():
         from steerlora.cli.launchers import register_options
 

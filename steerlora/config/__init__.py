@@ -11,7 +11,9 @@ import math
 from dataclasses import dataclass
 
 from steerlora.config.checks import one_of
-from steerlora.config.course import ContinualConfig, EvaluationConfig, OrderConfig, TrainerConfig
+from steerlora.config.course import ContinualConfig
+from steerlora.config.domains import DomainsConfig, SourceConfig
+from steerlora.config.evaluation import EvaluationConfig
 from steerlora.config.method import (
     QWEN3_LINEAR,
     AdapterConfig,
@@ -21,6 +23,8 @@ from steerlora.config.method import (
     RoutingConfig,
     SAEConfig,
 )
+from steerlora.config.model import ModelConfig
+from steerlora.config.order import OrderConfig
 from steerlora.config.run import (
     STAGES,
     ArtifactsConfig,
@@ -30,7 +34,7 @@ from steerlora.config.run import (
     StageConfig,
     StudyConfig,
 )
-from steerlora.config.world import DomainsConfig, ModelConfig, SourceConfig
+from steerlora.config.trainer import TrainerConfig
 from steerlora.errors import UserError
 
 __all__ = [

@@ -135,16 +135,16 @@ CHANGES = {
     "evaluation.files": None,  # count by content: covered below
     "study.models": "[micro_s]",
     "study.main_model": "micro_s",
-    "study.adapters": "[lora]",
-    "study.scale_adapters": None,  # only with a second model, covered below
+    "study.methods": "[lora]",
+    "study.scale_methods": None,  # only with a second model, covered below
     "study.scale_seeds": None,
     "study.seeds": "[3]",
     "study.interventions": "[shuffle]",
     "study.doses": "[0.5]",
     "study.retrained": None,  # its variants' own options: covered below
-    "study.ablation_adapter": None,  # must be one with SAE routing: there is one
+    "study.ablation_method": None,  # must be one with SAE routing: there is one
     "study.orders": "[broad_last]",
-    "study.sequential_adapters": "[lora]",
+    "study.sequential_methods": "[lora]",
 }
 """{key: another value of it}; None where a single change is no whole configuration."""
 
