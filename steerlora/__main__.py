@@ -45,13 +45,13 @@ console = Console(
     quiet=not ranks.is_main(),
 )
 ENDS = (UserError, KeyboardInterrupt, Preempted, RankGone)
-"""How a run may end short of its goal, each said in one line."""
+"""Exceptions that end a run before it is complete, each reported in one line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """``steerlora``: exits with 0, 2 (the user's mistake), 130 (interrupted), 75 (preempted: the
-    same command goes on where it was) or 1."""
-    # Of a lost connection torch prints a page of C++ frames; which rank is gone, we say.
+    same command resumes the run) or 1."""
+    # For a lost connection torch prints a page of C++ frames; our own line names the rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -108,10 +108,10 @@ def _print_help() -> None:
 
 def _job(tree: DictConfig) -> None:
     """One run, or one job of a sweep."""
-    console.quiet = not ranks.is_main()  # a launcher may have told the rank only now
+    console.quiet = not ranks.is_main()  # a launcher may have set the rank only now
     config = compose.typed(tree)
     overrides = list(hydra.core.hydra_config.HydraConfig.get().overrides.task)
-    # Libraries' remarks are for no reader of ours, and our own are needed once.
+    # Libraries' remarks concern no user of ours, and our own are printed by one rank only.
     logging.root.setLevel(logging.WARNING)
     ours = logging.INFO if ranks.is_main() else logging.WARNING
     logging.getLogger("steerlora").setLevel(ours)
@@ -146,7 +146,7 @@ def execute(config: Config, variant: compose.Compose) -> None:
 
 
 def _build(config: Config, variant: compose.Compose) -> None:
-    """Build what is missing, and say what came of it."""
+    """Build what is missing, and print the results."""
     # Only now: the command line answers --help and mistakes without importing torch.
     from steerlora.cli import experiment, summary
     from steerlora.distributed.strategies import check_hardware
@@ -170,7 +170,11 @@ def _build(config: Config, variant: compose.Compose) -> None:
 
 
 def _planned(config: Config, variant: compose.Compose) -> tuple[Plan | None, tuple[Step, ...]]:
-    """The experiment, or None, and the steps to build; refuses what cannot be built."""
+    """The experiment, or None, and the steps to build.
+
+    Raises:
+        UserError: a step cannot be built with this configuration.
+    """
     from steerlora.cli import experiment
     from steerlora.stages import steps_for
 
@@ -183,7 +187,7 @@ def _planned(config: Config, variant: compose.Compose) -> tuple[Plan | None, tup
 
 
 def _end(error: BaseException) -> NoReturn:
-    """Say in one line why the run ends, and exit with the code that says it to programs."""
+    """Print in one line why the run ends, and exit with the code for it."""
     line, code = {
         Preempted: (f"preempted: {error}; the same command goes on from there", 75),
         KeyboardInterrupt: (

@@ -129,9 +129,9 @@ class Jobs:
             with redirect_stderr(StringIO()):  # submitit prints the error too
                 jobs = executor.map_array(self, *zip(*arguments, strict=True))
         except FailedJobError as error:
-            said = " ".join(str(error).split())
-            hint = "; hydra.launcher.gpus_per_node=null asks for no GPU" if "gres" in said else ""
-            _refuse(f"the jobs were not accepted: {said}{hint}")
+            reason = " ".join(str(error).split())
+            hint = "; hydra.launcher.gpus_per_node=null asks for no GPU" if "gres" in reason else ""
+            _refuse(f"the jobs were not accepted: {reason}{hint}")
         print(self._submitted(jobs), flush=True)
         self._wait(dict(zip(numbers, jobs, strict=True)))
         return []

@@ -158,7 +158,7 @@ class WorkerPool:
         if code is not None and code < 0:
             reason = signal.Signals(-code).name
             if -code == signal.SIGKILL:
-                reason += ", often for want of memory: try fewer workers"
+                reason += ", often for lack of memory: try fewer workers"
         return WorkerDied(
             f"the worker process of '{worker.label or 'no work'}' died ({reason}); "
             "what was finished is kept, and the same command resumes the rest"

@@ -258,7 +258,7 @@ def test_scale_options_count_with_a_second_model():
         ),
         ("adapter=sc_lora", ("continual.memory=true", "continual.memory=false")),
         (
-            "adapter=sc_lora intervention=shuffle experiment.interventions=[]",
+            "adapter=sc_lora intervention=shuffle study.interventions=[]",
             ("intervention.phase=training", "intervention.phase=evaluation"),
         ),
     ],
