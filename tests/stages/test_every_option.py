@@ -238,7 +238,7 @@ def test_the_intervention_seed_counts_under_an_intervention():
 
 def test_scale_options_count_with_a_second_model():
     models = "study.models=[micro_xs,micro_s]"
-    options = ("adapters=[lora]", "adapters=[sc_lora]", "seeds=[3]")
+    options = ("methods=[lora]", "methods=[sc_lora]", "seeds=[3]")
     found = [fingerprints(models, f"study.scale_{o}", compose_variants=True) for o in options]
     assert found[0] != found[1] != found[2] != found[0]
 
