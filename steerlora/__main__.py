@@ -26,7 +26,7 @@ from rich.console import Console
 
 from steerlora import planning
 from steerlora.cli import compose
-from steerlora.cli.sweep import Sweep
+from steerlora.cli.sweep import CommandLine, prepare_outcomes, print_outcomes, run_job
 from steerlora.config import Config
 from steerlora.distributed import ranks
 from steerlora.engine import preemption
@@ -45,44 +45,44 @@ console = Console(
     quiet=not ranks.is_main(),
 )
 ENDS = (UserError, KeyboardInterrupt, Preempted, RankGone)
-"""How a run may end short of its goal, each said in one line."""
+"""Exceptions that end a run before it is complete, each reported in one line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """``steerlora``: exits with 0, 2 (the user's mistake), 130 (interrupted), 75 (preempted: the
-    same command goes on where it was) or 1."""
-    # Of a lost connection torch prints a page of C++ frames; which rank is gone, we say.
+    same command resumes the run) or 1."""
+    # For a lost connection torch prints a page of C++ frames; our own line names the rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        sweep = _check(arguments)
-        if sweep.help:
+        command = _check(arguments)
+        if command.help:
             _print_help()
             return
-        if sweep.multirun:
-            sweep.open()
-        sys.argv = ["steerlora", *sweep.arguments]
+        if command.multirun:
+            prepare_outcomes(command.jobs)
+        sys.argv = ["steerlora", *command.arguments]
         compose.register_schemas()
         directory = str(compose.config_directory())
         hydra.main(config_path=directory, config_name="config", version_base="1.3")(_job)()
-        if sweep.multirun:
-            raise SystemExit(sweep.close(console))
+        if command.multirun:
+            raise SystemExit(print_outcomes(command.jobs, console))
     except ENDS as error:
         _end(error)
 
 
-def _check(arguments: list[str]) -> Sweep:
-    """Refuse every wrong override before any work; a sweep's jobs one and all."""
-    sweep = Sweep.of(arguments)
-    if sweep.informational:
-        compose.tree(sweep.overrides)
-        return sweep
-    for job in sweep.jobs if sweep.multirun else [sweep.overrides]:
+def _check(arguments: list[str]) -> CommandLine:
+    """Refuse every wrong override before any work, those of all jobs of a sweep too."""
+    command = CommandLine.parse(arguments)
+    if command.informational:
+        compose.tree(command.overrides)
+        return command
+    for job in command.jobs if command.multirun else [command.overrides]:
         config = compose.load(job)
         _runnable(config)
-        if sweep.multirun:
+        if command.multirun:
             _planned(config, _variant_of(job))
-    return sweep
+    return command
 
 
 def _runnable(config: Config) -> None:
@@ -108,15 +108,15 @@ def _print_help() -> None:
 
 def _job(tree: DictConfig) -> None:
     """One run, or one job of a sweep."""
-    console.quiet = not ranks.is_main()  # a launcher may have told the rank only now
+    console.quiet = not ranks.is_main()  # a launcher may have set the rank only now
     config = compose.typed(tree)
     overrides = list(hydra.core.hydra_config.HydraConfig.get().overrides.task)
-    # Libraries' remarks are for no reader of ours, and our own are needed once.
+    # Libraries' remarks concern no user of ours, and our own are printed by one rank only.
     logging.root.setLevel(logging.WARNING)
     ours = logging.INFO if ranks.is_main() else logging.WARNING
     logging.getLogger("steerlora").setLevel(ours)
     try:
-        Sweep.record(lambda: execute(config, _variant_of(overrides)))
+        run_job(lambda: execute(config, _variant_of(overrides)))
     except ENDS as error:
         _end(error)
 
@@ -141,12 +141,12 @@ def execute(config: Config, variant: compose.Compose) -> None:
 
         console.print(status_table(ArtifactStore(config.artifacts.root).listing()))
         return
-    with preemption.heeded(), ranks.joined(plain(config)):
+    with preemption.signals_handled(), ranks.joined(plain(config)):
         _build(config, variant)
 
 
 def _build(config: Config, variant: compose.Compose) -> None:
-    """Build what is missing, and say what came of it."""
+    """Build what is missing, and print the results."""
     # Only now: the command line answers --help and mistakes without importing torch.
     from steerlora.cli import experiment, summary
     from steerlora.distributed.strategies import check_hardware
@@ -164,13 +164,17 @@ def _build(config: Config, variant: compose.Compose) -> None:
         return
     if planned:
         written = experiment.report(config, planned, finished)
-        summary.experiment(console, config, finished, written, time.monotonic() - began)
+        summary.print_experiment(console, config, finished, written, time.monotonic() - began)
     else:
-        summary.stage(console, steps, finished, time.monotonic() - began)
+        summary.print_stage(console, steps, finished, time.monotonic() - began)
 
 
 def _planned(config: Config, variant: compose.Compose) -> tuple[Plan | None, tuple[Step, ...]]:
-    """The experiment, or None, and the steps to build; refuses what cannot be built."""
+    """The experiment, or None, and the steps to build.
+
+    Raises:
+        UserError: a step cannot be built with this configuration.
+    """
     from steerlora.cli import experiment
     from steerlora.stages import steps_for
 
@@ -183,7 +187,7 @@ def _planned(config: Config, variant: compose.Compose) -> tuple[Plan | None, tup
 
 
 def _end(error: BaseException) -> NoReturn:
-    """Say in one line why the run ends, and exit with the code that says it to programs."""
+    """Print in one line why the run ends, and exit with the code for it."""
     line, code = {
         Preempted: (f"preempted: {error}; the same command goes on from there", 75),
         KeyboardInterrupt: (

@@ -15,7 +15,7 @@ class RankGone(Exception):
 
 
 class Preempted(BaseException):
-    """A signal asked for room, and whatever ran has saved: the same command goes on from there.
+    """A signal asked this process to stop, and its work is saved: the same command resumes it.
 
     Not an ``Exception``: nothing that handles failures may take it for one.
 

@@ -99,10 +99,10 @@ def shrunk(command: str, text_folder: Path, root: Path, pretrained: Path) -> lis
         tiny |= {f"model.{key}": value for key, value in shape.items()}
         tiny |= {"model.path": pretrained, "model.thinking": "null", "sae.path": "null"}
     if "experiment=continual" in words:
-        tiny |= {"study.sequential_adapters": "[lora,sc_lora_context]"}
+        tiny |= {"study.sequential_methods": "[lora,sc_lora_context]"}
     if "experiment=micro_full" in words:
-        tiny |= {f"study.{those}adapters": "[lora,sc_lora]" for those in ("", "scale_")}
-        tiny |= {"study.sequential_adapters": "[lora,sc_lora]"}
+        tiny |= {f"study.{those}methods": "[lora,sc_lora]" for those in ("", "scale_")}
+        tiny |= {"study.sequential_methods": "[lora,sc_lora]"}
         tiny |= {"study.interventions": "[shuffle]", "study.retrained": "[shuffle]"}
         tiny |= {"study.doses": "[0.5]"}
     if "experiment=smoke" in words:

@@ -1,4 +1,7 @@
-"""Hydra's side of the door: YAML groups to one typed configuration, errors in one line."""
+"""Hydra's part: it composes the YAML groups into one typed configuration.
+
+Every mistake in the configuration becomes a `UserError` of one line.
+"""
 
 from __future__ import annotations
 

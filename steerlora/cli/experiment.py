@@ -1,4 +1,4 @@
-"""An experiment: which steps it compares, and the report made of them."""
+"""An experiment: the steps that it compares, and the report on them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ from steerlora.stages import causal_ablation, evaluate, sequential_forgetting
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps whose records make an experiment's report."""
+    """The steps whose records an experiment's report is made from."""
 
     evaluations: tuple[Step, ...]
+    """Evaluations of base models and of trained adapters."""
+
     ablations: tuple[Step, ...]
+    """Causal ablations, one for each seed."""
+
     sequentials: tuple[Step, ...]
+    """Sequences, one for each method, order and seed."""
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -48,12 +53,12 @@ def plan(config: Config, compose: Compose) -> Plan:
     for model in study.models:
         main = model == study.main_model
         evaluations.append(evaluate.step(compose(f"model={model}"), adapted=False))
-        for adapter in study.adapters if main else study.scale_adapters:
+        for method in study.methods if main else study.scale_methods:
             for seed in study.seeds if main else study.scale_seeds:
-                chosen = compose(f"model={model}", f"adapter={adapter}", f"seed={seed}")
+                chosen = compose(f"model={model}", f"adapter={method}", f"seed={seed}")
                 evaluations.append(evaluate.step(chosen))
     on_main = f"model={study.main_model}"
-    ablated = [on_main, f"adapter={study.ablation_adapter}"]
+    ablated = [on_main, f"adapter={study.ablation_method}"]
     evaluations += [
         evaluate.step(
             compose(*ablated, f"seed={seed}", f"intervention={name}", "intervention.phase=training")
@@ -68,9 +73,9 @@ def plan(config: Config, compose: Compose) -> Plan:
     ]
     sequentials = [
         sequential_forgetting.step(
-            compose(on_main, f"adapter={adapter}", f"seed={seed}", *_order(order))
+            compose(on_main, f"adapter={method}", f"seed={seed}", *_order(order))
         )
-        for adapter in study.sequential_adapters
+        for method in study.sequential_methods
         for order in study.orders
         for seed in study.seeds
     ]

@@ -1,8 +1,8 @@
 """The jobs of a sweep under submitit: as SLURM jobs, or as processes of this machine.
 
-Hydra's plugin for submitit waits for what a job returns. A job that dies without a word then ends
-the sweep in a traceback or, where the cluster keeps no accounts, is waited for without end. Here a
-job has ended once it has noted its outcome, or has left the queue without one.
+Hydra's plugin for submitit waits for what a job returns. If a job dies without returning, the sweep
+ends in a traceback or, on a cluster that keeps no accounts, waits for ever. Here a job has ended
+once it has written its outcome, or has left the queue without one.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from steerlora.cli.sweep import OUTCOMES, Outcome
 if TYPE_CHECKING:
     from submitit import AutoExecutor, Job
 
-LATE = 10.0  # seconds that a file may take to show on a shared file system
-PATIENCE = 30.0  # seconds between two questions to the cluster at most, on a long wait
+OUTCOME_DELAY = 10.0  # seconds that a file may take to appear on a shared file system
+LONGEST_PAUSE = 30.0  # seconds at most between two queries of the queue
 ENDED = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
     *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
@@ -44,66 +44,78 @@ ENDED = (
 
 @dataclass
 class SlurmOptions(SlurmQueueConf):
-    """``hydra.launcher`` of SLURM jobs: the plugin's options, and what else they are by default.
-
-    Attributes:
-        submitit_folder: logs and what is to run; on a file system that all nodes share.
-        gpus_per_node: one for every task; null without GPUs. Several tasks are the ranks of one
-            training, which needs a trainer that shares it.
-        timeout_min: a job's time limit in minutes. Ahead of it (``signal_delay_s``) the job saves,
-            queues up again and goes on from there, at most ``max_num_timeout`` times.
-        additional_parameters: options of sbatch that have no key here, by name.
-        srun_args: options of srun. When the first task of several has ended, the others have a
-            minute to say what became of it.
-    """
+    """``hydra.launcher`` for SLURM jobs: the plugin's options, with defaults that suit us."""
 
     _target_: str = "hydra_plugins.steerlora_launcher.SlurmLauncher"
+
     name: str = "steerlora"
+    """Name of the jobs in the queue."""
+
     submitit_folder: str = "${hydra.sweep.dir}/logs/%j"
+    """Folder of the logs and of the pickled jobs. It must be on a file system that all nodes
+    share."""
+
     stderr_to_stdout: bool = True
+    """Whether errors are written to the same log as the output."""
+
     gpus_per_node: int | None = II("hydra.launcher.tasks_per_node")
+    """GPUs of a job on each node, by default one for every task. Null runs without GPUs. Several
+    tasks are the ranks of one training, and need a trainer with a strategy for ranks."""
+
     timeout_min: int = 240
+    """Time limit of a job in minutes. The job saves ``signal_delay_s`` seconds before it, queues
+    again and resumes, at most ``max_num_timeout`` times."""
+
     max_num_timeout: int = 100
+    """How often a job may reach its time limit, queue again and resume. At least 0."""
+
     additional_parameters: dict[str, Any] = field(default_factory=lambda: {"requeue": True})
+    """{option of sbatch: value}, for options that have no key here."""
+
     srun_args: list[str] = field(default_factory=lambda: ["--wait=60"])
+    """Options of srun. By default, when the first of several tasks has ended, the others have 60
+    seconds to report why they end."""
 
 
 @dataclass
 class LocalOptions(LocalQueueConf):
-    """``hydra.launcher`` of processes on this machine, which all run at once.
+    """``hydra.launcher`` for processes on this machine, which all run at the same time.
 
-    Attributes:
-        submitit_folder: logs and what is to run.
-        gpus_per_node: every job sees the first so many GPUs, null none.
-        timeout_min: minutes after which a job is ended: a week.
+    With ``gpus_per_node=n`` every job sees the machine's first n GPUs; with null, none.
     """
 
     _target_: str = "hydra_plugins.steerlora_launcher.LocalLauncher"
+
     submitit_folder: str = "${hydra.sweep.dir}/logs/%j"
+    """Folder of the logs and of the pickled jobs."""
+
     stderr_to_stdout: bool = True
+    """Whether errors are written to the same log as the output."""
+
     timeout_min: int = 7 * 24 * 60
+    """Minutes after which a job is ended, by default a week. At least 1."""
 
 
 def register_options() -> None:
-    """Put these options in the place of the plugin's own; to be called when it has stored them."""
+    """Replace the plugin's own options by these. Call it after the plugin has stored its own."""
     for name, options in (("submitit_slurm", SlurmOptions), ("submitit_local", LocalOptions)):
         ConfigStore.instance().store(group="hydra/launcher", name=name, node=options())
 
 
 class Jobs:
-    """What submitit's launchers have in common; to be mixed into the plugin's."""
+    """What both kinds of submitit jobs have in common: a mixin for the plugin's launchers."""
 
     params: Mapping[str, Any]
     outcomes: str
     _EXECUTOR: str  # submitit's name of it
 
     def __call__(self, *arguments: Any) -> Any:
-        """In the job: a cluster may keep the environment from it."""
+        """In the job: a cluster may not pass on the environment."""
         os.environ[OUTCOMES] = self.outcomes
         return super().__call__(*arguments)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list:
-        """Submit the jobs and wait until each has ended; what they return is not asked for."""
+        """Submit the jobs and wait until each has ended. What they return is not read."""
         from submitit.core.utils import FailedJobError
 
         self.outcomes = os.environ[OUTCOMES]
@@ -117,9 +129,9 @@ class Jobs:
             with redirect_stderr(StringIO()):  # submitit prints the error too
                 jobs = executor.map_array(self, *zip(*arguments, strict=True))
         except FailedJobError as error:
-            said = " ".join(str(error).split())
-            hint = "; hydra.launcher.gpus_per_node=null asks for no GPU" if "gres" in said else ""
-            _refuse(f"the jobs were not taken: {said}{hint}")
+            reason = " ".join(str(error).split())
+            hint = "; hydra.launcher.gpus_per_node=null asks for no GPU" if "gres" in reason else ""
+            _refuse(f"the jobs were not accepted: {reason}{hint}")
         print(self._submitted(jobs), flush=True)
         self._wait(dict(zip(numbers, jobs, strict=True)))
         return []
@@ -148,18 +160,18 @@ class Jobs:
         raise NotImplementedError
 
     def _ended(self, jobs: Mapping[int, Job]) -> dict[int, str]:
-        """Of these jobs, those that will not run again, and their last state."""
+        """{number: last state} of those jobs that will not run again."""
         raise NotImplementedError
 
     def _wait(self, jobs: dict[int, Job]) -> None:
-        """Until every job has an outcome: its own, or the news that it died without one."""
+        """Wait until every job has an outcome: its own, or one that says that it died."""
         folder = Path(self.outcomes)
         silent: dict[int, float] = {}  # jobs that have ended without an outcome, and since when
         pause = 1.0
         ask_at = time.monotonic() + pause
         while jobs:
             time.sleep(1.0)
-            os.utime(folder)  # has a network file system look again
+            os.utime(folder)  # makes a network file system list it again
             for number in list(jobs):
                 if outcome := Outcome.read(folder, number):
                     log = _log(jobs.pop(number))
@@ -170,10 +182,12 @@ class Jobs:
             ended = self._ended(jobs)
             silent = {number: silent.get(number, now) for number in ended}
             for number, since in silent.items():
-                if now >= since + LATE:
-                    line = f"ended without a word ({ended[number]}); {_log(jobs.pop(number))}"
+                if now >= since + OUTCOME_DELAY:
+                    line = (
+                        f"ended without reporting why ({ended[number]}); {_log(jobs.pop(number))}"
+                    )
                     Outcome(number, code=1, error=line).write(folder)
-            pause = 1.0 if silent else min(2 * pause, PATIENCE)
+            pause = 1.0 if silent else min(2 * pause, LONGEST_PAUSE)
             ask_at = now + pause
 
 
@@ -196,8 +210,8 @@ class SlurmJobs(Jobs):
         )
 
     def _ended(self, jobs: Mapping[int, Job]) -> dict[int, str]:
-        # Of the queue, not of the accounts, which some clusters do not keep. It forgets a job some
-        # minutes after its end.
+        # Asks the queue, not the accounts, which some clusters do not keep. The queue drops a job
+        # some minutes after its end.
         listed = subprocess.run(
             ["squeue", "--me", "--states=all", "--array", "--noheader", "--format=%i %T"],
             capture_output=True,
@@ -218,7 +232,7 @@ class LocalJobs(Jobs):
     """Jobs as processes of this machine; they end with this one."""
 
     def __call__(self, *arguments: Any) -> Any:
-        """In the job: its tasks are told their ranks in torchrun's way, for want of srun's."""
+        """In the job: without srun, its tasks are told their ranks by torchrun's variables."""
         from submitit.helpers import TorchDistributedEnvironment
 
         if self.params["tasks_per_node"] > 1:
@@ -240,7 +254,7 @@ def _log(job: Job) -> str:
 
 
 def _refuse(line: str) -> NoReturn:
-    """Not raised as an error: Hydra would print a traceback in its place."""
+    """Print an error and exit. If it were raised, Hydra would print a traceback."""
     shutil.rmtree(os.environ[OUTCOMES])
     print(f"error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(2)

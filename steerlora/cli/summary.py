@@ -1,4 +1,4 @@
-"""The last words of a run: what it measured, how long each stage took, where to look."""
+"""What a finished run prints: what it measured, how long each stage took, where to look."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from steerlora.engine.run import RunReport, Step
 from steerlora.reporting.report import Report
 
 
-def experiment(
+def print_experiment(
     console: Console, config: Config, run: RunReport, written: Report, seconds: float
 ) -> None:
-    """Claims, times and places of a finished experiment."""
+    """Print the claims, times and folders of a finished experiment."""
     console.print(written.terminal)
-    _times(console, run)
+    _print_times(console, run)
     folder = Path(config.results.dir)
     console.print(f"tables, figures and claims: {folder}/ (begin with {folder}/claims.md)")
     console.print(f"artifacts: {config.artifacts.root}/ (steerlora stage=status lists them)")
@@ -29,8 +29,8 @@ def experiment(
     )
 
 
-def stage(console: Console, steps: Sequence[Step], run: RunReport, seconds: float) -> None:
-    """Figures and place of every artifact that was asked for."""
+def print_stage(console: Console, steps: Sequence[Step], run: RunReport, seconds: float) -> None:
+    """Print the summary and the folder of every requested artifact."""
     for step in steps:
         artifact = run[step]
         table = Table(title=step.label, show_header=False)
@@ -38,12 +38,12 @@ def stage(console: Console, steps: Sequence[Step], run: RunReport, seconds: floa
             table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
         console.print(table)
         console.print(f"{step.stage}: {artifact.path}", markup=False, highlight=False)
-    _times(console, run)
+    _print_times(console, run)
     console.print(f"{seconds:.0f} s in all")
 
 
-def _times(console: Console, run: RunReport) -> None:
-    """Seconds of building, summed by stage; what was reused is counted, not timed."""
+def _print_times(console: Console, run: RunReport) -> None:
+    """Print the seconds of each stage, and how many artifacts were built and reused."""
     seconds: dict[str, float] = defaultdict(float)
     built: dict[str, int] = defaultdict(int)
     reused: dict[str, int] = defaultdict(int)

@@ -1,4 +1,4 @@
-"""Sweeps: what the command line asks for, and how each job of a sweep ended."""
+"""The parsed command line, and the outcomes of a sweep's jobs."""
 
 from __future__ import annotations
 
@@ -29,55 +29,62 @@ OUTCOMES = "STEERLORA_SWEEP_OUTCOMES"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job of a sweep ended.
-
-    Attributes:
-        job: its number in the sweep.
-        code: the exit code it would have on its own.
-        error: why it is not 0.
-        seconds: how long it took.
-    """
+    """How a job of a sweep ended."""
 
     job: int
+    """Number of the job in the sweep, from 0."""
+
     code: int = 0
+    """The exit code that it would have as a run of its own; 0 for success."""
+
     error: str = ""
+    """Why ``code`` is not 0. Empty for success."""
+
     seconds: float = 0.0
+    """Wall time of the job."""
 
     @classmethod
     def read(cls, folder: Path, job: int) -> Outcome | None:
-        """What a job wrote; None where it has not, yet."""
+        """The outcome that a job wrote; None if it has not written one yet."""
         path = folder / f"{job}.json"
         return cls(**json.loads(path.read_text())) if path.exists() else None
 
     def write(self, folder: Path) -> None:
-        """Whole or not at all: a launcher may look at any time."""
+        """Write it whole or not at all, since a launcher may read at any time."""
         part = folder / f"{self.job}.part"
         part.write_text(json.dumps(asdict(self)))
         part.rename(folder / f"{self.job}.json")
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """A command line, read.
-
-    Attributes:
-        arguments: all of it, the overrides first.
-        overrides: its ``key=value`` part.
-        multirun: it is a sweep.
-        informational: it only asks for help or for the configuration.
-        help: it asks for our own help.
-        jobs: the overrides of every job of a sweep, checked.
-    """
+class CommandLine:
+    """The parsed arguments of ``steerlora``."""
 
     arguments: list[str]
+    """All of them, the overrides first."""
+
     overrides: list[str]
+    """The ``key=value`` arguments."""
+
     multirun: bool
+    """Whether a sweep is asked for (``-m``)."""
+
     informational: bool
+    """Whether only help or the configuration is asked for, and nothing is run."""
+
     help: bool
+    """Whether SteerLoRA's own help is asked for."""
+
     jobs: list[list[str]] = field(default_factory=list)
+    """The overrides of every job of a sweep, each job's configuration checked."""
 
     @classmethod
-    def of(cls, arguments: Sequence[str]) -> Sweep:
+    def parse(cls, arguments: Sequence[str]) -> CommandLine:
+        """Parse the arguments of a run or a sweep.
+
+        Raises:
+            UserError: a wrong flag, flags that exclude each other, or a wrong override of a sweep.
+        """
         parser = get_args_parser()
         parser.error = _refuse
         asked = parser.parse_intermixed_args(list(arguments))
@@ -107,70 +114,83 @@ class Sweep:
             jobs=jobs,
         )
 
-    def open(self) -> None:
-        """Where the jobs, on whatever machine they run, write how they ended.
 
-        Raises:
-            UserError: nothing can be written there.
-        """
-        root = Path(load(self.jobs[0]).artifacts.root).resolve() / "sweeps"
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            os.environ[OUTCOMES] = tempfile.mkdtemp(prefix=".outcomes-", dir=root)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {error.filename} ({error.strerror}): "
-                "choose another place with artifacts.root=DIR"
-            ) from error
+def prepare_outcomes(jobs: Sequence[Sequence[str]]) -> None:
+    """Make the folder where the jobs of a sweep, on any machine, write their outcomes.
 
-    @staticmethod
-    def record(work: Callable[[], None]) -> None:
-        """Do one job; in a sweep, note how it ended: one failure does not stop the others."""
-        hydra = HydraConfig.get()
-        if hydra.mode != RunMode.MULTIRUN:
-            work()
-            return
-        code, error = 0, ""
-        began = time.monotonic()
-        try:
-            work()
-        except UserError as mistake:
-            code, error = 2, str(mistake)
-        except Exception as failure:
-            traceback.print_exc()
-            code, error = 1, f"{type(failure).__name__}: {failure}"
-        if ranks.is_main():
-            Outcome(
-                job=int(hydra.job.num),
-                code=code,
-                error=error,
-                seconds=time.monotonic() - began,
-            ).write(Path(os.environ[OUTCOMES]))
+    Args:
+        jobs: the overrides of every job.
 
-    def close(self, console: Console) -> int:
-        """Print how every job ended; the exit code is the worst one."""
-        folder = Path(os.environ.pop(OUTCOMES))
-        common = set.intersection(*map(set, self.jobs))
-        table = Table(title="sweep")
-        for column in ("job", "overrides", "seconds", "outcome"):
-            table.add_column(column)
-        codes = set()
-        for number, overrides in enumerate(self.jobs):
-            outcome = Outcome.read(folder, number) or Outcome(
-                number, code=1, error="it did not report how it ended"
-            )
-            table.add_row(
-                str(number),
-                " ".join(item for item in overrides if item not in common),
-                f"{outcome.seconds:.1f}",
-                f"failed: {outcome.error}" if outcome.code else "done",
-            )
-            codes.add(outcome.code)
-        shutil.rmtree(folder)
-        console.print(table)
-        return 1 if 1 in codes else max(codes)
+    Raises:
+        UserError: nothing can be written there.
+    """
+    root = Path(load(jobs[0]).artifacts.root).resolve() / "sweeps"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        os.environ[OUTCOMES] = tempfile.mkdtemp(prefix=".outcomes-", dir=root)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {error.filename} ({error.strerror}): "
+            "choose another place with artifacts.root=DIR"
+        ) from error
+
+
+def run_job(work: Callable[[], None]) -> None:
+    """Do the work of one run. In a sweep, write its outcome; a failure does not stop the others."""
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        work()
+        return
+    code, error = 0, ""
+    began = time.monotonic()
+    try:
+        work()
+    except UserError as mistake:
+        code, error = 2, str(mistake)
+    except Exception as failure:
+        traceback.print_exc()
+        code, error = 1, f"{type(failure).__name__}: {failure}"
+    if ranks.is_main():
+        Outcome(
+            job=int(hydra.job.num),
+            code=code,
+            error=error,
+            seconds=time.monotonic() - began,
+        ).write(Path(os.environ[OUTCOMES]))
+
+
+def print_outcomes(jobs: Sequence[Sequence[str]], console: Console) -> int:
+    """Print the outcome of every job of a sweep, and remove the folder of outcomes.
+
+    Args:
+        jobs: the overrides of every job.
+        console: where the table is printed.
+
+    Returns:
+        The sweep's exit code, the worst of the jobs'.
+    """
+    folder = Path(os.environ.pop(OUTCOMES))
+    common = set.intersection(*map(set, jobs))
+    table = Table(title="sweep")
+    for column in ("job", "overrides", "seconds", "outcome"):
+        table.add_column(column)
+    codes = set()
+    for number, overrides in enumerate(jobs):
+        outcome = Outcome.read(folder, number) or Outcome(
+            number, code=1, error="it did not report how it ended"
+        )
+        table.add_row(
+            str(number),
+            " ".join(item for item in overrides if item not in common),
+            f"{outcome.seconds:.1f}",
+            f"failed: {outcome.error}" if outcome.code else "done",
+        )
+        codes.add(outcome.code)
+    shutil.rmtree(folder)
+    console.print(table)
+    return 1 if 1 in codes else max(codes)
 
 
 def _refuse(message: str) -> NoReturn:
-    """Hydra's parser prints its usage; a mistake is one line here."""
+    """Stands in for the parser's own `error`, which would print Hydra's usage."""
     raise UserError(f"{message}; steerlora --help and --hydra-help list the flags")

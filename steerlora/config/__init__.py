@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from steerlora.config.checks import one_of
-from steerlora.config.course import EvaluationConfig, OrderConfig, TrainerConfig
+from steerlora.config.domains import DomainsConfig, SourceConfig
+from steerlora.config.evaluation import EvaluationConfig
 from steerlora.config.features import FeaturesConfig
 from steerlora.config.intervention import InterventionConfig
+from steerlora.config.model import ModelConfig
+from steerlora.config.order import OrderConfig
 from steerlora.config.run import (
     ArtifactsConfig,
     LoggerConfig,
@@ -24,7 +27,7 @@ from steerlora.config.run import (
     StageConfig,
     StudyConfig,
 )
-from steerlora.config.world import DomainsConfig, ModelConfig, SourceConfig
+from steerlora.config.trainer import TrainerConfig
 from steerlora.errors import UserError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What is run, followed and compared, and where it goes."""
+"""What is run, logged and compared, and where its outputs are written."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """What ``stage=plan`` reckons with: hardware, and what only the text and a run can tell.
-
-    Attributes:
-        gpu: the GPU by name, such as "h100-80gb" (steerlora/distributed/devices.py lists them).
-        gpus: how many, one rank each.
-        mfu: share of a GPU's peak rate that trainings are taken to reach; an assumption, for the
-            time only.
-        tokens_per_row: mean of real tokens in a row; null: ``trainer.max_length``. Time only:
-            memory is that of the longest rows.
-        labelled: share of a row's tokens that the loss counts; 1, the worst case, is a batch of
-            responses with hardly a prompt.
-    """
+    """What ``stage=plan`` assumes about the hardware and the text to estimate memory and time."""
 
     gpu: str = "h100-80gb"
+    """Name of the GPU, one of those in steerlora/distributed/devices.py."""
+
     gpus: int = 1
+    """Number of GPUs, with one rank on each. At least 1."""
+
     mfu: float = 0.4
+    """Model FLOPs utilisation: the share of a GPU's peak rate that training is assumed to reach.
+    Changes the estimated time only. Greater than 0, at most 1."""
+
     tokens_per_row: float | None = None
+    """Mean number of real tokens in a row. Changes the estimated time only; memory is estimated
+    for the longest rows. Greater than 0; null takes ``trainer.max_length``."""
+
     labelled: float = 1.0
+    """Share of a row's tokens that the loss counts. The default is the worst case, a batch of
+    responses with hardly a prompt. Greater than 0, at most 1."""
 
     def __post_init__(self) -> None:
         positive(
@@ -53,23 +54,28 @@ class PlanConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggerConfig:
-    """Weights & Biases.
-
-    Attributes:
-        name: "wandb", or "none" for no logging; nothing else depends on it.
-        mode: "offline" (no account, no network) or "online".
-        project, entity, tags: W&B's.
-        group: W&B's group of this run's stages.
-        dir: folder of offline runs.
-    """
+    """Logging to Weights & Biases."""
 
     name: str = "wandb"
+    """"wandb", or "none" for no logging. Nothing else depends on it."""
+
     mode: str = "offline"
+    """"offline" (no account and no network) or "online"."""
+
     project: str = "steerlora"
+    """W&B project."""
+
     entity: str | None = None
+    """W&B user or team. Null takes the account's default."""
+
     tags: list[str] = field(default_factory=list)
+    """W&B tags of every run."""
+
     group: str = ""
+    """W&B group that the stages of this run are listed under. Empty for none."""
+
     dir: str = "outputs"
+    """Folder that W&B writes its runs to. Not empty."""
 
     def __post_init__(self) -> None:
         one_of("logger.name", self.name, ("wandb", "none"))
@@ -79,41 +85,58 @@ class LoggerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """What an experiment compares. Names are options of the config groups.
-
-    Attributes:
-        name: the experiment; the report's title.
-        meaningful: false labels every table and figure of the report as a trial run.
-        models: the scale axis.
-        main_model: the model of the ablation and of the sequences.
-        adapters: methods compared at the main model.
-        scale_adapters: methods trained at the other models.
-        seeds: seeds at the main model.
-        scale_seeds: seeds at the other models.
-        interventions: controls of the ablation.
-        doses: strengths below 1 at which the ablation repeats them.
-        retrained: controls under which the ablated method is trained anew.
-        ablation_adapter: the method that is ablated.
-        orders: orders of the sequences: options of ``order``, random_<seed>, permutation_<index>.
-        sequential_adapters: methods carried through the sequences.
-        workers: stages built side by side, each in a process of its own.
-    """
+    """What an experiment compares. Names are options of the config groups."""
 
     name: str = "single"
+    """Name of the experiment and title of its report. "single" is no experiment."""
+
     meaningful: bool = True
+    """Whether the results may be read as results. False labels every table and figure of the
+    report as a trial run."""
+
     models: list[str] = field(default_factory=list)
+    """Base models to compare, the scale axis."""
+
     main_model: str = ""
+    """Base model of the ablation and of the sequences. The only one of ``models`` that is trained
+    with all ``methods`` and ``seeds``."""
+
     methods: list[str] = field(default_factory=list)
+    """Methods to compare on the main model."""
+
     scale_methods: list[str] = field(default_factory=list)
+    """Methods to compare on the other models."""
+
     seeds: list[int] = field(default_factory=lambda: [0])
+    """Seeds of every run on the main model. At least one."""
+
     scale_seeds: list[int] = field(default_factory=lambda: [0])
+    """Seeds of every run on the other models. At least one."""
+
     interventions: list[str] = field(default_factory=list)
+    """Interventions of the causal ablation. Empty runs none in an experiment; ``stage=`` alone
+    runs all."""
+
     doses: list[float] = field(default_factory=list)
+    """Strengths, besides 1, at which the ablation repeats each intervention. Above 0 and below
+    1."""
+
     retrained: list[str] = field(default_factory=list)
+    """Interventions under which the ablated method is trained again, as retrained controls."""
+
     ablation_method: str = "sc_lora"
+    """Method of the causal ablation. It must have a control signal."""
+
     orders: list[str] = field(default_factory=list)
+    """Orders of the sequences: options of ``order``, ``random_<seed>`` or
+    ``permutation_<index>``."""
+
     sequential_methods: list[str] = field(default_factory=list)
+    """Methods that are trained on each of the sequences."""
+
     workers: int = 1
+    """Number of stages that are built at the same time, each in a process of its own. At least
+    1."""
 
     def __post_init__(self) -> None:
         positive("study", workers=self.workers)
@@ -127,9 +150,10 @@ class StudyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactsConfig:
-    """Attributes: root: folder of all artifacts."""
+    """Where artifacts are stored."""
 
     root: str = "artifacts"
+    """Folder of all artifacts. Made if it does not exist; not empty."""
 
     def __post_init__(self) -> None:
         given("artifacts.root", self.root)
@@ -137,9 +161,11 @@ class ArtifactsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultsConfig:
-    """Attributes: dir: folder of an experiment's tables, figures and claims."""
+    """Where an experiment writes its report."""
 
     dir: str = "results"
+    """Folder of the tables, figures, claims and provenance. Made if it does not exist; not
+    empty."""
 
     def __post_init__(self) -> None:
         given("results.dir", self.dir)

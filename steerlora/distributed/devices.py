@@ -24,24 +24,26 @@ GB, TERA = 1e9, 1e12
 
 
 class Gpu(NamedTuple):
-    """One model of GPU.
-
-    Attributes:
-        reported: a pattern of the name that its driver reports.
-        memory: bytes; the datasheet's gigabytes, of 1e9 bytes: what drivers report is a little
-            more.
-        half: FLOP/s in float16.
-        bfloat: FLOP/s in bfloat16.
-        tf32: FLOP/s in float32 where products may be rounded to TF32.
-        single: FLOP/s in float32.
-    """
+    """Memory and peak rates of one model of GPU."""
 
     reported: str
+    """Regular expression that the name reported by its driver matches."""
+
     memory: float
+    """Memory in bytes, from the datasheet's gigabytes of 1e9 bytes. Drivers report a little
+    more."""
+
     half: float
+    """Peak rate in float16, in FLOP/s."""
+
     bfloat: float
+    """Peak rate in bfloat16, in FLOP/s."""
+
     tf32: float
+    """Peak rate in float32 where products may be rounded to TF32, in FLOP/s."""
+
     single: float
+    """Peak rate in float32, in FLOP/s."""
 
 
 def _gpu(reported: str, memory: float, half: float, tf32: float, single: float) -> Gpu:
@@ -113,10 +115,13 @@ def rate(of: Gpu, precision: str, *, tf32: bool = False) -> float:
 
 
 class Peak(NamedTuple):
-    """Attributes: flops: FLOP/s; source: a name of the table, or "measured"."""
+    """The highest rate that a device can reach, and where that number is from."""
 
     flops: float
+    """Rate in FLOP/s."""
+
     source: str
+    """The GPU's name in `GPUS`, or "measured"."""
 
 
 def peak_flops(device: torch.device, precision: str) -> float:

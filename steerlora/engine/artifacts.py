@@ -1,7 +1,7 @@
-"""Stored outputs: what names them, makes them, finds them.
+"""Stored outputs: how they are named, built and found.
 
 An artifact is a directory ``<root>/<stage>/<fingerprint>/``. Its ``manifest.json`` is written last
-and the directory renamed into place after it, so that what bears the final name is complete.
+and the directory renamed into place after it, so that a folder with the final name is complete.
 Beside it may lie ``.partial`` (work in progress, resumed and never trusted), ``.corrupt`` (moved
 aside by a failed check) and ``.lock`` (held by the process that builds).
 """
@@ -79,9 +79,16 @@ class Artifact:
     """A complete stored output. ``artifact / "weights.safetensors"`` is a path in it."""
 
     stage: str
+    """Name of the stage that built it."""
+
     fingerprint: str
+    """SHA-256 of all that it depends on, `FINGERPRINT_DIGITS` long."""
+
     path: Path
+    """Its folder."""
+
     manifest: dict
+    """The content of its ``manifest.json``: files, configuration, inputs, versions, times."""
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

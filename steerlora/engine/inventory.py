@@ -19,14 +19,25 @@ STYLES = {"complete": "green", "partial": "yellow", "corrupt": "red"}
 
 @dataclass(frozen=True)
 class ArtifactInfo:
-    """One line of the status listing."""
+    """An artifact, complete or not, as ``stage=status`` lists it."""
 
     stage: str
+    """Name of the stage that built it."""
+
     fingerprint: str
-    state: str  # "complete", "partial" or "corrupt"
+    """The artifact's fingerprint."""
+
+    state: str
+    """"complete", "partial" (in progress or interrupted) or "corrupt"."""
+
     bytes: int
+    """Size of all its files."""
+
     created: datetime
+    """When it was completed; otherwise when its folder last changed. UTC."""
+
     label: str
+    """Label of the step that built it. Empty where that is not known."""
 
     @property
     def age(self) -> timedelta:

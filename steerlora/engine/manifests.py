@@ -1,4 +1,4 @@
-"""JSON files, and the manifest that vouches for an artifact's files."""
+"""JSON files, and the manifest that lists an artifact's files with their checksums."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from steerlora.errors import UserError
 FINGERPRINT_DIGITS = 20  # hexadecimal digits kept of a SHA-256: 80 bits
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"  # the builder's own folder, dropped when the artifact is complete
-ATTEMPT = ".attempt.json"  # what a partial build says about itself
+ATTEMPT = ".attempt.json"  # record of a build in progress: its label and the seconds spent
 LIBRARIES = ("torch", "transformers", "lightning", "lm_eval", "steerlora")
 
 
@@ -26,7 +26,7 @@ def plain(value: Any, name: str = "value") -> Any:
     """``value`` in JSON's own types: dataclasses, paths, tuples, enums and arrays normalised.
 
     Raises:
-        UserError: a number is not finite; JSON has no word for it (``null`` is the word for "off").
+        UserError: a number is not finite, which JSON cannot store (use ``null`` for "off").
         TypeError: a type that has no JSON form.
     """
     if value is None or (isinstance(value, (bool, str)) and not isinstance(value, Enum)):
@@ -133,7 +133,7 @@ def stat_files(directory: Path, described: Mapping[str, Mapping]) -> tuple:
 
 
 def read_manifest(directory: Path) -> tuple[dict, str | None]:
-    """The manifest of an artifact, or why there is none to speak of."""
+    """The manifest of an artifact, or an empty one and what is wrong with it."""
     try:
         manifest = read_json(directory / MANIFEST)
         named = (manifest["stage"], manifest["fingerprint"])
@@ -149,7 +149,7 @@ def read_manifest(directory: Path) -> tuple[dict, str | None]:
 
 
 def read_attempt(directory: Path) -> dict[str, Any]:
-    """What a partial build says about itself: seconds spent, label."""
+    """The record of a build in progress: seconds spent, label. Empty where there is none."""
     try:
         attempt = read_json(directory / ATTEMPT)
         return {"seconds": float(attempt["seconds"]), "label": str(attempt["label"])}

@@ -1,8 +1,8 @@
-"""Worker processes that can be interrupted to save their state, and that never outlive us.
+"""Worker processes that can be interrupted to save their state, and that end when this one does.
 
-``concurrent.futures`` cannot say which work a killed process had, nor interrupt one and let it
-finish what it must; so each worker has a pipe of its own, which carries its events and its results
-in order.
+``concurrent.futures`` cannot say which work a killed process had, nor interrupt one and wait for it
+to save its state. So each worker has a pipe of its own, which brings its events and its results in
+order.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 import psutil
 
 from steerlora.engine.progress import Event, Progress
-from steerlora.engine.worker import Done, Failed, Interrupted, Work, interrupts_held, serve
+from steerlora.engine.worker import Done, Failed, Interrupted, Work, interrupts_blocked, serve
 from steerlora.errors import Preempted
 
 GRACE = 15.0  # seconds that an interrupted worker has to save its state
-TICK = 0.2  # seconds between two looks at the signals and at the workers' health
+POLL_INTERVAL = 0.2  # seconds between two looks at the signals and at the workers' health
 ECHO = 0.3  # seconds in which a second SIGINT is the same Ctrl-C, passed on by a wrapper
 
 
@@ -38,7 +38,7 @@ class WorkerDied(RuntimeError):
 class _Worker:
     process: BaseProcess
     connection: Connection
-    key: Any = None  # of the work under way
+    key: Any = None  # of the work in progress
     label: str | None = None  # None while idle
 
 
@@ -69,23 +69,23 @@ class WorkerPool:
         self._interrupts, self._interrupted = 0, float("-inf")
 
     def __enter__(self) -> WorkerPool:
-        # A handler that counts, where raising could tear a message that is being read.
+        # The handler counts: raising in it could cut off a message that is being read.
         self._in_main_thread = threading.current_thread() is threading.main_thread()
         if self._in_main_thread:
             self._handler = signal.signal(signal.SIGINT, self._count_interrupt)
         try:
-            with _environment(self._environment), interrupts_held():
+            with _environment(self._environment), interrupts_blocked():
                 for _ in range(self._size):
                     self._workers.append(_start_worker(self._grace))
         except BaseException:
-            self._stop()
+            self._stop(signal.SIGINT)
             self._restore_handler()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            # Asked by a signal to make room: workers save at the end of their step.
+            # Preempted: SIGTERM lets the workers save at the end of their step.
             self._stop(signal.SIGTERM if kind is Preempted else signal.SIGINT)
         finally:
             self._restore_handler()
@@ -136,9 +136,9 @@ class WorkerPool:
                     raise self._died(worker)
 
     def _receive(self) -> Iterator[tuple[_Worker, Done | Failed | Interrupted]]:
-        """At most a `TICK` of messages: emits the events, yields the answers."""
+        """At most a `POLL_INTERVAL` of messages: emits the events, yields the answers."""
         by_connection = {worker.connection: worker for worker in self._workers}
-        for connection in wait(list(by_connection), timeout=TICK):
+        for connection in wait(list(by_connection), timeout=POLL_INTERVAL):
             worker = by_connection[connection]
             try:
                 message = connection.recv()
@@ -152,23 +152,23 @@ class WorkerPool:
     def _died(self, worker: _Worker) -> BaseException:
         if self._interrupts:  # an idle worker ends by the same Ctrl-C
             return KeyboardInterrupt()
-        worker.process.join(TICK)
+        worker.process.join(POLL_INTERVAL)
         code = worker.process.exitcode
         reason = f"exit code {code}"
         if code is not None and code < 0:
             reason = signal.Signals(-code).name
             if -code == signal.SIGKILL:
-                reason += ", often for want of memory: try fewer workers"
+                reason += ", often for lack of memory: try fewer workers"
         return WorkerDied(
             f"the worker process of '{worker.label or 'no work'}' died ({reason}); "
             "what was finished is kept, and the same command resumes the rest"
         )
 
-    def _stop(self, asking: signal.Signals) -> None:
+    def _stop(self, request: signal.Signals) -> None:
         """End every worker: the idle ones at once, the busy ones after a chance to save.
 
         Args:
-            asking: the signal that asks the busy ones.
+            request: the signal that is sent to the busy ones.
         """
         deadline = time.monotonic() + self._grace
         enough = 2 if self._interrupts else 1  # the Ctrl-C that means "at once"
@@ -178,13 +178,13 @@ class WorkerPool:
             if worker.label is None:
                 worker.connection.close()
             elif worker.process.is_alive():
-                os.kill(worker.process.pid, asking)
+                os.kill(worker.process.pid, request)
         listening = [worker.connection for worker in self._workers if worker.label is not None]
         while any(worker.process.is_alive() for worker in self._workers):
             if time.monotonic() > deadline or self._interrupts >= enough:
                 break
             # Read on: a worker that saves its state must not wait for a full pipe.
-            for connection in wait(listening, timeout=TICK / 4) if listening else ():
+            for connection in wait(listening, timeout=POLL_INTERVAL / 4) if listening else ():
                 try:
                     message = connection.recv()
                 except (EOFError, OSError):
@@ -193,7 +193,7 @@ class WorkerPool:
                     if isinstance(message, Event):
                         self._progress.emit(message)
             if not listening:
-                time.sleep(TICK / 20)
+                time.sleep(POLL_INTERVAL / 20)
         for worker in self._workers:
             _kill(worker.process)
             worker.connection.close()

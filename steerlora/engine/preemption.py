@@ -1,8 +1,8 @@
-"""Preemption: a signal asks this process to save and to make room.
+"""Preemption: a signal asks this process to save its state and stop.
 
 SLURM sends SIGUSR1 ahead of a time limit (``--signal=USR1@120``), SIGTERM when it takes nodes away;
-submitit sends SIGUSR2. A training that runs saves at the end of its step and ends; all else ends
-at once, since what is finished is stored. The process then exits with `REQUEUE`.
+submitit sends SIGUSR2. A training in progress saves at the end of its step and stops; anything else
+stops at once, since every finished artifact is stored. The process then exits with `REQUEUE`.
 """
 
 from __future__ import annotations
@@ -11,37 +11,39 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from steerlora.errors import Preempted
 
 REQUEUE = 75
-"""Exit code of a preempted run (sysexits' EX_TEMPFAIL): the same command goes on where it was."""
+"""Exit code of a preempted run (sysexits' EX_TEMPFAIL): the same command resumes the run."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
-_training = 0  # how many trainings are under way that will look at `asked`
-_asked = False
+_training = 0  # number of trainings in progress, which look at `requested` after every step
+_requested = False
+_number = signal.SIGTERM
 
 
-def asked() -> bool:
-    """Whether a signal has come that nothing has given way to."""
-    return _asked
+def requested() -> bool:
+    """Whether a signal has asked this process to stop."""
+    return _requested
 
 
 @contextmanager
-def heeded() -> Iterator[None]:
-    """Inside, the signals ask for an orderly end.
+def signals_handled() -> Iterator[None]:
+    """Inside, the signals lead to an orderly stop.
 
-    A handler that a launcher had set before, such as submitit's, is called after it: it requeues.
+    A handler that a launcher had set before, such as submitit's, is called afterwards: it requeues.
 
     Raises:
         Preempted: a signal came.
     """
-    global _asked
+    global _requested
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _asked = False
-    before = {number: signal.signal(number, _note) for number in SIGNALS}
+    _requested = False
+    before = {number: signal.signal(number, _on_signal) for number in SIGNALS}
     try:
         yield
     except Preempted as preempted:
@@ -57,7 +59,7 @@ def heeded() -> Iterator[None]:
 
 @contextmanager
 def training() -> Iterator[None]:
-    """Inside, a signal is noted and nothing interrupted: the training asks at every step's end."""
+    """Inside, a signal interrupts nothing: the training looks at `requested` after every step."""
     global _training
     _training += 1
     try:
@@ -66,18 +68,18 @@ def training() -> Iterator[None]:
         _training -= 1
 
 
-def _note(number: int, frame: object) -> None:
-    global _asked, _number
-    _asked, _number = True, number
+def _on_signal(number: int, frame: object) -> None:
+    global _requested, _number
+    _requested, _number = True, number
     if not _training:
         raise Preempted(number, "nothing was lost")
 
 
-_number = signal.SIGTERM
+def stop(where: str) -> NoReturn:
+    """Stop because a signal came, here or at another rank.
 
-
-def give_way(where: str) -> None:
-    """End because a signal came, here or at another rank.
+    Args:
+        where: what was saved, for the message.
 
     Raises:
         Preempted: always.

@@ -1,8 +1,8 @@
-"""Progress of long work: bars on a terminal, sparse lines elsewhere, events between processes.
+"""Progress of long work: bars on a terminal, a line now and then elsewhere.
 
-A `Task` counts and hands its counts on a few times a second as events; what becomes of an event is
-the business of the `Progress` that the task belongs to. Events are small and picklable, so that a
-worker's progress is its parent's: `QueueProgress` puts them, the parent emits them again.
+A `Task` counts steps and tokens, and reports them a few times a second as events. The `Progress`
+that it belongs to shows the events or passes them on. Events are small and picklable, so that a
+parent can show its workers' progress: `QueueProgress` sends them, and the parent emits them again.
 """
 
 from __future__ import annotations
@@ -30,31 +30,50 @@ RATE_WINDOW = 15.0  # seconds over which tokens/s and time left are estimated
 
 @dataclass(frozen=True)
 class Opened:
-    """A task began; ``done`` steps of it were done before, by an interrupted run."""
+    """A task began."""
 
     task: str
+    """Identifier of the task, unique over processes."""
+
     description: str
+    """What the reader sees."""
+
     total: int | None
+    """Steps in all. None where that is unknown."""
+
     unit: str
+    """What a step is, in the singular."""
+
     done: int
+    """Steps that an interrupted run did before."""
 
 
 @dataclass(frozen=True)
 class Advanced:
-    """Steps and tokens done since the last report."""
+    """A task went on."""
 
     task: str
+    """Identifier of the task."""
+
     steps: int
+    """Steps done since the last report."""
+
     tokens: int
+    """Tokens processed since the last report."""
+
     note: str
+    """How the work goes, such as its loss. Empty for nothing to say."""
 
 
 @dataclass(frozen=True)
 class Closed:
-    """A task ended, by itself or by an exception."""
+    """A task ended."""
 
     task: str
+    """Identifier of the task."""
+
     finished: bool
+    """Whether it reached its end. False if an exception ended it."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,7 @@ class Message:
     """A line for the reader, above the bars."""
 
     text: str
+    """The line."""
 
 
 Event = Opened | Advanced | Closed | Message
@@ -224,7 +244,7 @@ class Meter:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds left, or ``None`` while there is nothing to tell it from."""
+        """Seconds left, or ``None`` while they cannot be estimated."""
         speed, _ = self.rates
         if self.opened.total is None or speed <= 0:
             return None

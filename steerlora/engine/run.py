@@ -1,4 +1,4 @@
-"""A run: build what is missing of the steps asked for, reuse the rest, say how long it took."""
+"""A run builds the missing artifacts of the requested steps, reuses the rest, and times them."""
 
 from __future__ import annotations
 
@@ -33,19 +33,34 @@ class StepTime:
     """How long one step took in this run."""
 
     label: str
+    """The step's label."""
+
     stage: str
+    """The step's stage."""
+
     seconds: float
-    reused: bool  # found complete, or built meanwhile by another process
+    """Wall time; 0 for an artifact that was complete before the run."""
+
+    reused: bool
+    """Whether the artifact was complete, or another process built it meanwhile."""
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run leaves behind: ``report[step]`` is the step's artifact."""
+    """The result of a run. ``report[step]`` is the step's artifact."""
 
-    artifacts: dict[str, Artifact]  # by fingerprint
+    artifacts: dict[str, Artifact]
+    """{fingerprint: artifact}, of all steps that exist now."""
+
     steps: list[StepTime]
+    """How long each step took, the reused ones first."""
+
     seconds: float
-    peak_memory_bytes: int  # of this process and its workers, pages that they share counted in each
+    """Wall time of the run."""
+
+    peak_memory_bytes: int
+    """Largest resident memory of this process and its workers together. Pages that they share are
+    counted in each."""
 
     def __getitem__(self, step: Step) -> Artifact:
         return self.artifacts[step.fingerprint]
@@ -160,7 +175,7 @@ def _found(step: Step | _Job, store: ArtifactStore) -> Artifact:
 
 @dataclass(frozen=True)
 class _Job:
-    """A step with its inputs at hand, ready to be sent to a worker."""
+    """A step with the artifacts it reads, ready to be sent to a worker."""
 
     stage: str
     config: Any
@@ -191,8 +206,8 @@ def _build(
     workers = min(workers, len(missing)) if ranks.current().world == 1 else 1
     if workers <= 1:
         for step in missing:
-            if ranks.broadcast(preemption.asked()):  # in the last step of a training
-                preemption.give_way("what was finished is stored")
+            if ranks.broadcast(preemption.requested()):  # in the last step of a training
+                preemption.stop("what was finished is stored")
             job = _job(step, artifacts, store, registry_module)
             try:
                 built = _execute(job, progress)

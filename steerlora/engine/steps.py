@@ -20,25 +20,27 @@ from steerlora.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Stage:
-    """How one kind of artifact is built.
-
-    Attributes:
-        name: how users and directories call it.
-        version: raised when the code changes what it writes, so that nothing old is reused.
-        build: fills ``context.directory``; returns a summary for the manifest.
-        skip: dotted keys of the configuration that do not change what is built, such as
-            ``trainer.accelerator``, and so are not part of the fingerprint.
-        shared: with several ranks, all of them build it together, and rank 0 alone writes its
-            files; else rank 0 builds it while the others wait.
-        check: refuses a configuration that cannot be built here, before anything is.
-    """
+    """How one kind of artifact is built."""
 
     name: str
+    """The stage's name on the command line and in folders."""
+
     version: int
+    """Raised when the code changes what it writes, so that no older artifact is reused."""
+
     build: Callable[[Context], Mapping | None]
+    """Fills ``context.directory`` and returns a summary for the manifest."""
+
     skip: frozenset[str] = frozenset()
+    """Dotted keys of the configuration that do not change what is built, such as
+    ``trainer.accelerator``. They are not part of the fingerprint."""
+
     shared: bool = False
+    """Whether several ranks build it together, and rank 0 writes the files. If not, rank 0 builds
+    it while the others wait."""
+
     check: Callable[[Any], None] = lambda config: None
+    """Raises a `UserError` for a configuration that cannot be built here, before anything is."""
 
 
 @dataclass
@@ -46,12 +48,25 @@ class Context:
     """What a stage's ``build`` is given."""
 
     config: Any
+    """The step's configuration."""
+
     inputs: dict[str, Artifact | tuple[Artifact, ...]]
-    directory: Path  # to fill; may hold an interrupted attempt's files, to resume from
-    home: Path  # where the directory will lie when it is complete
+    """The artifacts that it reads, under the names that the step gave them."""
+
+    directory: Path
+    """The folder to fill. It may hold files of an interrupted build, to resume from."""
+
+    home: Path
+    """Where the folder will be when it is complete."""
+
     fingerprint: str
+    """The artifact's fingerprint."""
+
     label: str
+    """The step's label, for messages."""
+
     progress: Progress
+    """Where the build reports its progress."""
 
 
 _STAGES: dict[str, Stage] = {}
@@ -77,21 +92,22 @@ def get_stage(name: str) -> Stage:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One thing to build.
-
-    Attributes:
-        stage: the registered name of its stage.
-        config: a picklable dataclass or mapping.
-        inputs: the steps whose artifacts it reads, by the name its stage knows them by.
-        label: what the user reads, such as ``adapter_training micro_m sc_lora seed 1``.
-        cost: a guess of the seconds it takes, for the order in which steps are begun.
-    """
+    """One artifact to build: a stage, its configuration and its inputs."""
 
     stage: str
+    """Registered name of the stage."""
+
     config: Any
+    """A picklable dataclass or mapping."""
+
     inputs: Mapping[str, Step | tuple[Step, ...]]
+    """The steps whose artifacts it reads, under the names that the stage expects."""
+
     label: str
+    """What messages call it, such as ``adapter_training micro_m sc_lora seed 1``."""
+
     cost: float = 1.0
+    """Rough estimate of its seconds, which decides the order in which steps are started."""
 
     @cached_property
     def upstream(self) -> tuple[Step, ...]:

@@ -1,4 +1,4 @@
-"""The inside of a worker process: one piece of work after another, until its parent ends.
+"""What runs in a worker process: one piece of work after another, until its parent ends.
 
 The signal handler raises `KeyboardInterrupt` in the work exactly once, whether the signal came from
 the terminal (to all processes at once), from the pool, or from both, so that work that saves its
@@ -28,24 +28,37 @@ from steerlora.errors import Preempted
 
 @dataclass(frozen=True)
 class Work:
+    """A call for a worker to make, ``function(argument, progress)``. All of it is picklable."""
+
     label: str
+    """What messages call it."""
+
     function: Callable[[Any, Progress], Any]
+    """What to call."""
+
     argument: Any
+    """Its first argument."""
 
 
 @dataclass(frozen=True)
 class Done:
+    """The answer of a call that returned."""
+
     result: Any
+    """What it returned."""
 
 
 @dataclass(frozen=True)
 class Failed:
+    """The answer of a call that raised."""
+
     error: BaseException
+    """What it raised, with the worker's traceback as a note."""
 
 
 @dataclass(frozen=True)
 class Interrupted:
-    pass
+    """The answer of a call that Ctrl-C ended."""
 
 
 def serve(connection: Connection, grace: float) -> None:
@@ -60,11 +73,11 @@ def serve(connection: Connection, grace: float) -> None:
     outbox = _Outbox(connection)
     progress = QueueProgress(outbox)
     logging.getLogger().addHandler(_Forward(progress))
-    threading.Thread(target=_follow_parent, args=(grace,), daemon=True).start()
-    with suppress(KeyboardInterrupt, Preempted, EOFError, OSError), preemption.heeded():
+    threading.Thread(target=_end_with_parent, args=(grace,), daemon=True).start()
+    with suppress(KeyboardInterrupt, Preempted, EOFError, OSError), preemption.signals_handled():
         signal.signal(signal.SIGINT, interrupt)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        while not interrupted.is_set() and not preemption.asked():
+        while not interrupted.is_set() and not preemption.requested():
             outbox.put(_answer(connection.recv(), progress, interrupted))
 
 
@@ -74,14 +87,14 @@ def _answer(
     try:
         return Done(work.function(work.argument, progress))
     except BaseException as error:
-        if interrupted.is_set():  # whatever came of the interruption on its way up
+        if interrupted.is_set():  # whatever error the interruption became
             return Interrupted()
         trace = "".join(traceback.format_exception(error))
         return Failed(sendable(error, f"in the worker process of '{work.label}':\n{trace}"))
 
 
 def sendable(error: BaseException, note: str) -> BaseException:
-    """``error`` if it survives pickling, else its type and message in words."""
+    """``error`` with a note; a `RuntimeError` of the same text where it cannot be pickled."""
     try:
         error = pickle.loads(pickle.dumps(error))
     except Exception:
@@ -90,8 +103,8 @@ def sendable(error: BaseException, note: str) -> BaseException:
     return error
 
 
-def _follow_parent(grace: float) -> None:
-    """End with the parent, however it ends: interrupt the work, and leave after ``grace``."""
+def _end_with_parent(grace: float) -> None:
+    """When the parent ends, interrupt the work, and exit ``grace`` seconds later."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -107,12 +120,12 @@ class _Outbox:
         self._connection, self._lock = connection, threading.Lock()
 
     def put(self, item: Any) -> None:
-        with interrupts_held(), self._lock, suppress(OSError):  # a dead parent reads nothing
+        with interrupts_blocked(), self._lock, suppress(OSError):  # a dead parent reads nothing
             self._connection.send(item)
 
 
 class _Forward(logging.Handler):
-    """Warnings go the way of the progress, where they do not tear the bars."""
+    """Sends warnings as progress messages, so that they do not break the progress bars."""
 
     def __init__(self, progress: Progress) -> None:
         super().__init__(logging.WARNING)
@@ -123,8 +136,8 @@ class _Forward(logging.Handler):
 
 
 @contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Keep Ctrl-C pending in this thread, and in the processes that it starts."""
+def interrupts_blocked() -> Iterator[None]:
+    """Block SIGINT in this thread and in the processes that it starts; it is delivered after."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

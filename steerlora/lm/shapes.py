@@ -1,6 +1,6 @@
-"""The shape of a decoder: what its parameters, memory and arithmetic follow from.
+"""The shape of a decoder, which determines its parameters, memory and arithmetic.
 
-No tensor and no library is needed: the planner answers before torch is imported.
+Needs no tensor and no torch, so that the planner answers fast.
 """
 
 from __future__ import annotations
@@ -20,27 +20,34 @@ QUERY_KEY_NORMED = ("qwen3", "gemma3", "olmo2")
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderShape:
-    """A decoder-only model of pre-norm layers with grouped-query attention and a gated MLP.
-
-    Attributes:
-        layers: L.
-        width: D, of the residual stream.
-        heads, kv_heads, head_width: of the attention.
-        ffn_width: F, of the MLP.
-        vocabulary: V, rows of the embedding.
-        tied: the output head is the embedding.
-        query_key_norm: queries and keys are normed, head by head (Qwen3).
-    """
+    """A decoder-only model of pre-norm layers with grouped-query attention and a gated MLP."""
 
     layers: int
+    """L, the number of layers."""
+
     width: int
+    """D, the width of the residual stream."""
+
     heads: int
+    """Query heads of each attention."""
+
     kv_heads: int
+    """Key and value heads of each attention. A divisor of ``heads``."""
+
     head_width: int
+    """Width of one attention head."""
+
     ffn_width: int
+    """F, the inner width of the MLP."""
+
     vocabulary: int
+    """V, the rows of the embedding."""
+
     tied: bool = True
+    """Whether the output head shares its weights with the embedding."""
+
     query_key_norm: bool = True
+    """Whether queries and keys are normalised, head by head (Qwen3)."""
 
     @property
     def query_width(self) -> int:

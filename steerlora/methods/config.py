@@ -58,8 +58,9 @@ class ReplayConfig:
 class MethodConfig:
     """One method: what trains on a frozen base model, and how.
 
-    A kind of method is a subclass in ``methods/<kind>/config.py``, registered by ``@method("kind")``.
-    It says by its properties what stages have to know (capabilities), and builds the method.
+    A kind of method is a subclass, registered by ``@method("kind")``; the package's own are in
+    ``methods/<kind>/config.py``. It says by its properties what stages have to know (capabilities),
+    and builds the method.
     """
 
     kind: str = ""

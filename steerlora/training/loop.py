@@ -215,13 +215,13 @@ class Checkpoints(Callback):
         if not ends_step(trainer, batch_idx) or trainer.global_step >= trainer.max_steps:
             return
         due = time.monotonic() - self._saved >= self.seconds
-        preempted, due = _any_rank(preemption.asked(), due)
+        preempted, due = _any_rank(preemption.requested(), due)
         if not (preempted or due) or not _everywhere(finite(module)):
             return
         trainer.save_checkpoint(place(self.directory, trainer.global_step))
         self._saved = time.monotonic()
         if preempted:
-            preemption.give_way(f"saved at step {trainer.global_step} of {trainer.max_steps}")
+            preemption.stop(f"saved at step {trainer.global_step} of {trainer.max_steps}")
 
 
 def _any_rank(*flags: bool) -> tuple[bool, ...]:

@@ -117,7 +117,7 @@ def root(trained, tmp_path) -> Path:
         ("stage=causal_ablation adapter=lora", "adapter=lora has routing none"),
         ("stage=evaluate adapter=lora intervention=shuffle", "acts on SAE routing"),
         ("stage=evaluate intervention.name=shufle", "did you mean 'shuffle'"),
-        ("stage=causal_ablation experiment.interventions=[invrt]", "did you mean 'invert'"),
+        ("stage=causal_ablation study.interventions=[invrt]", "did you mean 'invert'"),
         ("stage=base model.path=/no/such/model", "model.path=/no/such/model cannot be loaded"),
         ("experiment=text", "domains.dir=<folder"),
         ("experiment=text domains.dir=/no/such", "domains.dir=/no/such: there is no such folder"),

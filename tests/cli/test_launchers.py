@@ -18,7 +18,7 @@ from rich.console import Console
 import steerlora.__main__ as command
 from steerlora.cli import compose, launchers
 from steerlora.cli.launchers import LocalJobs, SlurmJobs
-from steerlora.cli.sweep import OUTCOMES, Outcome, Sweep
+from steerlora.cli.sweep import OUTCOMES, CommandLine, Outcome, print_outcomes
 from steerlora.errors import UserError
 
 
@@ -71,7 +71,7 @@ def program(path: Path, text: str) -> None:
 
 
 class Ending(launchers.Jobs):
-    """Jobs of which some end without a word; nothing is run."""
+    """Jobs of which some end without an outcome; nothing is run."""
 
     def __init__(self, outcomes: Path, dead: dict[int, str]) -> None:
         self.outcomes, self.dead = str(outcomes), dead
@@ -85,29 +85,29 @@ def job(log: Path) -> SimpleNamespace:
     return SimpleNamespace(task=lambda rank: SimpleNamespace(paths=paths))
 
 
-def test_a_job_that_dies_without_a_word_is_named_with_its_log(tmp_path, monkeypatch):
-    monkeypatch.setattr(launchers, "LATE", 0.5)
+def test_a_job_that_dies_without_an_outcome_is_named_with_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(launchers, "OUTCOME_DELAY", 0.5)
     monkeypatch.setenv(OUTCOMES, str(tmp_path))
     Outcome(0, seconds=3.0).write(tmp_path)
     Outcome(1, code=1, error="KeyError: 'x'").write(tmp_path)
     (tmp_path / "1.out").touch()
     jobs = {number: job(tmp_path / f"{number}.out") for number in range(3)}
     Ending(tmp_path, dead={0: "FINISHED", 2: "SLURM job 9_2 OUT_OF_MEMORY"})._wait(jobs)
-    sweep = Sweep([], [], True, False, False, jobs=[["seed=0"], ["seed=1"], ["seed=2"], ["seed=3"]])
     console = Console(record=True, width=400, file=StringIO())
-    assert sweep.close(console) == 1
+    overrides = [["seed=0"], ["seed=1"], ["seed=2"], ["seed=3"]]
+    assert print_outcomes(overrides, console) == 1
     rows = [line for line in console.export_text().splitlines() if line.startswith("│")]
     assert "seed=0" in rows[0]
     assert "done" in rows[0]
     assert f"failed: KeyError: 'x'; its log: {tmp_path}/1.out" in rows[1]
-    assert "failed: ended without a word (SLURM job 9_2 OUT_OF_MEMORY)" in rows[2]
+    assert "failed: ended without reporting why (SLURM job 9_2 OUT_OF_MEMORY)" in rows[2]
     assert f"its log: {tmp_path} " in rows[2]  # it never started one: the folder
     assert "failed: it did not report how it ended" in rows[3]
     assert not tmp_path.exists()
 
 
 def test_an_outcome_that_comes_late_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(launchers, "LATE", 1.5)
+    monkeypatch.setattr(launchers, "OUTCOME_DELAY", 1.5)
     jobs = Ending(tmp_path, dead={0: "FAILED"})
     monkeypatch.setattr(jobs, "_ended", lambda _: Outcome(0).write(tmp_path) or {0: "FAILED"})
     jobs._wait({0: job(tmp_path / "0.out")})
@@ -167,7 +167,7 @@ def test_tasks_on_this_machine_are_told_their_ranks(monkeypatch):
 )
 def test_a_launchers_mistakes_are_named_before_any_job(arguments, says):
     with pytest.raises(UserError) as caught:
-        Sweep.of(["-m", "stage=base", "seed=0,1", *arguments.split()])
+        CommandLine.parse(["-m", "stage=base", "seed=0,1", *arguments.split()])
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -175,7 +175,7 @@ def test_a_launchers_mistakes_are_named_before_any_job(arguments, says):
 def test_a_launcher_that_is_not_installed_says_so(monkeypatch):
     monkeypatch.setattr(compose, "_has_launchers", lambda: False)
     with pytest.raises(UserError, match=r"may need pip install 'steerlora\[launchers\]'"):
-        Sweep.of(["-m", "stage=base", "seed=0,1", "hydra/launcher=submitit_slrm"])
+        CommandLine.parse(["-m", "stage=base", "seed=0,1", "hydra/launcher=submitit_slrm"])
 
 
 def test_a_sweep_is_not_started_by_every_rank(monkeypatch):
@@ -183,7 +183,7 @@ def test_a_sweep_is_not_started_by_every_rank(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="leave torchrun or srun out"):
-        Sweep.of(["-m", "stage=base", "seed=0,1"])
+        CommandLine.parse(["-m", "stage=base", "seed=0,1"])
 
 
 def test_a_sweep_that_has_nowhere_to_write_is_one_line(steerlora):
@@ -211,7 +211,7 @@ def test_jobs_that_slurm_does_not_take_are_one_line(steerlora, tmp_path, monkeyp
     code, _, err = steerlora("-m", "hydra/launcher=submitit_slurm", "stage=domains", "seed=0,1")
     assert code == 2
     (line,) = err.splitlines()
-    assert "the jobs were not taken: sbatch: error: Invalid generic resource" in line
+    assert "the jobs were not accepted: sbatch: error: Invalid generic resource" in line
     assert "hydra.launcher.gpus_per_node=null asks for no GPU" in line
     (script,) = tmp_path.glob("artifacts/sweeps/*/logs/.submission_file_*.sh")
     asked = {line for line in script.read_text().splitlines() if line.startswith("#SBATCH")}

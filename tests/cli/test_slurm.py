@@ -137,7 +137,7 @@ def test_a_sweep_runs_as_slurm_jobs(tmp_path, monkeypatch, capfd):
     rows = [line for line in out.splitlines() if line.startswith("│")]
     assert re.match(r"│ 0 +│ domains.dir=good +│ .* │ done ", rows[0])
     assert re.match(r"│ 1 +│ domains.dir=bad +│ .* │ failed: .*law_train.jsonl:31: not", rows[1])
-    died = rf"ended without a word \(SLURM job {submitted[1]}_2 .*\); its log: {tmp_path}/"
+    died = rf"ended without reporting why \(SLURM job {submitted[1]}_2 .*\); its log: {tmp_path}/"
     assert re.match(rf"│ 2 +│ domains.dir=never +│ .* │ failed: {died}", rows[2])
     assert len(list(tmp_path.glob("artifacts/domains/*/manifest.json"))) == 1
 

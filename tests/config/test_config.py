@@ -1,9 +1,8 @@
-"""The configuration: every shipped file builds, every key is documented, every mistake is named."""
+"""The configuration: every shipped file builds, every mistake is named."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from steerlora import config
 from steerlora.cli import compose
-from steerlora.config import GROUPS, STAGES, Config, SourceConfig
+from steerlora.config import GROUPS, STAGES, Config
 from steerlora.errors import UserError
 from steerlora.lm.pretrained import shape_of
 from steerlora.lm.weight_files import on_meta
@@ -87,16 +86,6 @@ def test_the_whole_configuration_is_plain_values():
         assert type(value).__module__.startswith(("builtins", "steerlora.config."))
         for name, inner in vars(value).items() if dataclasses.is_dataclass(value) else ():
             assert type(inner) in (str, int, float, bool, list, dict, type(None)), name
-
-
-@pytest.mark.parametrize(
-    "schema", [*GROUPS.values(), SourceConfig, Config], ids=lambda schema: schema.__name__
-)
-def test_every_key_is_documented(schema):
-    described = set(re.findall(r"\w+", schema.__doc__.partition("Attributes:")[2]))
-    sections = set(GROUPS) - {"stage"} if schema is Config else set()  # documented by their class
-    missing = {field.name for field in dataclasses.fields(schema)} - described - sections
-    assert not missing
 
 
 @pytest.mark.parametrize("schema", GROUPS.values(), ids=lambda schema: schema.__name__)

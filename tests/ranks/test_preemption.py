@@ -57,8 +57,8 @@ def test_the_workers_of_a_study_save_too(start, root, tmp_path):
     run = start(
         "study.workers=2",
         "study.seeds=[0,1]",
-        "study.adapters=[sc_lora]",
-        "study.sequential_adapters=[]",
+        "study.methods=[sc_lora]",
+        "study.sequential_methods=[]",
         "study.interventions=[]",
         "trainer.checkpoint_seconds=1000",
         "trainer.max_steps=4000",

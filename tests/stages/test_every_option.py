@@ -135,16 +135,16 @@ CHANGES = {
     "evaluation.files": None,  # count by content: covered below
     "study.models": "[micro_s]",
     "study.main_model": "micro_s",
-    "study.adapters": "[lora]",
-    "study.scale_adapters": None,  # only with a second model, covered below
+    "study.methods": "[lora]",
+    "study.scale_methods": None,  # only with a second model, covered below
     "study.scale_seeds": None,
     "study.seeds": "[3]",
     "study.interventions": "[shuffle]",
     "study.doses": "[0.5]",
     "study.retrained": None,  # its variants' own options: covered below
-    "study.ablation_adapter": None,  # must be one with SAE routing: there is one
+    "study.ablation_method": None,  # must be one with SAE routing: there is one
     "study.orders": "[broad_last]",
-    "study.sequential_adapters": "[lora]",
+    "study.sequential_methods": "[lora]",
 }
 """{key: another value of it}; None where a single change is no whole configuration."""
 
@@ -238,7 +238,7 @@ def test_the_intervention_seed_counts_under_an_intervention():
 
 def test_scale_options_count_with_a_second_model():
     models = "study.models=[micro_xs,micro_s]"
-    options = ("adapters=[lora]", "adapters=[sc_lora]", "seeds=[3]")
+    options = ("methods=[lora]", "methods=[sc_lora]", "seeds=[3]")
     found = [fingerprints(models, f"study.scale_{o}", compose_variants=True) for o in options]
     assert found[0] != found[1] != found[2] != found[0]
 
@@ -258,7 +258,7 @@ def test_scale_options_count_with_a_second_model():
         ),
         ("adapter=sc_lora", ("continual.memory=true", "continual.memory=false")),
         (
-            "adapter=sc_lora intervention=shuffle experiment.interventions=[]",
+            "adapter=sc_lora intervention=shuffle study.interventions=[]",
             ("intervention.phase=training", "intervention.phase=evaluation"),
         ),
     ],

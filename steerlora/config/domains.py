@@ -1,0 +1,151 @@
+"""The domains and the text of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from steerlora.config.checks import one_of, positive
+from steerlora.errors import UserError, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """The dataset that the conversations of one domain are read from.
+
+    A template is the name of a column, or text with columns in braces, such as
+    ``"{instruction}\\n{input}"``; ``{source[text]}`` is a field of a column.
+    """
+
+    path: str
+    """Dataset id on the hub, a jsonl file, or a folder with a ``<split>.jsonl`` for each split. A
+    single file is one split. Files have no ``name`` and no ``revision``."""
+
+    name: str | None = None
+    """Configuration of a hub dataset. Null for a dataset that has only one."""
+
+    revision: str | None = None
+    """Commit or tag of a hub dataset, required there so that the text does not change."""
+
+    split: str = "train"
+    """Split whose rows are trained on."""
+
+    heldout_split: str | None = None
+    """Split whose rows are scored. Null holds out some rows of ``split``."""
+
+    prompt: str | None = None
+    """Template of the user's turn. Needs ``response``, and excludes ``messages``."""
+
+    response: str | None = None
+    """Template of the answer. Needs ``prompt``, and excludes ``messages``."""
+
+    messages: str | None = None
+    """Column with a list of turns {role, content}. The first turn of the user and the answer to it
+    are read. Excludes ``prompt`` and ``response``."""
+
+    @property
+    def local(self) -> bool:
+        """Whether ``path`` is a file or a folder."""
+        return Path(self.path).suffix in (".jsonl", ".json") or Path(self.path).exists()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainsConfig:
+    """The domains, and where their text comes from."""
+
+    name: str = "micro"
+    """The name of this set of domains in tables and labels."""
+
+    kind: str = "micro"
+    """Where the text comes from: "micro" (generated here), "text" (jsonl files in ``dir``) or
+    "hub" (the datasets in ``sources``)."""
+
+    dir: str | None = None
+    """Folder of a ``<domain>_train.jsonl`` for each domain, with the columns prompt and response.
+    Required by kind "text"."""
+
+    # Mappings until they are checked below: the command line cannot add to a typed dictionary.
+    sources: dict[str, Any] = field(default_factory=dict)
+    """{domain: its dataset, a `SourceConfig`}. Kind "hub" needs one for each of ``names``."""
+
+    names: list[str] = field(
+        default_factory=lambda: ["instruction", "math", "code", "medicine", "law"]
+    )
+    """The domains, in order, each once. At least one. Kind "micro" has the five of the default."""
+
+    broad: str = "instruction"
+    """The broad domain, one of ``names``, which the orders put first or last. For kind "hub", half
+    of its rows are set aside as general text."""
+
+    train_items: int = 2000
+    """Rows of each domain for adapter training. At least 1. Kinds "text" and "hub" may have
+    fewer."""
+
+    pretrain_items: int = 24_000
+    """Rows of general text, which a base model pretrained here learns from. At least 1. Kinds
+    "text" and "hub" may have fewer."""
+
+    evaluation_items: int = 200
+    """Items of each evaluation set. At least 1. Kinds "text" and "hub" may have fewer."""
+
+    seed: int = 0
+    """Seed of the generated world, or of the split of the text. At least 0."""
+
+    def __post_init__(self) -> None:
+        one_of("domains.kind", self.kind, ("micro", "text", "hub"))
+        counts = ("train_items", "pretrain_items", "evaluation_items")
+        positive("domains", **{name: getattr(self, name) for name in counts})
+        if len(set(self.names)) != len(self.names) or not self.names:
+            raise UserError(f"domains.names={self.names}: name each domain once")
+        one_of("domains.broad", self.broad, self.names)
+        sources = {name: _source(name, given) for name, given in self.sources.items()}
+        object.__setattr__(self, "sources", sources)
+        if self.kind == "hub":
+            for name in {**dict.fromkeys(self.names), **sources}:
+                self._check_source(name)
+
+    def _check_source(self, name: str) -> None:
+        key, source = f"domains.sources.{name}", self.sources.get(name)
+        if source is None:
+            raise UserError(
+                f"{key} is not set, and domains.names has {name}: sources are there for "
+                f"{', '.join(self.sources) or 'none'}; set {key}.path=<hub id or jsonl file>"
+            )
+        if not source.messages and not (source.prompt and source.response):
+            unused = "" if name in self.names else f" (and domains.names has no {name})"
+            raise UserError(
+                f"{key}: name the columns, {key}.prompt and {key}.response, or "
+                f"{key}.messages{unused}"
+            )
+        if source.messages and (source.prompt or source.response):
+            raise UserError(
+                f"{key}: give messages, or prompt and response, and set the others to null"
+            )
+        if not source.local and not source.revision:
+            raise UserError(
+                f"{key}.path={source.path} is not pinned: set {key}.revision to the commit of the "
+                "dataset that is meant (its page on the hub lists them), or path to a local file"
+            )
+
+
+def _source(name: str, given: SourceConfig | Mapping[str, Any]) -> SourceConfig:
+    """The source of a domain.
+
+    Raises:
+        UserError: an unknown key, a value that is not text, or no path.
+    """
+    if isinstance(given, SourceConfig):
+        return given
+    key, known = f"domains.sources.{name}", SourceConfig.__dataclass_fields__
+    if not isinstance(given, Mapping):
+        raise UserError(f"{key}={given}: give {key}.path=<hub id or jsonl file>, and its columns")
+    for option, value in given.items():
+        if option not in known:
+            raise UserError(f"no such key: {key}.{option}; {nearest(option, known)}")
+        if not isinstance(value, str) and (value is not None or option in ("path", "split")):
+            raise UserError(f"{key}.{option}={value}: must be text")
+    if not given.get("path"):
+        raise UserError(f"{key}.path is not set: give a hub id or a jsonl file")
+    return SourceConfig(**given)
