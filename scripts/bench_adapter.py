@@ -137,7 +137,7 @@ def _race(
 def _in_a_process_of_its_own(name: str, options: argparse.Namespace) -> int:
     """What training adds to a process's peak memory: one allocator's leftovers would hide it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peft", "steerlora.training.module"])  # once, for all
+    context.set_forkserver_preload(["peft", "steerlora.methods.module"])  # once, for all
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_added_memory, name, options).result()
 

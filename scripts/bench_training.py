@@ -50,7 +50,7 @@ from steerlora.saes.autoencoder import SparseAutoencoder
 from steerlora.stages.adapting import check_shares, open_to_train, shape_of
 from steerlora.training.language import next_token_loss
 from steerlora.training.loop import begins_step, ends_step, fit
-from steerlora.training.module import AdapterModule, scheduled_adamw
+from steerlora.methods.module import AdapterModule, scheduled_adamw
 
 WARM_UP = 3  # steps that are not counted
 

@@ -9,7 +9,7 @@ __all__ = ["export_peft", "load_adapter", "load_sae"]
 def __getattr__(name: str):
     # Loaded on first use: the command line answers --help without importing torch.
     if name == "load_adapter":
-        from steerlora.methods.routed_lora.saving import load_adapter as value
+        from steerlora.methods.saving import load_adapter as value
     elif name == "load_sae":
         from steerlora.saes.saelens import load_sae as value
     elif name == "export_peft":

@@ -2,8 +2,8 @@
 
 steerlora experiment=micro                        the micro reproduction
 steerlora experiment=smoke                        the same path in under a minute
-steerlora stage=adapter_training adapter=lora     one stage, and whatever it needs
-steerlora -m adapter.rank=4,8 stage=evaluate      a sweep
+steerlora stage=adapter_training method=lora      one stage, and whatever it needs
+steerlora -m method.rank=4,8 stage=evaluate       a sweep
 steerlora -m hydra/launcher=submitit_slurm ...    its jobs as SLURM jobs
 steerlora stage=status                            what is stored
 steerlora stage=plan model=qwen3_8b trainer=gpu   memory, time and disk, before a GPU is paid for
@@ -24,7 +24,6 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from steerlora import planning
 from steerlora.cli import compose
 from steerlora.cli.sweep import CommandLine, prepare_outcomes, print_outcomes, run_job
 from steerlora.config import Config
@@ -134,6 +133,8 @@ def execute(config: Config, variant: compose.Compose) -> None:
         variant: the same run's configuration with some options changed.
     """
     if config.stage and config.stage.name == "plan":
+        from steerlora import planning
+
         planning.show(console, config)
         return
     if config.stage and config.stage.name == "status":
@@ -159,7 +160,13 @@ def _build(config: Config, variant: compose.Compose) -> None:
     check_hardware(config.trainer)
     with ConsoleProgress(console) as progress:
         store = ArtifactStore(config.artifacts.root)
-        finished = run(steps, store, workers=config.study.workers, progress=progress)
+        finished = run(
+            steps,
+            store,
+            workers=config.study.workers,
+            progress=progress,
+            plugins=config.plugins,
+        )
     if not ranks.is_main():
         return
     if planned:
@@ -176,12 +183,13 @@ def _planned(config: Config, variant: compose.Compose) -> tuple[Plan | None, tup
         UserError: a step cannot be built with this configuration.
     """
     from steerlora.cli import experiment
-    from steerlora.stages import steps_for
+    from steerlora.engine.run import STAGES
 
     if config.stage and config.stage.name in ("status", "plan"):
         return None, ()
     if config.stage and config.stage.name != "report":
-        return None, steps_for(config)
+        STAGES.check("stage.name", config.stage.name)
+        return None, tuple(STAGES[config.stage.name].steps(config, variant))
     planned = experiment.plan(config, variant)
     return planned, planned.steps
 

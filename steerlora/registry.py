@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 from steerlora.errors import UserError, nearest
@@ -111,11 +111,14 @@ def _matching(source: str) -> Iterator[str]:
             yield name
 
 
-def _origin(item: Any) -> tuple[str, str]:
-    return getattr(item, "__module__", ""), getattr(item, "__qualname__", "")
+def _origin(item: Any) -> tuple[str, str] | int:
+    """Where a class or function is defined; other things are only themselves."""
+    if hasattr(item, "__qualname__"):
+        return item.__module__, item.__qualname__
+    return id(item)
 
 
-def import_plugins(modules: list[str]) -> None:
+def import_plugins(modules: Iterable[str]) -> None:
     """Import modules of the user's, which register what they define.
 
     Raises:

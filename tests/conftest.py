@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from steerlora.methods.routed_lora.adapter import Adapter, AdapterShape
+from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.saes.autoencoder import SparseAutoencoder
 
 LAYERS, WIDTH, VOCABULARY, LATENTS, K = 3, 32, 61, 64, 5
@@ -74,7 +75,7 @@ def make_adapter(make_sae) -> Callable[..., Adapter]:
     """
 
     def make(model: nn.Module, routing: str = "sae", sites=(1,), **changes) -> Adapter:
-        shape = AdapterShape(
+        shape = RoutedLoRAConfig(
             routing=routing,
             sites=tuple(sites),
             **({"specialists": 4, "rank": 3, "alpha": 6.0, "top_k": 2} | changes),

@@ -32,7 +32,7 @@ TINY = {
     "model.vocabulary": 300,
     "model.steps": 2,
     "model.batch_size": 8,
-    "control.sites": "[1]",
+    "method.sites": "[1]",
     "sae.latents": 64,
     "sae.max_tokens": 2000,
     "sae.steps": 2,
@@ -207,7 +207,7 @@ def test_the_lm_eval_command_runs(root, pretrained):
     adapter = adapter_of(root, pretrained)
     domains = next(p.parent for p in (root / "domains").glob("*/world.json"))
     command = command.replace("pretrained=BASE", f"pretrained={pretrained}")
-    command = command.replace("adapter=ADAPTER", f"adapter={adapter}")
+    command = command.replace("adapter=ADAPTER", f"method={adapter}")
     command = command.replace('"DOMAINS"', f'"{domains}"')
     words = [sys.executable, *shlex.split(command)[1:], "--limit", "2", "--device", "cpu"]
     said = subprocess.run(words, cwd=root, capture_output=True, text=True)

@@ -55,10 +55,10 @@ def plan(config: Config, compose: Compose) -> Plan:
         evaluations.append(evaluate.step(compose(f"model={model}"), adapted=False))
         for method in study.methods if main else study.scale_methods:
             for seed in study.seeds if main else study.scale_seeds:
-                chosen = compose(f"model={model}", f"adapter={method}", f"seed={seed}")
+                chosen = compose(f"model={model}", f"method={method}", f"seed={seed}")
                 evaluations.append(evaluate.step(chosen))
     on_main = f"model={study.main_model}"
-    ablated = [on_main, f"adapter={study.ablation_method}"]
+    ablated = [on_main, f"method={study.ablation_method}"]
     evaluations += [
         evaluate.step(
             compose(*ablated, f"seed={seed}", f"intervention={name}", "intervention.phase=training")
@@ -73,7 +73,7 @@ def plan(config: Config, compose: Compose) -> Plan:
     ]
     sequentials = [
         sequential_forgetting.step(
-            compose(on_main, f"adapter={method}", f"seed={seed}", *_order(order))
+            compose(on_main, f"method={method}", f"seed={seed}", *_order(order))
         )
         for method in study.sequential_methods
         for order in study.orders

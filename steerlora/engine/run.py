@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import threading
@@ -20,10 +19,21 @@ from steerlora.engine import preemption
 from steerlora.engine.artifacts import Artifact, ArtifactStore, plain
 from steerlora.engine.pool import WorkerPool
 from steerlora.engine.progress import Progress, SilentProgress
-from steerlora.engine.steps import Context, Stage, Step, get_stage, register
+from steerlora.engine.steps import STAGES, Context, Stage, Step, from_config, register
 from steerlora.errors import UserError
+from steerlora.registry import import_plugins
 
-__all__ = ["Context", "RunReport", "Stage", "Step", "StepTime", "get_stage", "register", "run"]
+__all__ = [
+    "STAGES",
+    "Context",
+    "RunReport",
+    "Stage",
+    "Step",
+    "StepTime",
+    "from_config",
+    "register",
+    "run",
+]
 
 MEMORY_INTERVAL = 1.0  # seconds between two looks at the memory in use
 
@@ -72,7 +82,7 @@ def run(
     *,
     workers: int = 1,
     progress: Progress | None = None,
-    registry_module: str = "steerlora.stages",
+    plugins: Sequence[str] = (),
 ) -> RunReport:
     """Build what is missing of ``steps`` and of what they read; reuse the rest.
 
@@ -81,7 +91,7 @@ def run(
     Args:
         workers: processes that build side by side; with 1, or a single step to build, the work is
             done in this process. Several ranks build one step after the other, together.
-        registry_module: registers the stages when imported; imported by each worker.
+        plugins: modules that register stages, methods and so on; imported by each worker.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; the unfinished steps have saved what they save, and resume.
@@ -91,7 +101,7 @@ def run(
     began = time.monotonic()
     artifacts, missing = _look_up_together(steps, store)
     for step in missing:
-        get_stage(step.stage).check(step.config)
+        STAGES[step.stage].check(step.config)
     times = [
         StepTime(step.label, step.stage, 0.0, reused=True)
         for step in _in_order(steps)
@@ -101,9 +111,7 @@ def run(
         if missing:
             progress.message(f"{len(missing)} steps to build, {len(artifacts)} reused")
             with progress.task("all steps", len(missing)) as task:
-                for step, built in _build(
-                    missing, artifacts, store, workers, progress, registry_module
-                ):
+                for step, built in _build(missing, artifacts, store, workers, progress, plugins):
                     artifacts[step.fingerprint] = built.artifact
                     times.append(StepTime(step.label, step.stage, built.seconds, built.reused))
                     progress.message(f"{step.label}: {built.seconds:.1f} s")
@@ -184,7 +192,7 @@ class _Job:
     label: str
     record: dict[str, Any]
     store: ArtifactStore
-    registry_module: str
+    plugins: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,7 @@ def _build(
     store: ArtifactStore,
     workers: int,
     progress: Progress,
-    registry_module: str,
+    plugins: Sequence[str],
 ) -> Iterator[tuple[Step, _Built]]:
     """Build every step; the caller adds each to ``artifacts`` before it asks for the next."""
     workers = min(workers, len(missing)) if ranks.current().world == 1 else 1
@@ -208,7 +216,7 @@ def _build(
         for step in missing:
             if ranks.broadcast(preemption.requested()):  # in the last step of a training
                 preemption.stop("what was finished is stored")
-            job = _job(step, artifacts, store, registry_module)
+            job = _job(step, artifacts, store, plugins)
             try:
                 built = _execute(job, progress)
             except Exception as error:
@@ -228,7 +236,7 @@ def _build(
             ]
             for step in ready[: pool.idle]:
                 waiting.remove(step)
-                job = _job(step, artifacts, store, registry_module)
+                job = _job(step, artifacts, store, plugins)
                 pool.submit(step, step.label, _execute, job)
             step, built = pool.wait()
             unfinished.remove(step.fingerprint)
@@ -254,7 +262,7 @@ def _threads(workers: int) -> dict[str, str]:
 
 
 def _job(
-    step: Step, artifacts: Mapping[str, Artifact], store: ArtifactStore, registry_module: str
+    step: Step, artifacts: Mapping[str, Artifact], store: ArtifactStore, plugins: Sequence[str]
 ) -> _Job:
     inputs = {
         name: artifacts[value.fingerprint]
@@ -265,7 +273,7 @@ def _job(
     config = plain(step.config)
     record = {
         "label": step.label,
-        "version": get_stage(step.stage).version,
+        "version": STAGES[step.stage].version,
         "seed": config.get("seed"),
         "config": config,
         "inputs": step.input_fingerprints,
@@ -278,14 +286,14 @@ def _job(
         label=step.label,
         record=record,
         store=store,
-        registry_module=registry_module,
+        plugins=tuple(plugins),
     )
 
 
 def _execute(job: _Job, progress: Progress) -> _Built:
     """Build the artifact of a step, or find that another process has."""
-    importlib.import_module(job.registry_module)
-    stage, began, reused = get_stage(job.stage), time.monotonic(), True
+    import_plugins(job.plugins)
+    stage, began, reused = STAGES[job.stage], time.monotonic(), True
 
     def context(directory: Path) -> Context:
         return Context(

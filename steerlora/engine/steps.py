@@ -7,7 +7,7 @@ known before anything is built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from steerlora.engine.artifacts import Artifact, fingerprint, plain
 from steerlora.engine.progress import Progress
-from steerlora.errors import UserError, nearest
+from steerlora.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class Stage:
 
     build: Callable[[Context], Mapping | None]
     """Fills ``context.directory`` and returns a summary for the manifest."""
+
+    steps: Callable[[Any, Callable[..., Any]], Sequence[Step]] | None = None
+    """The steps that ``stage=<name>`` means: of the run's configuration, and of a function that
+    gives it with some options changed (``variant("model=micro_s")``)."""
 
     skip: frozenset[str] = frozenset()
     """Dotted keys of the configuration that do not change what is built, such as
@@ -69,25 +73,23 @@ class Context:
     """Where the build reports its progress."""
 
 
-_STAGES: dict[str, Stage] = {}
+STAGES: Registry[Stage] = Registry("stage", "steerlora.stages.*")
+"""Every stage by its name."""
 
 
 def register(stage: Stage) -> Stage:
     """Make a stage known by its name."""
-    assert stage.name not in _STAGES, f"stage {stage.name} is registered twice"
-    _STAGES[stage.name] = stage
-    return stage
+    return STAGES.register(stage.name)(stage)
 
 
-def get_stage(name: str) -> Stage:
-    """The stage of that name.
+def from_config(step: Callable[[Any], Step | Sequence[Step]]) -> Callable[..., Sequence[Step]]:
+    """Steps that follow from the configuration alone, in the form that `Stage.steps` has."""
 
-    Raises:
-        UserError: there is none; suggests the nearest.
-    """
-    if name not in _STAGES:
-        raise UserError(f"unknown stage '{name}': {nearest(name, _STAGES)}")
-    return _STAGES[name]
+    def steps(config: Any, variant: Callable[..., Any]) -> Sequence[Step]:
+        found = step(config)
+        return (found,) if isinstance(found, Step) else found
+
+    return steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +111,10 @@ class Step:
     cost: float = 1.0
     """Rough estimate of its seconds, which decides the order in which steps are started."""
 
+    skip: frozenset[str] = frozenset()
+    """Dotted keys of this step's configuration that are not part of its fingerprint, beside the
+    stage's."""
+
     @cached_property
     def upstream(self) -> tuple[Step, ...]:
         """The input steps, in order."""
@@ -117,8 +123,8 @@ class Step:
     @cached_property
     def fingerprint(self) -> str:
         """What the artifact is called; changes with anything that changes what is built."""
-        stage = get_stage(self.stage)
-        config = _without(plain(self.config, f"{self.stage} config"), stage.skip)
+        stage = STAGES[self.stage]
+        config = _without(plain(self.config, f"{self.stage} config"), stage.skip | self.skip)
         return fingerprint(self.stage, stage.version, config, self.input_fingerprints)
 
     @property

@@ -25,7 +25,7 @@ from steerlora.evaluation import registered
 from steerlora.evaluation.registered import Loaded
 from steerlora.evaluation.scores import Score, standard_error
 from steerlora.evaluation.suite import OWN, Suite
-from steerlora.methods.routed_lora.saving import load_adapter, trained_under
+from steerlora.methods.saving import load_adapter, trained_under
 
 TASKS = Path(__file__).parent / "tasks"
 FEWSHOT_SEED = 1234

@@ -93,6 +93,8 @@ class MethodConfig:
     """PEFT can hold it: training writes PEFT's format as well."""
     not_trained: ClassVar[frozenset[str]] = frozenset({"name"})
     """Keys that do not change what training writes, so they are not part of its fingerprint."""
+    only_in_sequences: ClassVar[frozenset[str]] = frozenset({"replay"})
+    """Keys that change how a sequence of domains trains, and not joint training."""
     only_in_evaluation: ClassVar[tuple[str, ...]] = ()
     """Keys that change how a trained method is evaluated, and not how it trains."""
 

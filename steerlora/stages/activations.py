@@ -11,7 +11,7 @@ from torch import Tensor
 from steerlora.config import Config
 from steerlora.data.activations import harvest
 from steerlora.data.chat import ChatBatches, encode_chats
-from steerlora.engine.run import Context, Stage, Step, register
+from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.stages import base, domains
 from steerlora.stages.common import WHERE, load_base, read_rows, training_rows
 
@@ -35,10 +35,10 @@ class ActivationSettings:
 
 
 def step(config: Config) -> Step:
-    control = config.control
+    method = config.method
     settings = ActivationSettings(
-        sites=tuple(control.sites),
-        monitor=None if control.monitor in control.sites else control.monitor,
+        sites=tuple(method.sites),
+        monitor=None if method.monitor in method.sites else method.monitor,
         domains=tuple(config.domains.names),
         max_tokens=config.sae.max_tokens,
         max_length=config.trainer.max_length,
@@ -82,4 +82,4 @@ def _one_epoch(rows: list, pad_token_id: int, seed: int) -> Iterator[tuple[Tenso
         yield batch.input_ids, batch.attention_mask
 
 
-STAGE = register(Stage("activations", 1, build, skip=WHERE))
+STAGE = register(Stage("activations", 1, build, steps=from_config(step), skip=WHERE))

@@ -1,64 +1,51 @@
-"""Stage ``adapter_training``: one adapter on all domains together."""
+"""Stage ``adapter_training``: one method on all domains together."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import compress
 
-from steerlora.config import (
-    AdapterConfig,
-    Config,
-    ContinualConfig,
-    ControlConfig,
-    InterventionConfig,
-    LoggerConfig,
-    RoutingConfig,
-    TrainerConfig,
-)
+from steerlora.config import Config, InterventionConfig, LoggerConfig, TrainerConfig
 from steerlora.data.packing import training_batches
 from steerlora.distributed import ranks
 from steerlora.engine.artifacts import write_json
-from steerlora.engine.run import Context, Stage, Step, register
-from steerlora.methods.routed_lora.peft import export_peft
-from steerlora.methods.routed_lora.saving import save_adapter
-from steerlora.stages import adapting
+from steerlora.engine.run import Context, Stage, Step, from_config, register
+from steerlora.methods.base import Task
+from steerlora.methods.config import MethodConfig
+from steerlora.methods.module import MethodModule
+from steerlora.methods.saving import save_adapter
+from steerlora.stages import method_training
 from steerlora.stages.common import BASE, NOT_IDENTITY, POINTER, run_log, training_rows
 from steerlora.training.loop import fit
-from steerlora.training.module import AdapterModule
 
 FOLDER = "adapter"
-"""Folder of the artifact that holds the adapter."""
+"""Folder of the artifact that holds the trained method."""
 PEFT_FOLDER = "peft"
-"""Folder that holds plain LoRA in PEFT's format as well."""
+"""Folder that holds it in PEFT's format as well, where PEFT has one for it."""
 HISTORY = "training.json"
-"""Routing health over the training, and what the memory policy did."""
+"""What the method kept of its training, such as the health of its routing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
-    """Attributes: as in the configuration; memory: None where it is off; domains: that it trains
-    on; intervention: that it trains under."""
+    """What joint training depends on; where no comment says otherwise, as in the configuration."""
 
-    adapter: AdapterConfig
-    control: ControlConfig
-    routing: RoutingConfig
-    memory: ContinualConfig | None
+    method: MethodConfig
     intervention: InterventionConfig
+    """That it trains under; the default where there is none."""
     trainer: TrainerConfig
     domains: tuple[str, ...]
+    """That it trains on."""
     seed: int
     logger: LoggerConfig
 
 
 def step(config: Config) -> Step:
-    retrained = config.intervention.name != "none" and config.intervention.phase == "training"
+    retrained = config.intervention.retrained
     if retrained:
-        adapting.check_intervention(config)
+        method_training.check_intervention(config)
     settings = AdapterSettings(
-        adapter=config.adapter,
-        control=config.control,
-        routing=config.routing,
-        memory=config.continual if config.continual.memory else None,
+        method=config.method,
         intervention=config.intervention if retrained else InterventionConfig(),
         trainer=config.trainer,
         domains=tuple(config.domains.names),
@@ -66,59 +53,48 @@ def step(config: Config) -> Step:
         logger=config.logger,
     )
     under = f" under {config.intervention.name}" if retrained else ""
-    label = f"adapter_training {config.model.name} {config.adapter.name} seed {config.seed}{under}"
-    cost = config.trainer.max_steps * config.model.layers * 0.02
-    inputs = adapting.inputs(config, monitored=config.adapter.monitored)
-    return Step("adapter_training", settings, inputs, label, cost=cost)
+    return Step(
+        "adapter_training",
+        settings,
+        method_training.inputs(config, monitored=config.method.compares_with_base),
+        f"adapter_training {config.model.name} {config.method.name} seed {config.seed}{under}",
+        cost=config.trainer.max_steps * config.model.layers * 0.02,
+        skip=method_training.not_identity(config.method),
+    )
 
 
 def build(context: Context) -> dict:
     settings: AdapterSettings = context.config
     source, base_artifact = context.inputs["domains"], context.inputs["base"]
-    model, tokenizer = adapting.load_to_train(base_artifact, settings.trainer)
-    adapter, sae_paths = adapting.new_adapter(
-        model, settings.adapter, settings.control, context.inputs, settings.seed
+    model, tokenizer = method_training.load_to_train(base_artifact, settings.trainer)
+    sources = method_training.open_sources(settings.method, context.inputs)
+    method = method_training.new_method(model, settings.method, sources, settings.seed)
+    learner = method_training.new_learner(
+        model,
+        method,
+        tokenizer,
+        source,
+        domains=settings.domains,
+        max_length=settings.trainer.max_length,
+        seed=settings.seed,
+        intervention=settings.intervention,
+        monitor=method_training.open_monitor(
+            model, method, settings.method.monitor, context.inputs
+        ),
     )
-    names, max_length = list(settings.domains), settings.trainer.max_length
-    rows, owners = training_rows(source, names, tokenizer, max_length)
-    by_domain = {
-        name: list(compress(rows, (owner == number for owner in owners)))
-        for number, name in enumerate(names)
-    }
-
-    def meet() -> None:
-        if settings.adapter.router == "prototype":
-            adapting.meet_general_text(model, adapter, source, tokenizer, max_length)
-            for specialist, own in enumerate(by_domain.values()):
-                adapting.meet(model, adapter, specialist, own, tokenizer.pad_token_id)
-
-    def record() -> None:
-        trained_under = settings.intervention.name
-        adapting.record_facts(model, adapter, by_domain, tokenizer.pad_token_id, trained_under)
-
-    watch, callbacks = adapting.callbacks(
-        adapter,
-        names,
-        by_domain,
-        tokenizer.pad_token_id,
-        settings.routing,
-        settings.intervention,
+    rows, owners = training_rows(
+        source, list(settings.domains), tokenizer, settings.trainer.max_length
     )
-    memory = None
-    if settings.memory:
-        memory = adapting.memory_policy(adapter, settings.memory, "all", settings.seed)
-        callbacks.append(memory)
-    callbacks.append(adapting.around(meet, record))
-    with run_log(context, settings.logger) as log:
+    task = Task(
+        {
+            name: list(compress(rows, (owner == number for owner in owners)))
+            for number, name in enumerate(settings.domains)
+        }
+    )
+    hooks = method_training.around(lambda: learner.begin(task), lambda: learner.end(task))
+    with run_log(context, settings.logger) as log, learner.training(task):
         figures = fit(
-            AdapterModule(
-                model,
-                adapter,
-                config=settings.adapter,
-                trainer=settings.trainer,
-                total_steps=settings.trainer.max_steps,
-                monitor=adapting.open_monitor(model, adapter, settings.control, context.inputs),
-            ),
+            MethodModule(learner, trainer=settings.trainer, total_steps=settings.trainer.max_steps),
             training_batches(
                 rows,
                 owners,
@@ -133,39 +109,36 @@ def build(context: Context) -> dict:
             description=context.label,
             identity=context.fingerprint,
             run_logger=log.lightning(),
-            callbacks=callbacks,
+            callbacks=[*learner.callbacks(task), hooks],
         )
-        figures |= {"parameters": adapter.parameter_count()}
+        figures |= {"parameters": method.parameter_count()}
         log.summary(figures)
     if not ranks.is_main():
         return {}
+    pointer = base_artifact.json(POINTER)
     save_adapter(
-        adapter,
+        method,
         context.directory / FOLDER,
-        base_fingerprint=base_artifact.json(POINTER)["fingerprint"],
-        sae_paths=sae_paths,
+        base_fingerprint=pointer["fingerprint"],
+        sae_paths={site: given.path for site, given in sources.saes.items()},
         written_for=context.home / FOLDER,
         trained_under=settings.intervention.name,
     )
-    write_json(
-        context.directory / HISTORY,
-        {"routing": watch.history, "events": memory.events if memory else []},
-    )
-    if settings.adapter.routing == "none":
-        pointer = base_artifact.json(POINTER)["path"]
-        path = pointer or str(base_artifact / BASE)
-        export_peft(adapter, context.directory / PEFT_FOLDER, base_path=path)
+    write_json(context.directory / HISTORY, learner.history())
+    if settings.method.exports_to_peft:
+        path = pointer["path"] or str(base_artifact / BASE)
+        method.export_peft(context.directory / PEFT_FOLDER, base_path=path)
     return figures
 
 
 STAGE = register(
     Stage(
         "adapter_training",
-        3,
+        4,
         build,
-        skip=NOT_IDENTITY
-        | {"adapter.name", "adapter.hard_rank", "routing.collapse", "routing.collapse_below"},
+        steps=from_config(step),
+        skip=NOT_IDENTITY,
         shared=True,
-        check=lambda settings: adapting.check_shares(settings.trainer),
+        check=lambda settings: method_training.check_shares(settings.trainer),
     )
 )

@@ -15,7 +15,7 @@ from steerlora.data.domains.text.tokenizer import build_tokenizer as build_text_
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
 from steerlora.engine.artifacts import write_json
-from steerlora.engine.run import Context, Stage, Step, register
+from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.errors import UserError
 from steerlora.lm.identity import model_fingerprint
 from steerlora.lm.pretrained import (
@@ -172,6 +172,7 @@ STAGE = register(
         "base",
         1,
         build,
+        steps=from_config(step),
         skip=NOT_IDENTITY
         | ADAPTER_ONLY
         | {"model.name", "model.control_sites", "model.sae_latents", "model.sae_path"},

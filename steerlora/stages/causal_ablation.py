@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
 from steerlora.engine.artifacts import write_json
-from steerlora.engine.run import Context, Stage, Step, register
-from steerlora.errors import UserError, nearest
+from steerlora.engine.run import Context, Stage, Step, from_config, register
+from steerlora.errors import UserError
 from steerlora.evaluation.scoring import Scorer
 from steerlora.methods.routed_lora.interventions import INTERVENTIONS
-from steerlora.methods.routed_lora.saving import load_adapter
+from steerlora.methods.saving import load_adapter
 from steerlora.stages import adapter_training, base, domains, evaluate
 from steerlora.stages.common import WHERE, load_base, run_log
 
@@ -21,19 +22,24 @@ INTACT = "intact"
 
 @dataclass(frozen=True, kw_only=True)
 class AblationSettings:
-    """Attributes: interventions: names of the controls; doses: strengths below 1 at which they are
-    repeated; intervention: strength, sites and domains of all of them; hard_rank: of the adapter;
-    seed: of it and of every draw; accelerator: where the model runs."""
+    """What an ablation depends on; where no comment says otherwise, as in the configuration."""
 
     interventions: tuple[str, ...]
+    """Their names."""
     doses: tuple[float, ...]
+    """Strengths below 1 at which they are repeated."""
     intervention: InterventionConfig
+    """Strength, sites and domains of all of them."""
     evaluation: EvaluationConfig
     model: str
-    adapter: str
-    hard_rank: float
+    method: str
+    """Its name."""
+    options: dict[str, Any]
+    """Of the method, at evaluation."""
     seed: int
+    """Of the method and of every draw."""
     accelerator: str
+    """Where the model runs."""
     logger: LoggerConfig
 
 
@@ -41,12 +47,11 @@ def step(config: Config) -> Step:
     """The controls are ``study.interventions``; all of them where that is empty."""
     names = tuple(config.study.interventions or INTERVENTIONS)
     for name in names:
-        if name not in INTERVENTIONS:
-            raise UserError(f"study.interventions: {name}: {nearest(name, INTERVENTIONS)}")
-    if config.adapter.routing != "sae":
+        INTERVENTIONS.check("study.interventions", name)
+    if not config.method.has_control_signal:
         raise UserError(
-            f"stage=causal_ablation acts on SAE routing; adapter={config.adapter.name} has "
-            f"routing {config.adapter.routing}"
+            "stage=causal_ablation changes a control signal of SAE features, and "
+            f"method={config.method.name} has none"
         )
     if config.intervention.phase == "training":
         raise UserError(
@@ -59,8 +64,8 @@ def step(config: Config) -> Step:
         intervention=config.intervention,
         evaluation=config.evaluation,
         model=config.model.name,
-        adapter=config.adapter.name,
-        hard_rank=config.adapter.hard_rank,
+        method=config.method.name,
+        options=config.method.at_evaluation,
         seed=config.seed,
         accelerator=config.trainer.accelerator,
         logger=config.logger,
@@ -71,7 +76,7 @@ def step(config: Config) -> Step:
         "adapter": adapter_training.step(config),
         "intact": evaluate.step(config, every_task=True),
     }
-    label = f"causal_ablation {config.model.name} {config.adapter.name} seed {config.seed}"
+    label = f"causal_ablation {config.model.name} {config.method.name} seed {config.seed}"
     return Step(
         "causal_ablation",
         settings,
@@ -88,8 +93,8 @@ def build(context: Context) -> dict:
         accelerator=settings.accelerator,
         spread=settings.evaluation.spread,
     )
-    adapter = load_adapter(model, context.inputs["adapter"] / adapter_training.FOLDER)
-    adapter.truncate(settings.hard_rank)
+    method = load_adapter(model, context.inputs["adapter"] / adapter_training.FOLDER)
+    method.configure(**settings.options)
     scorer = Scorer(context.inputs["domains"], model, tokenizer, settings.evaluation)
     names = scorer.domains.names
     intact = context.inputs["intact"].json(evaluate.SCORES)
@@ -105,7 +110,7 @@ def build(context: Context) -> dict:
             )
             found = {}
             for name in names:
-                with evaluate.control(adapter, changed, name):
+                with evaluate.intervened(method, changed, name):
                     found[name] = _record(**scorer.targets([name])[name].as_dict())
                 task.advance(note=f"{intervention} {strength:g} {name}")
             if strength in settings.doses:
@@ -114,7 +119,7 @@ def build(context: Context) -> dict:
                 scores[intervention] = found
     record = {
         "model": settings.model,
-        "adapter": settings.adapter,
+        "adapter": settings.method,
         "seed": settings.seed,
         "fingerprint": context.fingerprint,
         "domains": list(names),
@@ -147,8 +152,9 @@ def _record(*, value: float, stderr: float, items: int, per_item: list[float], *
 STAGE = register(
     Stage(
         "causal_ablation",
-        2,
+        3,
         build,
+        steps=from_config(step),
         skip=WHERE | {"logger", "evaluation.batch_size", "evaluation.files"},
     )
 )

@@ -12,7 +12,7 @@ from steerlora.data.domains.hub import writer as hub
 from steerlora.data.domains.micro import WORLD_VERSION
 from steerlora.data.domains.micro.words import DOMAINS
 from steerlora.data.domains.text import writer as text
-from steerlora.engine.run import Context, Stage, Step, register
+from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.errors import UserError
 
 
@@ -80,6 +80,7 @@ STAGE = register(
         "domains",
         1,
         build,
+        steps=from_config(step),
         skip=frozenset({"domains.dir", "domains.sources", "domains.name", "domains.broad"}),
     )
 )

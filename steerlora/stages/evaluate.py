@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import nn
 
 from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
 from steerlora.data.chat import collate, encode_chats
 from steerlora.engine.artifacts import Artifact, write_json
-from steerlora.engine.run import Context, Stage, Step, register
+from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.evaluation import local_rows, registered
 from steerlora.evaluation.scores import averages
 from steerlora.evaluation.scoring import Scorer
 from steerlora.evaluation.suite import OWN
 from steerlora.lm.decoder import decoder_of
-from steerlora.methods.routed_lora.adapter import Adapter
-from steerlora.methods.routed_lora.health import RoutingHealth
-from steerlora.methods.routed_lora.saving import load_adapter
-from steerlora.stages import adapter_training, adapting, base, domains
+from steerlora.methods.base import Method
+from steerlora.methods.routed_lora.interventions import INTERVENTIONS
+from steerlora.methods.saving import load_adapter
+from steerlora.stages import adapter_training, base, domains, method_training
 from steerlora.stages.common import WHERE, load_base, read_rows, run_log
 
 SCORES = "scores.json"
@@ -27,18 +29,20 @@ SCORES = "scores.json"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """Attributes: adapter: its name, "none" for the base; hard_rank: of it; files: a digest of the
-    rows that the user gives; accelerator: where the model runs; otherwise as in the
-    configuration."""
+    """What scores depend on; where no comment says otherwise, as in the configuration."""
 
     evaluation: EvaluationConfig
     intervention: InterventionConfig
     model: str
-    adapter: str
-    hard_rank: float
+    method: str
+    """Its name, "none" for the base."""
+    options: dict[str, Any]
+    """Of the method, at evaluation."""
     files: str
+    """A digest of the rows that the user gives."""
     seed: int
     accelerator: str
+    """Where the model runs."""
     logger: LoggerConfig
 
 
@@ -51,13 +55,13 @@ def step(config: Config, *, adapted: bool = True, every_task: bool = False) -> S
     _check_tasks(evaluation)
     intervention = config.intervention if adapted else InterventionConfig()
     if adapted:
-        adapting.check_intervention(config)
+        method_training.check_intervention(config)
     settings = EvaluationSettings(
         evaluation=evaluation,
         intervention=intervention,
         model=config.model.name,
-        adapter=config.adapter.name if adapted else "none",
-        hard_rank=config.adapter.hard_rank if adapted else 0.0,
+        method=config.method.name if adapted else "none",
+        options=config.method.at_evaluation if adapted else {},
         files=local_rows.digest(evaluation.files),
         seed=config.seed if adapted else 0,
         accelerator=config.trainer.accelerator,
@@ -66,7 +70,7 @@ def step(config: Config, *, adapted: bool = True, every_task: bool = False) -> S
     inputs = {"domains": domains.step(config), "base": base.step(config)}
     if adapted:
         inputs["adapter"] = adapter_training.step(config)
-    what = f"{config.adapter.name} seed {config.seed}" if adapted else "base"
+    what = f"{config.method.name} seed {config.seed}" if adapted else "base"
     changed = "" if intervention.name == "none" else f" {intervention.name}"
     changed += " retrained" if changed and intervention.phase == "training" else ""
     return Step(
@@ -89,10 +93,10 @@ def build(context: Context) -> dict:
         accelerator=settings.accelerator,
         spread=settings.evaluation.spread,
     )
-    adapter = None
+    method = None
     if "adapter" in context.inputs:
-        adapter = load_adapter(model, context.inputs["adapter"] / adapter_training.FOLDER)
-        adapter.truncate(settings.hard_rank)
+        method = load_adapter(model, context.inputs["adapter"] / adapter_training.FOLDER)
+        method.configure(**settings.options)
     source = context.inputs["domains"]
     scorer = Scorer(source, model, tokenizer, settings.evaluation)
     suite = scorer.suite
@@ -101,16 +105,16 @@ def build(context: Context) -> dict:
     scores = {}
     with context.progress.task(context.label, len(names), unit="task") as task:
         for name in names:
-            with control(adapter, settings.intervention, owners.get(name)):
+            with intervened(method, settings.intervention, owners.get(name)):
                 scores |= scorer.tasks([name])
             task.advance(note=name)
-    routing = _routing(source, model, tokenizer, adapter, settings, scorer.max_length)
+    routing = _health(source, model, tokenizer, method, settings, scorer.max_length)
     history = []
-    if adapter is not None:
-        history = context.inputs["adapter"].json(adapter_training.HISTORY)["routing"]
+    if method is not None:
+        history = context.inputs["adapter"].json(adapter_training.HISTORY).get("routing", [])
     record = {
         "model": settings.model,
-        "adapter": settings.adapter,
+        "adapter": settings.method,
         "intervention": settings.intervention.name,
         "phase": settings.intervention.phase,
         "seed": settings.seed,
@@ -141,12 +145,15 @@ def build(context: Context) -> dict:
     return figures
 
 
-def control(adapter: Adapter | None, config: InterventionConfig, domain: str | None):
-    """The intervention's context; a task that is no domain's own has no oracle."""
-    oracle = config.name == "oracle_domain"
-    if adapter is None or config.name == "none" or (oracle and domain is None):
+def intervened(
+    method: Method | None, config: InterventionConfig, domain: str | None
+) -> AbstractContextManager[Any]:
+    """The intervention's context; one that needs the true domain leaves other tasks alone."""
+    if method is None or config.name == "none":
         return nullcontext()
-    return adapter.intervention(
+    if domain is None and INTERVENTIONS[config.name].needs_domain:
+        return nullcontext()
+    return method.intervention(
         config.name,
         seed=config.seed,
         domain=domain,
@@ -157,25 +164,21 @@ def control(adapter: Adapter | None, config: InterventionConfig, domain: str | N
 
 
 @torch.no_grad()
-def _routing(
+def _health(
     source: Artifact,
-    model,
-    tokenizer,
-    adapter: Adapter | None,
+    model: nn.Module,
+    tokenizer: Any,
+    method: Method | None,
     settings: EvaluationSettings,
     max_length: int,
 ) -> dict[str, dict]:
-    """{site: routing health} over the held-out rows of every domain."""
-    if adapter is None:
-        return {}
+    """{site: what the method measures of itself} over the held-out rows of every domain."""
     names = source.json("domains.json")["names"]
-    available = adapter.available()
-    health = {
-        site: RoutingHealth(names, adapter.shape.specialists, active=available, seed=settings.seed)
-        for site in adapter.sites
-    }
+    health = method.health(names, settings.seed) if method is not None else None
+    if health is None:
+        return {}
     size = settings.evaluation.batch_size
-    for owner, name in enumerate(names) if health else ():
+    for owner, name in enumerate(names):
         rows = encode_chats(tokenizer, read_rows(source / f"heldout/{name}.jsonl"), max_length)
         rows.sort(key=lambda row: len(row.input_ids))
         for start in range(0, len(rows), size):
@@ -185,20 +188,16 @@ def _routing(
             decoder_of(model)(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             )
-            real = batch.attention_mask.bool()
-            owners = batch.domains[:, None].expand_as(real)[real]
-            sequences = torch.arange(len(chosen), device=real.device)[:, None].expand_as(real)[real]
-            for site, routing in adapter.routing().items():
-                ranks = routing.mask[real].sum(-1)
-                health[site].update(routing.gate[real], ranks, owners, start + sequences)
-    return {str(site): seen.result() for site, seen in health.items()}
+            health.update(batch, start)
+    return health.result()
 
 
 STAGE = register(
     Stage(
         "evaluate",
-        3,
+        4,
         build,
+        steps=from_config(step),
         # The files' place does not matter, their content does.
         skip=WHERE | {"logger", "evaluation.batch_size", "evaluation.files"},
     )

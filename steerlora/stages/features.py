@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from steerlora.config import Config, FeaturesConfig, LoggerConfig
 from steerlora.data.chat import collate
 from steerlora.engine.artifacts import Artifact, write_json
-from steerlora.engine.run import Context, Stage, Step, register
+from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.errors import UserError
 from steerlora.lm.decoder import first_real_token, residual_streams
 from steerlora.lm.pretrained import open_model, open_tokenizer, shape_of
@@ -79,14 +79,20 @@ def steps(config: Config) -> tuple[Step, ...]:
     """One step a control site."""
     return tuple(
         _step(config, site, sae)
-        for site, sae in zip(config.control.sites, sae_training.steps(config), strict=True)
+        for site, sae in zip(config.method.sites, sae_training.steps(config), strict=True)
     )
 
 
 def monitor_step(config: Config) -> Step | None:
     """The features of the monitor site."""
     sae = sae_training.monitor_step(config)
-    return None if sae is None else _step(config, config.control.monitor, sae)
+    return None if sae is None else _step(config, config.method.monitor, sae)
+
+
+def requested(config: Config) -> tuple[Step, ...]:
+    """The features of the control sites, and of the monitor site."""
+    monitor = monitor_step(config)
+    return (*steps(config), *([monitor] if monitor else []))
 
 
 def _step(config: Config, site: int, sae: Step) -> Step:
@@ -299,4 +305,4 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-STAGE = register(Stage("features", 1, build, skip=WHERE | {"logger"}))
+STAGE = register(Stage("features", 1, build, steps=from_config(requested), skip=WHERE | {"logger"}))

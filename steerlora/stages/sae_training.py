@@ -9,16 +9,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from steerlora.config import Config, LoggerConfig, SAEConfig, TrainerConfig
+from steerlora.config import Config, LoggerConfig, TrainerConfig
 from steerlora.data.activations import ActivationBatches, ActivationStore
 from steerlora.data.chat import collate, encode_chats
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
 from steerlora.engine.artifacts import Artifact, write_json
-from steerlora.engine.run import Context, Stage, Step, register
+from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.errors import UserError
 from steerlora.lm.decoder import first_real_token, residual_streams
 from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.config import SAEConfig
 from steerlora.saes.metrics import ce_recovered, sae_metrics
 from steerlora.saes.saelens import open_sae, sae_fingerprint, save_sae
 from steerlora.saes.training import SAEModule
@@ -58,13 +59,19 @@ class SAESettings:
 
 def steps(config: Config) -> tuple[Step, ...]:
     """One step a control site."""
-    return tuple(_step(config, config.sae, site) for site in config.control.sites)
+    return tuple(_step(config, config.sae, site) for site in config.method.sites)
 
 
 def monitor_step(config: Config) -> Step | None:
     """The SAE of the monitor site, trained even where ``sae.path`` gives a control site's."""
-    site = config.control.monitor
+    site = config.method.monitor
     return None if site is None else _step(config, replace(config.sae, path=None), site)
+
+
+def requested(config: Config) -> tuple[Step, ...]:
+    """The SAEs of the control sites, and of the monitor site."""
+    monitor = monitor_step(config)
+    return (*steps(config), *([monitor] if monitor else []))
 
 
 def _step(config: Config, sae: SAEConfig, site: int) -> Step:
@@ -135,7 +142,7 @@ def _check_fit(settings: SAESettings, sae: SparseAutoencoder, said: dict, base: 
     if site != settings.site:
         raise UserError(
             f"sae.path={path} reads the stream entering layer {site}; "
-            f"control.sites={[settings.site]}"
+            f"method.sites={[settings.site]}"
         )
     wanted = base["fingerprint"]
     if said.get("base_fingerprint", wanted) != wanted:
@@ -217,6 +224,7 @@ STAGE = register(
         "sae_training",
         1,
         build,
+        steps=from_config(requested),
         skip=NOT_IDENTITY | ADAPTER_ONLY | WHERE | {"sae.max_tokens"},
         shared=True,
         check=_check,

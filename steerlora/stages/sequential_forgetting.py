@@ -1,29 +1,26 @@
-"""Stage ``sequential_forgetting``: one adapter carried through the domains, scored after each."""
+"""Stage ``sequential_forgetting``: one method through the domains, scored after each."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from steerlora.config import (
-    AdapterConfig,
     Config,
-    ContinualConfig,
-    ControlConfig,
     EvaluationConfig,
     InterventionConfig,
     LoggerConfig,
-    RoutingConfig,
     TrainerConfig,
 )
 from steerlora.data.orders import sequence_of
 from steerlora.engine.artifacts import write_json
-from steerlora.engine.run import Context, Stage, Step, register
+from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.evaluation.forgetting import forgetting_metrics
 from steerlora.evaluation.scores import Score, averages
-from steerlora.stages import adapting, evaluate
-from steerlora.stages.carried import Carried
-from steerlora.stages.carrying import Carrier, Judge
+from steerlora.methods.config import MethodConfig
+from steerlora.stages import evaluate, method_training
 from steerlora.stages.common import NOT_IDENTITY, run_log
+from steerlora.stages.sequence import SequenceScorer, SequenceTrainer
+from steerlora.stages.sequence_state import SequenceState
 
 RESULT = "sequential.json"
 GENERAL = "general_knowledge"
@@ -31,18 +28,16 @@ GENERAL = "general_knowledge"
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceSettings:
-    """Attributes: sequence: the domains as they come; broad: the broad one among them; otherwise as
-    in the configuration."""
+    """What a sequence depends on; where no comment says otherwise, as in the configuration."""
 
-    adapter: AdapterConfig
-    control: ControlConfig
-    routing: RoutingConfig
-    continual: ContinualConfig
+    method: MethodConfig
     intervention: InterventionConfig
     trainer: TrainerConfig
     evaluation: EvaluationConfig
     sequence: tuple[str, ...]
+    """The domains as they come."""
     broad: str
+    """The broad one among them."""
     steps_per_domain: int
     order: str
     model: str
@@ -51,12 +46,9 @@ class SequenceSettings:
 
 
 def step(config: Config) -> Step:
-    adapting.check_intervention(config)
+    method_training.check_intervention(config)
     settings = SequenceSettings(
-        adapter=config.adapter,
-        control=config.control,
-        routing=config.routing,
-        continual=config.continual,
+        method=config.method,
         intervention=config.intervention,
         trainer=config.trainer,
         evaluation=config.evaluation,
@@ -68,52 +60,62 @@ def step(config: Config) -> Step:
         seed=config.seed,
         logger=config.logger,
     )
-    inputs = adapting.inputs(config, monitored=config.control.monitor is not None)
+    inputs = method_training.inputs(config, monitored=config.method.monitor is not None)
     inputs["base_scores"] = evaluate.step(config, adapted=False, every_task=True)
     label = (
-        f"sequential_forgetting {config.model.name} {config.adapter.name} "
+        f"sequential_forgetting {config.model.name} {config.method.name} "
         f"{config.order.name} seed {config.seed}"
     )
     cost = len(settings.sequence) * (config.order.steps_per_domain * config.model.layers * 0.02 + 4)
-    return Step("sequential_forgetting", settings, inputs, label, cost=cost)
+    return Step(
+        "sequential_forgetting",
+        settings,
+        inputs,
+        label,
+        cost=cost,
+        skip=method_training.not_identity(config.method, sequence=True),
+    )
 
 
 def build(context: Context) -> dict:
     settings: SequenceSettings = context.config
     names = context.inputs["domains"].json("domains.json")["names"]
     with run_log(context, settings.logger) as log:
-        done = Carried.resumed(context.directory, context.fingerprint)
-        done = done or Carried([_base_row(context, names)])
-        carrier = Carrier(context, log, done)
-        while done.domains < len(settings.sequence):
-            carrier.learn(done.domains)
-            with carrier.judged() as judge:
-                done.rows.append(_row(judge.targets(), names) if judge else {})
-                if judge and judge.adapted.monitor:
-                    done.drift.append(judge.drift())
-                if judge:
-                    done.save(context.directory, context.fingerprint)
-                    log.table("scores after each domain", ["stage", *names], _table(done.rows))
-        with carrier.judged() as judge:
-            if judge is None:
+        state = SequenceState.resumed(context.directory, context.fingerprint)
+        state = state or SequenceState([_base_row(context, names)])
+        trainer = SequenceTrainer(context, log, state)
+        while state.domains < len(settings.sequence):
+            trainer.train(state.domains)
+            with trainer.scorer() as scorer:
+                state.rows.append(_row(scorer.targets(), names) if scorer else {})
+                drift = scorer.drift() if scorer else None
+                if drift is not None:
+                    state.drift.append(drift)
+                if scorer:
+                    state.save(context.directory, context.fingerprint)
+                    log.table("scores after each domain", ["stage", *names], _table(state.rows))
+        with trainer.scorer() as scorer:
+            if scorer is None:
                 return {}
-            record = _record(context, names, done, judge)
+            record = _record(context, names, state, scorer)
         log.summary({f"forgetting/{name}": value for name, value in record["metrics"].items()})
     write_json(context.directory / RESULT, record)
     return record["metrics"]
 
 
-def _record(context: Context, names: list[str], done: Carried, judge: Judge) -> dict:
+def _record(
+    context: Context, names: list[str], state: SequenceState, scorer: SequenceScorer
+) -> dict:
     """What the sequence comes to."""
     settings: SequenceSettings = context.config
     base = context.inputs["base_scores"].json(evaluate.SCORES)
-    groups = judge.scorer.suite.groups
+    groups = scorer.scorer.suite.groups
     general = [task for task in groups.get(GENERAL, []) if task in base["tasks"]]
-    after = averages(judge.scorer.tasks(general), groups).get(GENERAL) if general else None
-    matrix = [row["values"] for row in done.rows]
+    after = averages(scorer.scorer.tasks(general), groups).get(GENERAL) if general else None
+    matrix = [row["values"] for row in state.rows]
     return {
         "model": settings.model,
-        "adapter": settings.adapter.name,
+        "adapter": settings.method.name,
         "seed": settings.seed,
         "fingerprint": context.fingerprint,
         "order": settings.order,
@@ -121,13 +123,13 @@ def _record(context: Context, names: list[str], done: Carried, judge: Judge) -> 
         "broad": settings.broad,
         "domains": names,
         "matrix": matrix,
-        "stderr": [row["stderr"] for row in done.rows],
-        "items": done.rows[0]["items"],
+        "stderr": [row["stderr"] for row in state.rows],
+        "items": state.rows[0]["items"],
         "metrics": forgetting_metrics(matrix, sequence=settings.sequence, domains=names),
         "general": after and {"before": base["averages"][GENERAL], "after": after},
-        "drift": done.drift or None,
-        "events": done.events,
-        "replay": settings.continual.replay_ratio,
+        "drift": state.drift or None,
+        "events": scorer.attached.learner.history().get("events", []),
+        "replay": settings.method.replay.ratio,
     }
 
 
@@ -154,18 +156,17 @@ def _table(rows: list[dict]) -> list[list]:
 STAGE = register(
     Stage(
         "sequential_forgetting",
-        2,
+        3,
         build,
+        steps=from_config(step),
         skip=NOT_IDENTITY
         | {
             "trainer.max_steps",
             "evaluation.batch_size",
             "evaluation.files",
             "evaluation.spread",
-            "routing.collapse",
-            "routing.collapse_below",
         },
         shared=True,
-        check=lambda settings: adapting.check_shares(settings.trainer),
+        check=lambda settings: method_training.check_shares(settings.trainer),
     )
 )

@@ -34,7 +34,7 @@ TINY = (
     "sae.batch_size=32",
     "trainer.max_steps=2",
     "trainer.batch_size=2",
-    "adapter.rank=2",
+    "method.rank=2",
     "evaluation.limit=1",
     "order.steps_per_domain=1",
     "logger=none",
@@ -84,7 +84,7 @@ def steerlora(tmp_path, monkeypatch, capfd) -> Callable[..., Outcome]:
 def trained(tmp_path_factory) -> Path:
     """An artifact root with a tiny base, SAE and adapters."""
     root = tmp_path_factory.mktemp("trained")
-    configs = [compose.load([*TINY, f"adapter={name}"]) for name in ("lora", "sc_lora")]
+    configs = [compose.load([*TINY, f"method={name}"]) for name in ("lora", "sc_lora")]
     run([adapter_training.step(config) for config in configs], ArtifactStore(root))
     return root
 
@@ -99,23 +99,23 @@ def root(trained, tmp_path) -> Path:
     ("arguments", "says"),
     [
         ("", "nothing to do: give experiment=micro"),
-        ("adapter=lora", "nothing to do"),
+        ("method=lora", "nothing to do"),
         ("stage=adapter_trainig", "did you mean 'adapter_training'"),
-        ("stage=base adapter=lorra", "adapter=lorra: did you mean 'lora'"),
-        ("stage=base adapter.rnk=4", "no such key: adapter.rnk; did you mean 'adapter.rank'"),
+        ("stage=base method=lorra", "adapter=lorra: did you mean 'lora'"),
+        ("stage=base method.rnk=4", "no such key: adapter.rnk; did you mean 'adapter.rank'"),
         ("stage=base +foo=1", "no such key: foo"),
-        ("stage=base adapter.rank=-1", "adapter.rank=-1: must be greater than 0"),
+        ("stage=base method.rank=-1", "method.rank=-1: must be greater than 0"),
         ("stage=base seed=x", "seed=x: must be a whole number"),
         ("stage=base sae.k=99999", "is more than sae.latents"),
-        ("stage=base control.sites=[9]", "has layers 0 to 3"),
+        ("stage=base method.sites=[9]", "has layers 0 to 3"),
         ("stage=base trainer=null", "a config group cannot be null"),
-        ("stage=base adapter.rank=2,4", "To sweep over it"),
+        ("stage=base method.rank=2,4", "To sweep over it"),
         ("stage=base --bogus", "--bogus; steerlora --help"),
         ("stage=base --resolve", "--resolve goes with --cfg"),
         ("adaptr=lora --cfg job", "did you mean 'adapter'"),
         ("stage=report", "stage=report needs what it reports"),
-        ("stage=causal_ablation adapter=lora", "adapter=lora has routing none"),
-        ("stage=evaluate adapter=lora intervention=shuffle", "acts on SAE routing"),
+        ("stage=causal_ablation method=lora", "method=lora has routing none"),
+        ("stage=evaluate method=lora intervention=shuffle", "acts on SAE routing"),
         ("stage=evaluate intervention.name=shufle", "did you mean 'shuffle'"),
         ("stage=causal_ablation study.interventions=[invrt]", "did you mean 'invert'"),
         ("stage=base model.path=/no/such/model", "model.path=/no/such/model cannot be loaded"),
@@ -129,8 +129,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(steerlora, arguments, says):
 
 
 def test_a_mistake_leaves_nothing_behind(steerlora, tmp_path):
-    steerlora("stage=base", "adapter.rank=-1")
-    steerlora("-m", "stage=base", "adapter.rank=2,-1")
+    steerlora("stage=base", "method.rank=-1")
+    steerlora("-m", "stage=base", "method.rank=2,-1")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -156,7 +156,7 @@ def test_help_lists_the_groups(steerlora):
 
 
 def test_the_whole_configuration_is_shown(steerlora, tmp_path):
-    ended = steerlora("--cfg", "job", "--resolve", "experiment=smoke", "adapter.rank=3")
+    ended = steerlora("--cfg", "job", "--resolve", "experiment=smoke", "method.rank=3")
     assert (ended.code, ended.err) == (0, "")
     from omegaconf import OmegaConf
 
@@ -212,7 +212,7 @@ def test_the_contract_command_runs_and_leaves_only_artifacts(steerlora, tmp_path
         "stage=adapter_training",
         "model=micro_s",
         "domains=micro",
-        "adapter=sc_lora",
+        "method=sc_lora",
         "trainer.max_steps=50",
         "artifacts.root=DIR",
         "logger=none",
@@ -307,7 +307,7 @@ def test_a_report_that_cannot_be_written_is_one_line(steerlora, monkeypatch):
 def test_a_sweep_runs_every_job_and_says_how_each_ended(steerlora, root, tmp_path):
     shutil.rmtree(root / "adapter_training")
     ended = steerlora(
-        "-m", "adapter=lora,sc_lora", "stage=adapter_training", *TINY, f"artifacts.root={root}"
+        "-m", "method=lora,sc_lora", "stage=adapter_training", *TINY, f"artifacts.root={root}"
     )
     assert ended.code == 0, ended
     assert len(list(root.glob("adapter_training/*/manifest.json"))) == 2
@@ -322,7 +322,7 @@ def test_a_sweep_runs_in_processes_of_joblibs(tmp_path):
         "domains.train_items=8",
         "domains.pretrain_items=100",
         "domains.evaluation_items=4",
-        "adapter=sc_lora_reference",
+        "method=sc_lora_reference",
     ]
     ended = subprocess.run(
         [sys.executable, "-m", "steerlora", *jobs, *small, "stage=domains", "logger=none"],
@@ -336,7 +336,7 @@ def test_a_sweep_runs_in_processes_of_joblibs(tmp_path):
 
 
 def test_a_sweep_goes_on_after_a_job_that_fails(steerlora, root):
-    arguments = ("stage=adapter_training", *TINY, f"artifacts.root={root}", "adapter=lora")
+    arguments = ("stage=adapter_training", *TINY, f"artifacts.root={root}", "method=lora")
     ended = steerlora(*arguments, "trainer.learning_rate=1e30,2e-3", "--multirun")
     assert ended.code == 2
     assert "Traceback" not in ended.out + ended.err
@@ -348,9 +348,9 @@ def test_a_sweep_goes_on_after_a_job_that_fails(steerlora, root):
 @pytest.mark.parametrize(
     ("swept", "says"),
     [
-        ("adapter=lora,sc_lorra", "did you mean 'sc_lora'"),
-        ("adapter.rank=2,-2", "adapter.rank=-2: must be greater than 0"),
-        ("stage=adapter_training,causal_ablation adapter=lora", "acts on SAE routing"),
+        ("method=lora,sc_lorra", "did you mean 'sc_lora'"),
+        ("method.rank=2,-2", "method.rank=-2: must be greater than 0"),
+        ("stage=adapter_training,causal_ablation method=lora", "acts on SAE routing"),
     ],
 )
 def test_a_sweep_with_one_wrong_job_starts_none(steerlora, tmp_path, swept, says):

@@ -37,7 +37,7 @@ CONFIGURATION = Path("/etc/slurm/slurm.conf")
 TINY = (
     *("model=micro_xs", "model.steps=2", "model.batch_size=4", "domains.train_items=10"),
     *("domains.evaluation_items=4", "sae.max_tokens=400", "sae.steps=2", "sae.batch_size=32"),
-    *("adapter.rank=2", "logger=none", "trainer=zero3", "trainer.max_steps=80"),
+    *("method.rank=2", "logger=none", "trainer=zero3", "trainer.max_steps=80"),
     *("trainer.batch_size=4", "trainer.precision=32-true", "trainer.accelerator=cpu"),
 )
 

@@ -98,11 +98,11 @@ def test_sections_are_frozen_and_by_keyword(schema):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        ("adapter.rank=x", r"adapter\.rank: Value 'x' .*Integer"),
+        ("method.rank=x", r"adapter\.rank: Value 'x' .*Integer"),
         ("trainer.learning_rate=fast", r"trainer\.learning_rate: .*'fast'.*Float"),
-        ("adapter.dynamic_rank=maybe", r"adapter\.dynamic_rank: .*'maybe'.*"),
-        ("control.sites=1", r"control\.sites: .*"),
-        ("control.sites=[a]", r"control\.sites.*: .*'a'.*Integer"),
+        ("method.dynamic_rank=maybe", r"adapter\.dynamic_rank: .*'maybe'.*"),
+        ("method.sites=1", r"control\.sites: .*"),
+        ("method.sites=[a]", r"control\.sites.*: .*'a'.*Integer"),
         ("trainer.precision=null", r"trainer\.precision: .*not Optional"),
         ("seed=x", r"seed=x: must be a whole number"),
         ("seed=1.5", r"seed=1\.5: must be a whole number"),
@@ -118,23 +118,23 @@ def test_a_value_of_the_wrong_type_is_named(overrides, says):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        ("adapter.rank=-4", "adapter.rank=-4: must be greater than 0"),
-        ("adapter.specialists=0", "adapter.specialists=0: must be greater than 0"),
-        ("adapter.top_k=9", "adapter.top_k=9 is more than adapter.specialists=4"),
-        ("adapter.initial_rank=2", "below 1"),
-        ("adapter.load_balance=-1", "adapter.load_balance=-1.0: must not be negative"),
-        ("adapter.routing=saee", "did you mean 'sae'"),
-        ("adapter=lora adapter.dynamic_rank=true", "set adapter.routing=sae"),
-        ("adapter.target_modules=[q_poj]", "did you mean 'q_proj'"),
+        ("method.rank=-4", "method.rank=-4: must be greater than 0"),
+        ("method.specialists=0", "method.specialists=0: must be greater than 0"),
+        ("method.top_k=9", "method.top_k=9 is more than method.specialists=4"),
+        ("method.initial_rank=2", "below 1"),
+        ("method.losses.load_balance=-1", "method.losses.load_balance=-1.0: must not be negative"),
+        ("method.signal=saee", "did you mean 'sae'"),
+        ("method=lora method.dynamic_rank=true", "set method.signal=sae"),
+        ("method.target_modules=[q_poj]", "did you mean 'q_proj'"),
         ("sae.k=600", "sae.k=600 is more than sae.latents=512"),
         ("sae.steps=0", "sae.steps=0: must be greater than 0"),
-        ("control.sites=[4]", "micro_m has layers 0 to 3"),
-        ("model=qwen3_0.6b control.sites=[28]", "qwen3_0.6b has layers 0 to 27"),
-        ("model=qwen3_0.6b control.monitor=29", "28 is the stream that leaves them"),
+        ("method.sites=[4]", "micro_m has layers 0 to 3"),
+        ("model=qwen3_0.6b method.sites=[28]", "qwen3_0.6b has layers 0 to 27"),
+        ("model=qwen3_0.6b method.monitor=29", "28 is the stream that leaves them"),
         ("model.thinking=true", "models pretrained here do not think: set model.thinking=null"),
-        ("control.sites=[-1]", "give layers in rising order, each once"),
-        ("control.sites=[2,1]", "give layers in rising order, each once"),
-        ("control.sites=[]", "give layers in rising order, each once"),
+        ("method.sites=[-1]", "give layers in rising order, each once"),
+        ("method.sites=[2,1]", "give layers in rising order, each once"),
+        ("method.sites=[]", "give layers in rising order, each once"),
         ("model.heads=3", "model.heads=3 is not a multiple of model.kv_heads=2"),
         ("model.steps=0", "model.steps=0: must be greater than 0"),
         ("trainer.max_steps=0", "trainer.max_steps=0: must be greater than 0"),
@@ -187,7 +187,7 @@ def test_a_wrong_value_is_refused_with_what_would_be_right(default_tree, overrid
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("adapter.rnk=4", "no such key: adapter.rnk; did you mean 'adapter.rank'"),
+        ("method.rnk=4", "no such key: adapter.rnk; did you mean 'adapter.rank'"),
         ("trainr.max_steps=4", "did you mean 'trainer.max_steps'"),
         ("adaptr=lora", "did you mean 'adapter'"),
         ("sead=1", "did you mean 'seed'"),
@@ -195,7 +195,7 @@ def test_a_wrong_value_is_refused_with_what_would_be_right(default_tree, overrid
         ("+foo=1", "no such key: foo; choose from adapter, artifacts, continual"),
         ("+trainer.max_step=1", "no such key: trainer.max_step; did you mean 'trainer.max_steps'"),
         ("hydra.rn.dir=x", "no such key: hydra.rn.dir; steerlora --cfg hydra"),
-        ("adapter=sc_lor", "adapter=sc_lor: did you mean 'sc_lora'"),
+        ("method=sc_lor", "adapter=sc_lor: did you mean 'sc_lora'"),
         ("stage=adapter_trainig", "stage=adapter_trainig: did you mean 'adapter_training'"),
         ("experiment=smok", "experiment=smok: did you mean 'smoke'"),
         ("model=gpt", "model=gpt: choose from gemma2_2b, gemma2_9b"),
@@ -214,9 +214,9 @@ def test_an_unknown_name_is_refused_with_the_nearest(override, says):
 
 def test_defaults_follow_the_model_and_yield_to_the_command_line():
     large = compose.load(["model=micro_l"])
-    assert (large.control.sites, large.sae.latents) == ([2], 640)
-    told = compose.load(["model=micro_l", "control.sites=[1,3]", "sae.latents=128"])
-    assert (told.control.sites, told.sae.latents) == ([1, 3], 128)
+    assert (large.method.sites, large.sae.latents) == ([2], 640)
+    told = compose.load(["model=micro_l", "method.sites=[1,3]", "sae.latents=128"])
+    assert (told.method.sites, told.sae.latents) == ([1, 3], 128)
 
 
 def test_a_mappings_keys_are_the_users():

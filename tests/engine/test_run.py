@@ -151,7 +151,7 @@ def diamond(log_file: Path, **config) -> dict[str, Step]:
 
 
 def build_all(steps, store, workers=1, progress=None) -> RunReport:
-    return run(list(steps), store, workers=workers, progress=progress, registry_module=__name__)
+    return run(list(steps), store, workers=workers, progress=progress, plugins=[__name__])
 
 
 def logged(log_file: Path, word: str = "make") -> list[str]:

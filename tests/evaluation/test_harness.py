@@ -40,7 +40,7 @@ TINY = (
     "trainer.max_steps=2",
     "trainer.batch_size=2",
     "trainer.learning_rate=0.05",
-    "adapter.rank=2",
+    "method.rank=2",
     "logger=none",
 )
 

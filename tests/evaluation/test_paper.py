@@ -318,8 +318,8 @@ def test_the_stages_score_and_report_the_suite(world, paper_files):
     root = world["base"].path.parent.parent
     overrides = [
         *TINY,
-        "adapter=lora",
-        "adapter.rank=2",
+        "method=lora",
+        "method.rank=2",
         "domains.broad=law",
         "order.steps_per_domain=1",
         "trainer.max_steps=1",

@@ -10,7 +10,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from steerlora.data.chat import ChatBatch
 from steerlora.lm import flops
 from steerlora.lm.shapes import DecoderShape
-from steerlora.methods.routed_lora.adapter import Adapter, AdapterShape
+from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.saes.autoencoder import SparseAutoencoder
 from steerlora.training.language import next_token_loss
 
@@ -57,7 +58,7 @@ def counted(run) -> float:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_of_adapter_training(site, checkpointing, model, batch):
     sae = SparseAutoencoder(128, LATENTS, k=8)
-    adapter = Adapter(model, AdapterShape(sites=(site,), rank=2), {site: sae}).attach(model)
+    adapter = Adapter(model, RoutedLoRAConfig(sites=(site,), rank=2), {site: sae}).attach(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()

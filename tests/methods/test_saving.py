@@ -14,8 +14,9 @@ from torch import nn
 import steerlora
 from steerlora.errors import UserError
 from steerlora.lm.identity import model_fingerprint
-from steerlora.methods.routed_lora.adapter import Adapter, AdapterShape
-from steerlora.methods.routed_lora.saving import CONFIG, WEIGHTS, save_adapter
+from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.methods.routed_lora.config import RoutedLoRAConfig
+from steerlora.methods.saving import CONFIG, WEIGHTS, save_adapter
 from steerlora.saes.saelens import load_sae, save_sae
 
 
@@ -58,7 +59,7 @@ def test_round_trip_gives_equal_logits(make_model, make_adapter, tokens, tmp_pat
     fresh = make_model()
     loaded = steerlora.load_adapter(fresh, tmp_path / "a")
     assert torch.equal(fresh(ids, attention_mask=mask).logits, expected)
-    assert loaded.shape == adapter.shape
+    assert loaded.shape == adapter.config
     loaded.remove()
     assert torch.equal(fresh(ids).logits, make_model()(ids).logits)
 
@@ -189,7 +190,7 @@ def test_fingerprint_of_an_embedding_beyond_float32_positions():
 
 
 def test_shape_is_json(make_model):
-    shape = AdapterShape(routing="none", sites=(1,))
+    shape = RoutedLoRAConfig(signal="none", sites=(1,))
     assert Adapter(make_model(), shape).shape.as_dict() == json.loads(
         json.dumps(shape.as_dict()),
         object_hook=lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()},

@@ -24,14 +24,14 @@ from steerlora.engine.progress import SilentProgress
 from steerlora.lm.pretrained import qwen3_config
 from steerlora.lm.shapes import model_shape
 from steerlora.methods.routed_lora.adapter import Adapter
-from steerlora.methods.routed_lora.monitor import Monitor
+from steerlora.methods.monitor import Monitor
 from steerlora.methods.routed_lora.watch import RoutingWatch
 from steerlora.saes.autoencoder import SparseAutoencoder
 from steerlora.saes.taxonomy import Taxonomy
 from steerlora.saes.training import SAEModule
 from steerlora.stages.adapting import PROBE_ROWS, shape_of
 from steerlora.training.loop import fit
-from steerlora.training.module import AdapterModule
+from steerlora.methods.module import AdapterModule
 
 STEPS = 2  # the second has the optimizer's moments from its beginning
 
@@ -145,7 +145,7 @@ def built(config: Config) -> AdapterModule:
     shape, latents, k = model_shape(config.model), config.sae.latents, config.sae.k
     model = Qwen3ForCausalLM(qwen3_config(shape, max_position_embeddings=4096))
     model.train().to(torch.bfloat16 if "bf16" in config.trainer.precision else torch.float32)
-    saes = {site: SparseAutoencoder(shape.width, latents, k=k) for site in config.control.sites}
+    saes = {site: SparseAutoencoder(shape.width, latents, k=k) for site in config.method.sites}
     adapter = Adapter(model, shape_of(config.adapter, config.control), saes).attach(model)
     if config.adapter.router == "prototype":
         for router in adapter.routers.values():
@@ -156,7 +156,7 @@ def built(config: Config) -> AdapterModule:
         own = torch.rand(1, latents)
         taxonomy = Taxonomy(own[0] < 0.5, own > 0.5, own, own, own[0])
         sae = SparseAutoencoder(shape.width, latents, k=k)
-        monitor = Monitor(model, adapter, sae, config.control.monitor, taxonomy)
+        monitor = Monitor(model, adapter, sae, config.method.monitor, taxonomy)
     return AdapterModule(
         model,
         adapter,

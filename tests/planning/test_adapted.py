@@ -6,7 +6,7 @@ import pytest
 
 from steerlora.config import AdapterConfig
 from steerlora.lm.shapes import DecoderShape
-from steerlora.methods.routed_lora.adapter import AdapterShape
+from steerlora.methods.routed_lora.adapter import RoutedLoRAConfig
 from steerlora.methods.routed_lora.shape import find_targets, size_of
 from steerlora.planning.parameters import adapted
 
@@ -15,7 +15,7 @@ from steerlora.planning.parameters import adapted
 def test_names_paths_and_patterns_mean_the_same(make_model, modules):
     model = make_model()
     wanted = None if modules is None else tuple(modules)
-    targets = find_targets(model, AdapterShape(sites=(2,), target_modules=wanted))
+    targets = find_targets(model, RoutedLoRAConfig(sites=(2,), target_modules=wanted))
     expected = {name.rsplit("/", 1)[-1]: size_of(t.linear) for name, t in targets.items()}
     found = adapted(DecoderShape.of(model.config), AdapterConfig(target_modules=modules))
     assert found == expected

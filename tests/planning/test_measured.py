@@ -29,7 +29,7 @@ TOLERANCE = 0.15
 SMALL = (
     *("domains.kind=text", "domains.dir=.", "domains.names=[law]", "domains.broad=law"),
     *("model=text_s", "model.vocabulary=500", "trainer.max_steps=2"),
-    *("trainer.batch_size=16", "trainer.max_length=64", "adapter.rank=4"),
+    *("trainer.batch_size=16", "trainer.max_length=64", "method.rank=4"),
 )
 """A training that takes a fraction of a second."""
 
@@ -45,17 +45,17 @@ def planned(config: Config) -> memory.Memory:
         "",
         "model.vocabulary=8000 plan.labelled=0.25 trainer.accumulate=2",
         "model.layers=6 model.width=256 model.heads=8 model.ffn_width=768 trainer.batch_size=4",
-        "control.source=base control.sites=[1,3] model.heads=16 model.kv_heads=4",
+        "method.source=base method.sites=[1,3] model.heads=16 model.kv_heads=4",
         "trainer.activation_checkpointing=true model.layers=6",
         "trainer.precision=bf16-mixed trainer.batch_size=8",
         "trainer.precision=bf16-mixed trainer.activation_checkpointing=true trainer.batch_size=8",
-        "adapter=lora trainer.max_length=256 trainer.batch_size=4",
-        "adapter=moe_lora adapter.target_modules=[q_proj,v_proj] control.sites=[3]",
-        "adapter=sc_lora_context adapter.specialists=3 sae.latents=4096 trainer.batch_size=8",
-        "adapter=sc_lora_reference adapter.router_hidden=32 trainer.batch_size=8",
-        "control.monitor=4 adapter.preservation=1 adapter.steering=1",
-        "sae.latents=16384 control.sites=[3] trainer.batch_size=4",
-        "trainer.batch_size=2 adapter.rank=2",  # the probe of routing takes more than a step
+        "method=lora trainer.max_length=256 trainer.batch_size=4",
+        "method=moe_lora method.target_modules=[q_proj,v_proj] method.sites=[3]",
+        "method=sc_lora_context method.specialists=3 sae.latents=4096 trainer.batch_size=8",
+        "method=sc_lora_reference method.router_hidden=32 trainer.batch_size=8",
+        "method.monitor=4 method.losses.preservation=1 method.losses.steering=1",
+        "sae.latents=16384 method.sites=[3] trainer.batch_size=4",
+        "trainer.batch_size=2 method.rank=2",  # the probe of routing takes more than a step
     ],
 )
 def test_the_peak_of_adapter_training_is_the_planned_one(changes, measured_adapter_training):
@@ -65,7 +65,7 @@ def test_the_peak_of_adapter_training_is_the_planned_one(changes, measured_adapt
 
 
 @pytest.mark.parametrize(
-    "changes", ["", "adapter.rank=16", "trainer.precision=bf16-mixed sae.latents=2048"]
+    "changes", ["", "method.rank=16", "trainer.precision=bf16-mixed sae.latents=2048"]
 )
 def test_so_are_its_parts(changes, measured_adapter_training):
     config = compose.load([*SMALL, "model.vocabulary=4000", *changes.split()])

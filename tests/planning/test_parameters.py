@@ -72,14 +72,14 @@ def test_a_base_has_as_many_as_transformers_gives_it(size):
     "changes",
     [
         "",
-        "adapter=lora",
-        "adapter=moe_lora",
-        "adapter=sc_lora adapter.router=mlp adapter.router_hidden=8",
-        "adapter=sc_lora adapter.dynamic_rank=false control.sites=[0,2]",
-        "adapter=sc_lora_reference adapter.router_hidden=8",
-        "adapter=sc_lora_context",
-        "adapter.target_modules=[q_proj,mlp.down_proj]",
-        "adapter.target_modules=[self_attn.*]",
+        "method=lora",
+        "method=moe_lora",
+        "method=sc_lora method.router=mlp method.router_hidden=8",
+        "method=sc_lora method.dynamic_rank=false method.sites=[0,2]",
+        "method=sc_lora_reference method.router_hidden=8",
+        "method=sc_lora_context",
+        "method.target_modules=[q_proj,mlp.down_proj]",
+        "method.target_modules=[self_attn.*]",
     ],
 )
 def test_an_adapter_has_as_many_as_it_says(changes):
@@ -89,7 +89,7 @@ def test_an_adapter_has_as_many_as_it_says(changes):
         model = Qwen3ForCausalLM(qwen3_config(shape))
     saes = {
         site: SparseAutoencoder(shape.width, latents, k=config.sae.k)
-        for site in config.control.sites
+        for site in config.method.sites
     }
     adapter = Adapter(model, shape_of(config.adapter, config.control), saes)
     found = adapter_parameters(shape, config.adapter, config.control, latents)

@@ -62,7 +62,7 @@ def test_the_whole_batch_at_once_does_not_and_the_fewest_parts_that_do_are_advis
 
 
 def test_recomputation_is_advised_where_parts_are_not_enough():
-    tight = (*QWEN3_8B, "trainer.max_length=16384", "adapter=lora")
+    tight = (*QWEN3_8B, "trainer.max_length=16384", "method=lora")
     assert advised(*tight)[0] == "trainer.activation_checkpointing=true"
     fitting.refuse(plan_of(*tight, *advised(*tight)))
 
@@ -77,12 +77,12 @@ def test_a_base_that_one_gpu_cannot_hold_is_spread_over_several(gpu):
 
 
 def test_offloading_is_named_beside_more_gpus():
-    told = refusal(*QWEN3_32B, "plan.gpu=a100-40gb", "adapter=lora")
+    told = refusal(*QWEN3_32B, "plan.gpu=a100-40gb", "method=lora")
     more, offloaded = told.rpartition(" GB: set ")[2].split(" or set ")
     assert more.startswith("plan.gpus=4 ")
     assert "trainer.offload=true" in offloaded
     for changes in (more, offloaded):
-        fitting.refuse(plan_of(*QWEN3_32B, "plan.gpu=a100-40gb", "adapter=lora", *changes.split()))
+        fitting.refuse(plan_of(*QWEN3_32B, "plan.gpu=a100-40gb", "method=lora", *changes.split()))
 
 
 def test_on_several_gpus_shards_are_advised_before_more_of_them():
@@ -111,7 +111,7 @@ def test_where_nothing_helps_the_text_is_to_be_shortened():
         ("trainer.accumulate=5", "make it a multiple of 5"),
         ("trainer.strategy=ddp plan.gpus=2 sae.batch_size=1023", "sae.batch_size=1023"),
         ("plan.gpu=h100", "plan.gpu=h100: did you mean"),
-        ("adapter.target_modules=[c_attn]", "a layer has self_attn.q_proj, self_attn.k_proj"),
+        ("method.target_modules=[c_attn]", "a layer has self_attn.q_proj, self_attn.k_proj"),
     ],
 )
 def test_a_plan_that_means_nothing_is_refused(overrides, says):
@@ -140,7 +140,7 @@ def test_more_ranks_take_less_each():
 
 def test_what_is_trained_is_what_is_planned():
     assert [*plan_of(*QWEN3_8B).memories] == [HARVEST, SAE, ADAPTER]
-    assert [*plan_of(*QWEN3_8B, "adapter=lora").memories] == [ADAPTER]
+    assert [*plan_of(*QWEN3_8B, "method=lora").memories] == [ADAPTER]
     given = plan_of(*QWEN3_8B, "sae.path=elsewhere")
     assert [*given.memories] == [ADAPTER]
     assert given.disk == 0
@@ -164,7 +164,7 @@ def test_packed_rows_are_full():
 def test_disk_is_of_every_site_and_the_monitor():
     one = plan_of(*QWEN3_8B, "sae.max_tokens=1000")
     assert one.disk == 4 * 4096 * 1000
-    more = plan_of(*QWEN3_8B, "sae.max_tokens=1000", "control.sites=[13,20]", "control.monitor=36")
+    more = plan_of(*QWEN3_8B, "sae.max_tokens=1000", "method.sites=[13,20]", "method.monitor=36")
     assert more.disk == 3 * one.disk
 
 
@@ -174,8 +174,8 @@ def test_monitored_losses_and_second_forwards_cost_their_share():
         return work.model + work.single
 
     plain = each()
-    assert each("control.monitor=36", "adapter.preservation=1") > 1.2 * plain
-    assert each("adapter=x_lora") > 1.2 * plain
+    assert each("method.monitor=36", "method.losses.preservation=1") > 1.2 * plain
+    assert each("method=x_lora") > 1.2 * plain
     assert each("plan.labelled=0.1") < plain
 
 

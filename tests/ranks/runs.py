@@ -41,7 +41,7 @@ TINY = (
     "trainer.max_steps=40",
     "trainer.batch_size=4",
     "trainer.checkpoint_seconds=1e-9",
-    "adapter.rank=2",
+    "method.rank=2",
     "evaluation.limit=1",
     "order.steps_per_domain=2",
     "logger=none",
@@ -49,11 +49,11 @@ TINY = (
 """The smoke experiment, smaller still; a checkpoint after every step."""
 ADAPTER = "stage=adapter_training"
 MEMORY = (
-    "adapter.active=2",
-    "continual.memory=true",
-    "continual.memory_every=3",
-    "continual.spawn_confidence=1",
-    "continual.spawn_similarity=1",
+    "method.active=2",
+    "method.memory.enabled=true",
+    "method.memory.every=3",
+    "method.memory.spawn_confidence=1",
+    "method.memory.spawn_similarity=1",
 )
 """A memory policy that finds something to do."""
 ALONE = {

@@ -40,7 +40,7 @@ def test_an_end_while_looking_for_others_is_no_crash(start):
 
 RAISES = """
 import os
-from steerlora.training.module import AdapterModule
+from steerlora.methods.module import AdapterModule
 
 original = AdapterModule.training_step
 

@@ -134,7 +134,7 @@ def test_one_process_under_zero_needs_no_launcher(start, root, unbroken):
 def test_a_sequence_of_two_ranks_forgets_what_one_process_does(start, root, tmp_path):
     """Every score, and what the memory policy did on the way; under ZeRO-3."""
     aside = Path(shutil.copytree(root, tmp_path / "aside"))
-    sequence = ("stage=sequential_forgetting", "continual.replay_ratio=0.5", *MEMORY)
+    sequence = ("stage=sequential_forgetting", "method.replay.ratio=0.5", *MEMORY)
     zero3 = ("trainer.strategy=zero3", "trainer.persistent_elements=0")
     pair = start.ranks(*sequence, *zero3, f"artifacts.root={root}")
     assert [run.wait() for run in pair] == [0, 0], pair[0].err

@@ -41,7 +41,7 @@ TRAININGS = {
     "sequential_forgetting": (
         "stage=sequential_forgetting",
         "order.steps_per_domain=8",
-        "continual.replay_ratio=0.5",
+        "method.replay.ratio=0.5",
         *MEMORY,
     ),
 }

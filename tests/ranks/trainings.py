@@ -24,16 +24,17 @@ from steerlora.data.activations import ActivationStore, harvest
 from steerlora.data.chat import ChatBatches, EncodedChat
 from steerlora.distributed import ranks
 from steerlora.engine.progress import SilentProgress
-from steerlora.methods.routed_lora.adapter import Adapter, AdapterShape
+from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.memory import MemoryPolicy
-from steerlora.methods.routed_lora.monitor import Monitor
-from steerlora.methods.routed_lora.saving import save_adapter
+from steerlora.methods.monitor import Monitor
+from steerlora.methods.saving import save_adapter
 from steerlora.saes.autoencoder import SparseAutoencoder
 from steerlora.saes.taxonomy import Taxonomy
 from steerlora.saes.training import SAEModule
 from steerlora.training.language import PretrainingModule
 from steerlora.training.loop import fit
-from steerlora.training.module import AdapterModule
+from steerlora.methods.module import AdapterModule
 
 STEPS, BATCH, LATENTS = 8, 4, 64
 
@@ -112,7 +113,7 @@ def adapted(base, **shape: Any) -> Adapter:
     sae = SparseAutoencoder(32, LATENTS, k=5, seed=1)
     shape = {"specialists": 4, "rank": 3, "alpha": 6.0, "top_k": 2} | shape
     adapter = Adapter(
-        base, AdapterShape(routing="sae", sites=(1,), **shape), {1: sae}, feature_scales={1: 2.5}
+        base, RoutedLoRAConfig(signal="sae", sites=(1,), **shape), {1: sae}, feature_scales={1: 2.5}
     )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

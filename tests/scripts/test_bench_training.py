@@ -10,7 +10,7 @@ import pytest
 
 OVERRIDES = [
     *("model=micro_xs", "trainer=cpu", "trainer.batch_size=4", "trainer.max_length=12"),
-    *("trainer.accumulate=2", "adapter.rank=3"),
+    *("trainer.accumulate=2", "method.rank=3"),
 ]
 
 

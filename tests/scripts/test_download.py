@@ -111,7 +111,7 @@ def test_what_is_here_is_said(hub, capsys):
 
 
 def test_a_revision_and_the_layers_of_an_sae(hub, capsys):
-    sae = ["sae.path=Qwen/SAE-Res-Qwen3-8B", "control.sites=[13]", "control.monitor=36"]
+    sae = ["sae.path=Qwen/SAE-Res-Qwen3-8B", "method.sites=[13]", "method.monitor=36"]
     assert download.main(["model=qwen3_4b", "model.revision=abc", *sae]) == 0
     files = ("layer12.sae.pt", "layer35.sae.pt")
     assert hub.asked == [

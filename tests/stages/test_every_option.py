@@ -52,11 +52,11 @@ CHANGES = {
     "sae.auxiliary": 0.5,
     "sae.dead_fraction": 0.3,
     "sae.seed": 5,
-    "control.sites": "[0]",
-    "control.context": "ema",
-    "control.decay": 0.5,
-    "control.source": "base",
-    "control.monitor": 2,
+    "method.sites": "[0]",
+    "method.context": "ema",
+    "method.decay": 0.5,
+    "method.source": "base",
+    "method.monitor": 2,
     "features.general_quantile": 0.6,
     "features.largest_variation": 0.6,
     "features.domain_quantile": 0.6,
@@ -65,34 +65,34 @@ CHANGES = {
     "features.drift_quantile": 0.6,
     "features.shown": 3,
     "features.examples": 3,
-    "adapter.routing": None,  # a group of its own: adapter=lora, moe_lora, sc_lora
-    "adapter.router": "mlp",
-    "adapter.router_hidden": 99,
-    "adapter.per_module": "true",
-    "adapter.specialists": 3,
-    "adapter.active": 2,
-    "adapter.rank": 5,
-    "adapter.alpha": 3,
-    "adapter.top_k": 1,
-    "adapter.temperature": 2,
-    "adapter.prototypes": None,  # needs SAE routing: covered below
-    "adapter.whitened": "false",
-    "adapter.hard_gate": "false",
-    "adapter.margin": 0.3,
-    "adapter.null_specialist": "false",
-    "adapter.dynamic_rank": None,  # likewise
-    "adapter.hard_rank": 0.1,
-    "adapter.initial_rank": 0.6,
-    "adapter.target_modules": "[q_proj]",
-    "adapter.task": 0.7,
-    "adapter.preservation": None,  # needs a monitor site: covered below
-    "adapter.steering": None,
-    "adapter.gate_sparsity": 0.7,
-    "adapter.rank_budget": 0.7,
-    "adapter.load_balance": 0.7,
-    "adapter.diversity": 0.7,
-    "adapter.orthogonality": None,  # needs specialists of the domains' own: covered below
-    "routing.log_every": 3,
+    "method.signal": None,  # a group of its own: method=lora, moe_lora, sc_lora
+    "method.router": "mlp",
+    "method.router_hidden": 99,
+    "method.per_module": "true",
+    "method.specialists": 3,
+    "method.active": 2,
+    "method.rank": 5,
+    "method.alpha": 3,
+    "method.top_k": 1,
+    "method.temperature": 2,
+    "method.prototypes": None,  # needs SAE routing: covered below
+    "method.whitened": "false",
+    "method.hard_gate": "false",
+    "method.margin": 0.3,
+    "method.null_specialist": "false",
+    "method.dynamic_rank": None,  # likewise
+    "method.hard_rank": 0.1,
+    "method.initial_rank": 0.6,
+    "method.target_modules": "[q_proj]",
+    "method.losses.task": 0.7,
+    "method.losses.preservation": None,  # needs a monitor site: covered below
+    "method.losses.steering": None,
+    "method.losses.gate_sparsity": 0.7,
+    "method.losses.rank_budget": 0.7,
+    "method.losses.load_balance": 0.7,
+    "method.losses.diversity": 0.7,
+    "method.losses.orthogonality": None,  # needs specialists of the domains' own: covered below
+    "method.health.log_every": 3,
     "intervention.name": "shuffle",
     "intervention.seed": None,  # only with an intervention, covered below
     "intervention.strength": 0.3,
@@ -104,15 +104,15 @@ CHANGES = {
     "order.seed": None,
     "order.index": None,
     "order.steps_per_domain": 9,
-    "continual.specialists": None,  # frozen needs routing, own a specialist a domain: below
-    "continual.replay_ratio": 0.5,
-    "continual.replay_batches": 9,
-    "continual.memory": None,  # needs SAE routing: covered below
-    "continual.memory_every": 9,
-    "continual.spawn_confidence": 0.1,
-    "continual.spawn_similarity": 0.1,
-    "continual.merge_similarity": 0.1,
-    "continual.prune_usage": 0.3,
+    "method.isolation": None,  # frozen needs routing, own a specialist a domain: below
+    "method.replay.ratio": 0.5,
+    "method.replay.batches": 9,
+    "method.memory.enabled": None,  # needs SAE routing: covered below
+    "method.memory.every": 9,
+    "method.memory.spawn_confidence": 0.1,
+    "method.memory.spawn_similarity": 0.1,
+    "method.memory.merge_similarity": 0.1,
+    "method.memory.prune_usage": 0.3,
     "trainer.max_steps": 9,
     "trainer.batch_size": 9,
     "trainer.max_length": 99,
@@ -152,7 +152,7 @@ HOW_NOT_WHAT = {
     "stage.name",
     "model.name",
     "domains.name",
-    "adapter.name",
+    "method.name",
     "order.name",
     "trainer.accelerator",
     "trainer.strategy",
@@ -162,8 +162,8 @@ HOW_NOT_WHAT = {
     "trainer.activation_checkpointing",
     "trainer.compile",
     "trainer.checkpoint_seconds",
-    "routing.collapse",
-    "routing.collapse_below",
+    "method.health.collapse",
+    "method.health.collapse_below",
     "evaluation.batch_size",
     "plan.gpu",  # what the keys of plan do is tested in tests/planning/test_plan.py
     "plan.gpus",
@@ -222,7 +222,7 @@ def test_it_changes_what_is_built(key, unchanged, tmp_path):
     if key == "domains.kind":
         extra = [f"domains.dir={tmp_path}"]
     if key == "intervention.name":  # only SAE routing has a signal to intervene on
-        extra = ["adapter=sc_lora"]
+        extra = ["method=sc_lora"]
     if key.startswith("study."):
         unchanged = fingerprints(compose_variants=True)
     changed = fingerprints(
@@ -246,19 +246,19 @@ def test_scale_options_count_with_a_second_model():
 @pytest.mark.parametrize(
     ("needs", "options"),
     [
-        ("adapter=sc_lora", ("adapter.prototypes=true", "adapter.prototypes=false")),
-        ("control.monitor=2", ("adapter.preservation=1", "adapter.steering=1", "adapter.task=1")),
+        ("method=sc_lora", ("method.prototypes=true", "method.prototypes=false")),
+        ("method.monitor=2", ("method.losses.preservation=1", "method.losses.steering=1", "method.losses.task=1")),
         (
-            "continual.specialists=own adapter.specialists=5",
-            ("adapter.orthogonality=0.5", "adapter.orthogonality=0.6"),
+            "method.isolation=own method.specialists=5",
+            ("method.losses.orthogonality=0.5", "method.losses.orthogonality=0.6"),
         ),
         (
-            "adapter=sc_lora adapter.specialists=5",
-            tuple(f"continual.specialists={kind}" for kind in ("free", "frozen", "own")),
+            "method=sc_lora method.specialists=5",
+            tuple(f"method.isolation={kind}" for kind in ("free", "frozen", "own")),
         ),
-        ("adapter=sc_lora", ("continual.memory=true", "continual.memory=false")),
+        ("method=sc_lora", ("method.memory.enabled=true", "method.memory.enabled=false")),
         (
-            "adapter=sc_lora intervention=shuffle study.interventions=[]",
+            "method=sc_lora intervention=shuffle study.interventions=[]",
             ("intervention.phase=training", "intervention.phase=evaluation"),
         ),
     ],

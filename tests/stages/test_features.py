@@ -22,7 +22,7 @@ from steerlora.saes.saelens import load_sae, sae_metadata
 from steerlora.stages import activations, base, features, sae_training
 from steerlora.stages.common import load_base, read_rows
 
-MONITORED = "control.monitor=2"  # the stream that leaves the last of the smoke model's two layers
+MONITORED = "method.monitor=2"  # the stream that leaves the last of the smoke model's two layers
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +130,12 @@ def test_the_monitor_site_shares_the_harvest_of_the_control_sites(smoke):
 
 
 def test_without_a_monitor_there_is_no_step_of_it_and_one_harvest_for_all_sites(smoke):
-    config = smoke.config("control.sites=[0,1]")
+    config = smoke.config("method.sites=[0,1]")
     assert sae_training.monitor_step(config) is features.monitor_step(config) is None
     steps = sae_training.steps(config)
     assert len({step.inputs["activations"].fingerprint for step in steps}) == 1
     # A control site that is monitored besides is harvested, and its SAE trained, once.
-    both = smoke.config("control.sites=[0,1]", "control.monitor=1")
+    both = smoke.config("method.sites=[0,1]", "method.monitor=1")
     assert activations.step(both).fingerprint == activations.step(config).fingerprint
     assert sae_training.monitor_step(both).fingerprint == steps[1].fingerprint
 
@@ -152,8 +152,8 @@ def test_the_last_stream_has_its_name_and_every_figure(monitored, built):
 
 
 def test_a_monitor_beyond_the_last_stream_of_a_given_model_is_refused(smoke, tmp_path):
-    with pytest.raises(UserError, match=r"control.monitor=3: micro_xs has 2 layers; 2 is the"):
-        smoke.config(f"model.path={tmp_path}", "control.monitor=3")
+    with pytest.raises(UserError, match=r"method.monitor=3: micro_xs has 2 layers; 2 is the"):
+        smoke.config(f"model.path={tmp_path}", "method.monitor=3")
 
 
 # The instruction-tuned version of the base

@@ -30,7 +30,7 @@ def store(smoke, tmp_path) -> ArtifactStore:
 
 
 def test_a_given_sae_is_used_as_it_is(smoke, store, given_sae):
-    config = smoke.config(f"sae.path={given_sae}", "adapter=sc_lora")
+    config = smoke.config(f"sae.path={given_sae}", "method=sc_lora")
     (step,) = sae_training.steps(config)
     assert "activations" not in step.inputs  # nothing is harvested for it
     built = run([step], store)[step]
@@ -42,7 +42,7 @@ def test_qwen_scope_s_saes_serve_the_control_sites(smoke, store, tmp_path):
     folder = tmp_path / "SAE-Res-Mine-Base-W80-L0_4"
     folder.mkdir()
     write_qwen_scope(folder, layer=0)  # which leaves the stream that enters layer 1
-    options = (f"model.sae_path={folder}", "control.sites=[1]")
+    options = (f"model.sae_path={folder}", "method.sites=[1]")
     steps = sae_training.steps(smoke.config(*options))
     assert "activations" not in steps[0].inputs
     built = run(steps, store)
@@ -50,7 +50,7 @@ def test_qwen_scope_s_saes_serve_the_control_sites(smoke, store, tmp_path):
     assert (sae.k, sae.latents, sae.apply_b_dec_to_input) == (4, 80, False)
     assert sae_fingerprint(sae) == sae_fingerprint(load_qwen_scope(str(folder), 1))
     assert built[steps[0]].json("quality.json")["fvu"] > 0
-    trained = adapter_training.step(smoke.config(*options, "adapter=sc_lora"))
+    trained = adapter_training.step(smoke.config(*options, "method=sc_lora"))
     found = run([trained], store)[trained] / "adapter"
     assert json.loads((found / "adapter_config.json").read_text())["saes"][0]["latents"] == 80
     # The files count by content.
@@ -72,7 +72,7 @@ def test_a_folder_with_an_sae_a_site_serves_them_all(smoke, store, given_sae, tm
         config = json.loads((folder / "cfg.json").read_text())
         config["metadata"]["hook_name"] = folder.name
         (folder / "cfg.json").write_text(json.dumps(config))
-    config = smoke.config(f"sae.path={tmp_path / 'saes'}", "control.sites=[0,1]")
+    config = smoke.config(f"sae.path={tmp_path / 'saes'}", "method.sites=[0,1]")
     steps = sae_training.steps(config)
     built = run(steps, store)
     for site, step in enumerate(steps):
@@ -107,7 +107,7 @@ def test_a_given_model_is_used_and_named(smoke, store, tmp_path):
     folder = next((smoke.root / "base").glob("*/model"))
     mine = shutil.copytree(folder, tmp_path / "mine")
     words = json.loads((mine / "config.json").read_text())["vocab_size"]
-    config = smoke.config(f"model.path={mine}", f"model.vocabulary={words}", "adapter=lora")
+    config = smoke.config(f"model.path={mine}", f"model.vocabulary={words}", "method=lora")
     step = adapter_training.step(config)
     report = run([step], store)
     assert report[base.step(config)].json("base.json")["path"] == str(mine)

@@ -55,23 +55,23 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_is_scored_and_goes_through_a_sequence(name, smoke, store):
-    step = evaluate.step(smoke.config(f"adapter={name}"))
+    step = evaluate.step(smoke.config(f"method={name}"))
     scores = run([step], store)[step].json(evaluate.SCORES)
     assert scores["adapter"] == name
     assert len(scores["tasks"]) == 9
-    sites = smoke.config(f"adapter={name}").control.sites
-    routed = [] if smoke.config(f"adapter={name}").adapter.routing == "none" else sites
+    sites = smoke.config(f"method={name}").method.sites
+    routed = [] if smoke.config(f"method={name}").method.signal == "none" else sites
     assert list(scores["routing_by_site"]) == list(map(str, routed))
-    record, _ = sequence(smoke, store, f"adapter={name}")
+    record, _ = sequence(smoke, store, f"method={name}")
     assert len(record["matrix"]) == 6
     assert set(record["general"]) == {"before", "after"}
     assert (record["drift"] is None) == (name != "sc_lora_reference")
 
 
 def test_reference_is_the_published_configuration(smoke):
-    config = smoke.config("adapter=sc_lora_reference")
-    assert config.control.sites == [0, 1]
-    assert (config.control.source, config.control.monitor) == ("base", 2)
+    config = smoke.config("method=sc_lora_reference")
+    assert config.method.sites == [0, 1]
+    assert (config.control.source, config.method.monitor) == ("base", 2)
     assert config.adapter.weights == {
         "task": 1.0,
         "preservation": 1.0,
@@ -95,7 +95,7 @@ def test_prototypes_come_from_the_domains_met_so_far_in_the_order_of_arrival(
         met.append((specialist, adapter.routers["1"].met.tolist()))
 
     monkeypatch.setattr(sequential_forgetting.adapting, "meet", meet)
-    sequence(smoke, store, "adapter=sc_lora_context", "seed=11")
+    sequence(smoke, store, "method=sc_lora_context", "seed=11")
     general = [False] * 5 + [True]
     assert met[0] == (None, general)
     for position, (specialist, known) in enumerate(met[1:]):
@@ -114,8 +114,8 @@ def test_own_specialists_leave_the_earlier_ones_as_they_were(name, smoke, store,
         seen.append({name: weight.clone() for name, weight in layers.items()})
 
     monkeypatch.setattr(Carried, "save", save)
-    sequence(smoke, store, f"adapter={name}", "seed=12", "order.steps_per_domain=2")
-    rank = smoke.config(f"adapter={name}").adapter.rank
+    sequence(smoke, store, f"method={name}", "seed=12", "order.steps_per_domain=2")
+    rank = smoke.config(f"method={name}").adapter.rank
     for position in range(1, 5):
         for key, now in seen[position].items():
             before = seen[position - 1][key]
@@ -136,24 +136,24 @@ def test_the_specialist_that_carried_a_domain_most_is_frozen(smoke, store, monke
         frozen.append(list(self.frozen))
 
     monkeypatch.setattr(Carried, "save", save)
-    sequence(smoke, store, "adapter=sc_lora", "continual.specialists=frozen")
+    sequence(smoke, store, "method=sc_lora", "method.isolation=frozen")
     assert [len(found) for found in frozen] == [1, 2, 3, 3, 3]  # one of four stays free
     assert len(set(frozen[-1])) == 3
 
 
 RESUMED = {
-    "prototypes": ("adapter=sc_lora_context",),
+    "prototypes": ("method=sc_lora_context",),
     "memory and replay": (
-        "adapter=sc_lora",
-        "adapter.active=2",
-        "continual.memory=true",
-        "continual.memory_every=1",
-        "continual.spawn_confidence=1",
-        "continual.spawn_similarity=1",
-        "continual.replay_ratio=0.5",
+        "method=sc_lora",
+        "method.active=2",
+        "method.memory.enabled=true",
+        "method.memory.every=1",
+        "method.memory.spawn_confidence=1",
+        "method.memory.spawn_similarity=1",
+        "method.replay.ratio=0.5",
     ),
-    "frozen": ("adapter=sc_lora", "continual.specialists=frozen"),
-    "monitor": ("adapter=sc_lora_reference",),
+    "frozen": ("method=sc_lora", "method.isolation=frozen"),
+    "monitor": ("method=sc_lora_reference",),
 }
 
 
@@ -208,7 +208,7 @@ def test_replay_repeats_earlier_domains(smoke, store, monkeypatch):
         return original(module, batch, steps, **kwargs)
 
     monkeypatch.setattr(carrying, "fit", fit)
-    changes = ("adapter=lora", "order.steps_per_domain=4", "continual.replay_ratio=0.5")
+    changes = ("method=lora", "order.steps_per_domain=4", "method.replay.ratio=0.5")
     record, _ = sequence(smoke, store, *changes)
     assert record["replay"] == 0.5
     assert owners[0] == [[0]] * 4
@@ -229,7 +229,7 @@ def test_orders_by_index_are_all_there_is(smoke):
 
 
 def test_a_retrained_control_is_trained_and_scored_under_it(smoke, store):
-    under = ("adapter=sc_lora", "intervention=shuffle", "intervention.phase=training")
+    under = ("method=sc_lora", "intervention=shuffle", "intervention.phase=training")
     step = evaluate.step(smoke.config(*under))
     scores = run([step], store)[step].json(evaluate.SCORES)
     assert (scores["intervention"], scores["phase"]) == ("shuffle", "training")
@@ -241,11 +241,11 @@ def test_a_retrained_control_is_trained_and_scored_under_it(smoke, store):
     ("changes", "says"),
     [
         (
-            ("adapter=sc_lora", "intervention=permute_latents", "intervention.phase=training"),
+            ("method=sc_lora", "intervention=permute_latents", "intervention.phase=training"),
             "which is no control",
         ),
-        (("adapter=lora", "intervention=shuffle"), "acts on SAE routing"),
-        (("adapter=sc_lora", "intervention.name=shufle"), "did you mean 'shuffle'"),
+        (("method=lora", "intervention=shuffle"), "acts on SAE routing"),
+        (("method=sc_lora", "intervention.name=shufle"), "did you mean 'shuffle'"),
     ],
 )
 def test_controls_that_mean_nothing_are_refused_before_work(changes, says, smoke):
@@ -255,11 +255,11 @@ def test_controls_that_mean_nothing_are_refused_before_work(changes, says, smoke
 
 def test_an_ablation_is_of_an_adapter_trained_intact(smoke):
     with pytest.raises(UserError, match=r"leave intervention\.phase at evaluation"):
-        causal_ablation.step(smoke.config("adapter=sc_lora", "intervention.phase=training"))
+        causal_ablation.step(smoke.config("method=sc_lora", "intervention.phase=training"))
 
 
 def test_doses_repeat_the_ablation_at_lesser_strength(smoke, store):
-    changes = ("adapter=sc_lora", "study.interventions=[invert]", "study.doses=[0.001,0.5]")
+    changes = ("method=sc_lora", "study.interventions=[invert]", "study.doses=[0.001,0.5]")
     step = causal_ablation.step(smoke.config(*changes))
     record = run([step], store)[step].json(causal_ablation.RESULT)
     assert list(record["interventions"]) == ["intact", "invert"]
@@ -272,7 +272,7 @@ def test_doses_repeat_the_ablation_at_lesser_strength(smoke, store):
 
 def test_what_compares_scores_needs_no_task_by_name(smoke, store):
     """``evaluation.tasks`` is what stage=evaluate reports, not what others may compare with."""
-    changes = ("adapter=sc_lora", "evaluation.tasks=[micro_law]", "study.interventions=[invert]")
+    changes = ("method=sc_lora", "evaluation.tasks=[micro_law]", "study.interventions=[invert]")
     record, _ = sequence(smoke, store, *changes)
     assert len(record["matrix"][0]) == 5
     step = causal_ablation.step(smoke.config(*changes))
@@ -281,13 +281,13 @@ def test_what_compares_scores_needs_no_task_by_name(smoke, store):
 
 
 def test_the_monitors_own_artifacts_can_be_asked_for(smoke):
-    config = smoke.config("stage=features", "control.monitor=2")
+    config = smoke.config("stage=features", "method.monitor=2")
     assert [step.config.site for step in steps_for(config)] == [1, 2]
 
 
 def test_hard_rank_is_of_the_evaluation_not_of_the_training(smoke):
     soft, hard = (
-        evaluate.step(smoke.config("adapter=sc_lora", f"adapter.hard_rank={rank}"))
+        evaluate.step(smoke.config("method=sc_lora", f"method.hard_rank={rank}"))
         for rank in (0, 0.5)
     )
     assert soft.fingerprint != hard.fingerprint
@@ -295,34 +295,34 @@ def test_hard_rank_is_of_the_evaluation_not_of_the_training(smoke):
 
 
 def test_a_collapse_stops_a_training_that_is_told_to_stop(smoke, store):
-    changes = ("routing.collapse=stop", "routing.collapse_below=1", "routing.log_every=1")
-    step = adapter_training.step(smoke.config("adapter=sc_lora", "seed=9", *changes))
+    changes = ("method.health.collapse=stop", "method.health.collapse_below=1", "method.health.log_every=1")
+    step = adapter_training.step(smoke.config("method=sc_lora", "seed=9", *changes))
     with pytest.raises(UserError, match="routing has collapsed"):
         run([step], store)
 
 
 def test_joint_training_keeps_its_history(smoke, store):
-    folder = trained(smoke, store, "adapter=sc_lora", "routing.log_every=1")
+    folder = trained(smoke, store, "method=sc_lora", "method.health.log_every=1")
     history = json.loads((folder / adapter_training.HISTORY).read_text())
     assert [row["step"] for row in history["routing"]] == [1, 2]
     assert history["events"] == []
 
 
 def test_prototypes_of_the_taxonomy_reweight_a_learnt_gate(smoke, store):
-    folder = trained(smoke, store, "adapter=sc_lora", "adapter.prototypes=true")
+    folder = trained(smoke, store, "method=sc_lora", "method.prototypes=true")
     prototypes = weights(folder)["routers.1.prototypes"]
     assert prototypes.shape[0] == 4
     assert prototypes.abs().sum() > 0
 
 
 def test_a_saved_context_adapter_routes_as_it_did(smoke, store):
-    from steerlora.methods.routed_lora.saving import load_adapter
+    from steerlora.methods.saving import load_adapter
 
-    step = adapter_training.step(smoke.config("adapter=sc_lora_context"))
+    step = adapter_training.step(smoke.config("method=sc_lora_context"))
     report = run([step], store)
     base = report[next(s for s in step.upstream if s.stage == "base")]
     model, _ = load_base(base)
     adapter = load_adapter(model, report[step] / adapter_training.FOLDER)
     assert adapter.routers["1"].met.all()
-    assert adapter.shape.context == "causal_mean"
-    assert adapter.shape.specialists == 5
+    assert adapter.config.context == "causal_mean"
+    assert adapter.config.specialists == 5

@@ -9,12 +9,12 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from steerlora.__main__ import main
 from steerlora.lm.pretrained import open_model, shape_of
-from steerlora.methods.routed_lora.saving import load_adapter
+from steerlora.methods.saving import load_adapter
 
 TINY = (
     "stage=evaluate",
-    "adapter=sc_lora",
-    "control.sites=[1,2]",
+    "method=sc_lora",
+    "method.sites=[1,2]",
     "sae.latents=64",
     "sae.max_tokens=400",
     "sae.steps=2",

@@ -58,7 +58,7 @@ TINY = (
     "trainer.batch_size=4",
     "trainer.max_length=128",
     "trainer.packing=true",
-    "adapter.rank=2",
+    "method.rank=2",
     "order.steps_per_domain=1",
     "evaluation.max_length=128",
     "logger=none",
@@ -67,7 +67,7 @@ TINY = (
 
 @pytest.fixture
 def config(tmp_path: Path):
-    """``config("adapter=lora")``: with local files in place of every source."""
+    """``config("method=lora")``: with local files in place of every source."""
     places = []
     for name, row in ROWS.items():
         path = tmp_path / f"{name}.jsonl"
@@ -81,7 +81,7 @@ def config(tmp_path: Path):
 
 
 def test_an_adapter_is_trained_on_packed_rows_of_every_source(config):
-    made = config("adapter=sc_lora", "control.context=causal_mean", "trainer.accumulate=2")
+    made = config("method=sc_lora", "method.context=causal_mean", "trainer.accumulate=2")
     step = adapter_training.step(made)
     found = run([step], ArtifactStore(made.artifacts.root))[step]
     figures = found.manifest["summary"]
@@ -98,7 +98,7 @@ def test_packing_leaves_the_base_as_it_is(config):
 
 
 def test_a_sequence_of_domains_is_learnt_on_packed_rows_and_scored(config):
-    made = config("adapter=lora", "domains.names=[instruction,law]", "continual.replay_ratio=0.5")
+    made = config("method=lora", "domains.names=[instruction,law]", "method.replay.ratio=0.5")
     step = sequential_forgetting.step(made)
     record = run([step], ArtifactStore(made.artifacts.root))[step].json("sequential.json")
     matrix = torch.tensor(record["matrix"])

@@ -62,7 +62,7 @@ def before(smoke) -> dict[str, set[str]]:
 
 def adapter_of(smoke, name: str):
     """The artifact of one trained adapter."""
-    return smoke.report[adapter_training.step(smoke.config(f"adapter={name}"))]
+    return smoke.report[adapter_training.step(smoke.config(f"method={name}"))]
 
 
 def weights(artifact) -> dict[str, torch.Tensor]:
@@ -230,7 +230,7 @@ def test_a_second_run_builds_nothing(smoke):
 
 
 def test_a_rank_changes_adapters_and_what_is_below_them(smoke, before):
-    after = fingerprints(smoke.config("adapter.rank=3"))
+    after = fingerprints(smoke.config("method.rank=3"))
     for stage in ("domains", "base", "activations", "sae_training"):
         assert after[stage] == before[stage]
     for stage in ("adapter_training", "causal_ablation", "sequential_forgetting"):
@@ -282,7 +282,7 @@ def test_a_change_rebuilds_its_stage_and_nothing_above(smoke, before, change, fi
 def test_only_what_changed_is_built(smoke, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(smoke.root, root)
-    step = adapter_training.step(smoke.config("adapter.rank=3"))
+    step = adapter_training.step(smoke.config("method.rank=3"))
     assert built(run([step], ArtifactStore(root))) == {"adapter_training": 1}
     seeded = adapter_training.step(smoke.config("seed=9"))
     report = run([seeded], ArtifactStore(root))
@@ -292,7 +292,7 @@ def test_only_what_changed_is_built(smoke, tmp_path):
 
 
 def test_one_adapter_trained_twice_in_two_places_is_one_adapter(smoke, tmp_path):
-    step = adapter_training.step(smoke.config("adapter=sc_lora"))
+    step = adapter_training.step(smoke.config("method=sc_lora"))
     twin = run([step], ArtifactStore(tmp_path))[step]
     first = adapter_of(smoke, "sc_lora")
     assert twin.fingerprint == first.fingerprint
@@ -303,7 +303,7 @@ def test_one_adapter_trained_twice_in_two_places_is_one_adapter(smoke, tmp_path)
 def test_a_truncated_file_is_found_named_and_built_again(smoke, tmp_path, caplog):
     root = tmp_path / "copy"
     shutil.copytree(smoke.root, root)
-    step = adapter_training.step(smoke.config("adapter=sc_lora"))
+    step = adapter_training.step(smoke.config("method=sc_lora"))
     damaged = root / step.stage / step.fingerprint / "adapter/adapter_model.safetensors"
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[: len(whole) // 2])

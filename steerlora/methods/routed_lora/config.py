@@ -171,6 +171,7 @@ class RoutedLoRAConfig(MethodConfig):
     not_trained: ClassVar[frozenset[str]] = frozenset(
         {"name", "hard_rank", "health.collapse", "health.collapse_below"}
     )
+    only_in_sequences: ClassVar[frozenset[str]] = frozenset({"replay", "isolation"})
     only_in_evaluation: ClassVar[tuple[str, ...]] = ("hard_rank",)
 
     @property

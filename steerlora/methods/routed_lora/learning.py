@@ -245,5 +245,5 @@ class RoutedLoRALearner(Learner):
     def history(self) -> dict[str, Any]:
         return {
             "routing": self.watch.history if self.watch else [],
-            "events": self.memory.events if self.memory else [],
+            "events": self.memory.events if self.memory else self._memory_state["events"],
         }

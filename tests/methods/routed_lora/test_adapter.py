@@ -9,7 +9,8 @@ from torch import nn
 
 from steerlora.data.chat import ChatBatch
 from steerlora.lm.decoder import edited, residual_streams
-from steerlora.methods.routed_lora.adapter import Adapter, AdapterShape
+from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.training.language import next_token_loss
 
 ROUTINGS = ["none", "dense", "sae"]
@@ -76,7 +77,7 @@ class SlowLinear(nn.Module):
 
 def slow_routing(adapter: Adapter, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gate [B, S, E] and mask [B, S, R] of the first site, token by token."""
-    shape, site = adapter.shape, min(adapter.shape.sites)
+    shape, site = adapter.config, min(adapter.config.sites)
     E, R = shape.specialists, shape.rank
     if shape.routing == "none":
         return torch.ones(*stream.shape[:2], E).to(stream), torch.ones(*stream.shape[:2], R).to(
@@ -142,7 +143,7 @@ def test_model_and_gradients_equal_the_slow_loop(
         parent_path, child = path.replace("/", ".").rsplit(".", 1)
         parent = model.model.layers[int(index)].get_submodule(parent_path)
         linear = getattr(parent, child)
-        setattr(parent, child, SlowLinear(linear, layer, adapter.shape, lambda: decided))
+        setattr(parent, child, SlowLinear(linear, layer, adapter.config, lambda: decided))
     torch.testing.assert_close(
         logits[mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()], atol=1e-10, rtol=0
     )
@@ -276,7 +277,7 @@ def test_bfloat16_base_with_float32_sae(make_model, make_sae, tokens):
     model = make_model(torch.bfloat16)
     sae = make_sae()
     exact = {name: p.clone() for name, p in sae.named_parameters()}
-    adapter = Adapter(model, AdapterShape(sites=(1,), rank=3), {1: sae}).attach(model)
+    adapter = Adapter(model, RoutedLoRAConfig(sites=(1,), rank=3), {1: sae}).attach(model)
     seen = []
     encode = sae.encode
     sae.encode = lambda x: seen.append(encode(x)) or seen[-1]
@@ -353,7 +354,7 @@ def test_an_untrained_adapter_is_the_base(make_model, make_sae, tokens):
     model = make_model()
     ids, mask = tokens([7, 5])
     before = model(ids, attention_mask=mask).logits
-    Adapter(model, AdapterShape(sites=(1,)), {1: make_sae()}).attach(model)
+    Adapter(model, RoutedLoRAConfig(sites=(1,)), {1: make_sae()}).attach(model)
     assert torch.equal(model(ids, attention_mask=mask).logits, before)
 
 
@@ -380,18 +381,18 @@ def test_a_second_adapter_is_refused_and_leaves_the_first_trainable(make_model, 
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(make_model, make_sae, changes, message):
-    shape = AdapterShape(**({"sites": (1,)} | changes))
+    shape = RoutedLoRAConfig(**({"sites": (1,)} | changes))
     with pytest.raises(ValueError, match=message):
         Adapter(make_model(), shape, {1: make_sae()})
 
 
 def test_an_sae_of_another_width_is_refused(make_model, make_sae):
     with pytest.raises(ValueError, match="site 1 reads width 16, the model has 32"):
-        Adapter(make_model(), AdapterShape(sites=(1,)), {1: make_sae(width=16)})
+        Adapter(make_model(), RoutedLoRAConfig(sites=(1,)), {1: make_sae(width=16)})
 
 
 def test_dense_routing_ignores_saes(make_model, make_sae):
-    shape = AdapterShape(routing="dense", sites=(1,))
+    shape = RoutedLoRAConfig(signal="dense", sites=(1,))
     adapter = Adapter(make_model(), shape, {1: make_sae()})
     assert adapter.routers["1"].weight.shape[0] == 32
     assert not adapter.saes
@@ -405,7 +406,7 @@ def test_parameters_of_the_three_methods_are_equal_within_five_percent(make_mode
         model = make_model(
             hidden_size=128, intermediate_size=384, num_hidden_layers=4, head_dim=32, vocab_size=239
         )
-        shape = AdapterShape(routing=routing, sites=(1,), dynamic_rank=dynamic)
+        shape = RoutedLoRAConfig(signal=routing, sites=(1,), dynamic_rank=dynamic)
         adapter = Adapter(model, shape, {1: SparseAutoencoder(128, 512, k=16)})
         counts[routing] = adapter.parameter_count()
     assert counts["none"] == 3 * 64 * (2 * 256 + 2 * 192 + 3 * 512)

@@ -92,7 +92,7 @@ def test_averaged_logits_are_the_logits_of_averaged_features(
     dense.scatter_(-1, features.indices, features.values / adapter.scales["1"])
     pooled = slowly(dense, mask.bool(), name, 0.6)
     active = torch.ones(4, dtype=torch.bool)
-    averaging, plain = adapter.routers["1"], replace(adapter.shape, context="token")
+    averaging, plain = adapter.routers["1"], replace(adapter.config, context="token")
     averaging.shape = plain
     expected, _ = averaging(pooled, mask.bool(), active)
     found = adapter.routing()[1]

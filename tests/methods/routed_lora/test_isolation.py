@@ -13,7 +13,7 @@ from steerlora.engine.progress import SilentProgress
 from steerlora.methods.routed_lora.isolation import train_only
 from steerlora.training.language import next_token_loss
 from steerlora.training.loop import fit
-from steerlora.training.module import AdapterModule
+from steerlora.methods.module import AdapterModule
 
 E, R, STEPS = 4, 3, 8
 

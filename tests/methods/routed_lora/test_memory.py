@@ -20,7 +20,7 @@ from steerlora.methods.routed_lora.memory import MemoryPolicy
 from steerlora.methods.routed_lora.routing import Routing
 from steerlora.saes.autoencoder import SparseFeatures
 from steerlora.training.loop import fit
-from steerlora.training.module import AdapterModule
+from steerlora.methods.module import AdapterModule
 
 B, S, E, R, K, LATENTS = 2, 6, 4, 3, 5, 64
 EVERY = 10

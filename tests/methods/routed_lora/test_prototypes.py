@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from steerlora.methods.routed_lora import prototypes as module
-from steerlora.methods.routed_lora.adapter import Adapter, AdapterShape
+from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.prototypes import Metric, PrototypeRouter, cosines_so_far
 from steerlora.saes.sparse import SparseFeatures
 
@@ -27,10 +28,10 @@ def signals() -> tuple[SparseFeatures, torch.Tensor]:
     return SparseFeatures(values, indices), dense
 
 
-def shape(**changes) -> AdapterShape:
+def shape(**changes) -> RoutedLoRAConfig:
     settings = {"specialists": E, "rank": 2, "router": "prototype", "dynamic_rank": False}
     settings["whitened"] = False
-    return AdapterShape(**(settings | {"context": "causal_mean", "margin": 0.0} | changes))
+    return RoutedLoRAConfig(**(settings | {"context": "causal_mean", "margin": 0.0} | changes))
 
 
 def router(met: tuple[int, ...] = (0, 1, 2), general: bool = True, **changes) -> PrototypeRouter:
@@ -289,7 +290,7 @@ def test_columns_that_nobody_uses_are_not_computed(adapted, tokens):
 
 def test_the_state_comes_back_from_disk(adapted, make_model, make_sae, tmp_path, tokens):
     from steerlora.lm.identity import model_fingerprint
-    from steerlora.methods.routed_lora.saving import load_adapter, save_adapter
+    from steerlora.methods.saving import load_adapter, save_adapter
     from steerlora.saes.saelens import save_sae
 
     model, adapter = adapted()

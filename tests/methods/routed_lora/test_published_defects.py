@@ -21,17 +21,18 @@ from steerlora.config import AdapterConfig, ContinualConfig, TrainerConfig
 from steerlora.data.chat import ChatBatch, EncodedChat, collate
 from steerlora.engine.progress import SilentProgress
 from steerlora.errors import UserError
-from steerlora.methods.routed_lora.adapter import Adapter, AdapterShape
+from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.context import CONTEXTS
 from steerlora.methods.routed_lora.memory import MemoryPolicy
-from steerlora.methods.routed_lora.monitor import Monitor
-from steerlora.methods.routed_lora.saving import save_adapter
+from steerlora.methods.monitor import Monitor
+from steerlora.methods.saving import save_adapter
 from steerlora.methods.routed_lora.watch import RoutingWatch
 from steerlora.saes.taxonomy import Taxonomy
 from steerlora.stages.adapting import check_intervention, memory_policy
 from steerlora.training.checkpoints import Files, newest
 from steerlora.training.loop import fit
-from steerlora.training.module import AdapterModule
+from steerlora.methods.module import AdapterModule
 
 E, R, SITE, LAYERS, LATENTS, VOCABULARY = 4, 3, 1, 3, 64, 61
 LOSSES = ("preservation", "steering", "gate_sparsity", "rank_budget", "load_balance", "diversity")
@@ -144,7 +145,7 @@ def test_a_budget_controller_whose_output_nothing_uses(make_module, make_model, 
 
     def spent() -> tuple[float, float]:
         change = (logits(module.model, chats(0)) - base).square().mean().item()
-        return module.adapter.routing()[SITE].mask.sum(-1).mean().item(), change
+        return module.method.signal()[SITE].mask.sum(-1).mean().item(), change
 
     rank, change = spent()
     train(module, tmp_path, chats, 40)
@@ -179,7 +180,7 @@ def test_thresholds_under_which_spawn_merge_and_prune_can_never_fire(make_module
 @pytest.mark.parametrize("router", ["linear", "mlp"])
 def test_effective_rank_about_1_of_16_at_initialisation(make_model, make_sae, router, per_module):
     model = make_model()
-    shape = AdapterShape(sites=(SITE,), router=router, per_module=per_module)
+    shape = RoutedLoRAConfig(sites=(SITE,), router=router, per_module=per_module)
     assert shape.rank == 16
     adapter = Adapter(model, shape, {SITE: make_sae()}).attach(model)
     batch = chats(0)
@@ -191,7 +192,7 @@ def test_effective_rank_about_1_of_16_at_initialisation(make_model, make_sae, ro
 def test_kaiming_initialisation_of_a_stack_using_the_wrong_fan_in(make_model, make_sae):
     """LoRA's bound of A is 1 / sqrt(D_in), however many specialists and components are stacked."""
     model = make_model()
-    adapter = Adapter(model, AdapterShape(sites=(SITE,)), {SITE: make_sae()})
+    adapter = Adapter(model, RoutedLoRAConfig(sites=(SITE,)), {SITE: make_sae()})
     for name, layer in adapter.layers.items():
         bound = layer.A.shape[1] ** -0.5
         assert layer.A.abs().max() <= bound, name
@@ -275,7 +276,7 @@ def test_gate_statistics_that_count_padding(make_module, tmp_path):
 @pytest.mark.parametrize("adapter", ["sc_lora", "sc_lora_reference"])
 def test_a_feature_permutation_fixed_before_training(adapter):
     """It would relabel the latents, which is no control; after training it is one."""
-    config = compose.load(["intervention=permute_latents", f"adapter={adapter}"])
+    config = compose.load(["intervention=permute_latents", f"method={adapter}"])
     check_intervention(config)
     retrained = replace(config, intervention=replace(config.intervention, phase="training"))
     with pytest.raises(UserError, match="no control; use phase evaluation, or randomize"):

@@ -14,7 +14,8 @@ import torch
 from published_arrangement import PublishedArrangement, Setting
 from torch import Tensor, nn
 
-from steerlora.methods.routed_lora.adapter import Adapter, AdapterShape
+from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 
 LAYERS, E, R, H, ALPHA = 3, 4, 3, 6, 6.0
 SCALES = {0: 1.5, 1: 2.5, 2: 0.75}
@@ -77,7 +78,7 @@ def make_pair(make_model, make_sae) -> Callable[..., Pair]:
     def make(top_k: int = 2, active: int | None = None) -> Pair:
         ours, slow = make_model(torch.float64), make_model(torch.float64)
         saes = {layer: make_sae(seed=layer).double() for layer in range(LAYERS)}
-        shape = AdapterShape(
+        shape = RoutedLoRAConfig(
             routing="sae",
             router="mlp",
             router_hidden=H,

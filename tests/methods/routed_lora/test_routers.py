@@ -13,7 +13,7 @@ from steerlora.methods.routed_lora.routers import (
     rank_bias,
     top_k_gate,
 )
-from steerlora.methods.routed_lora.shape import AdapterShape
+from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.saes.sparse import SparseFeatures
 
 B, S, E, R, N, K, M, H = 5, 6, 4, 16, 40, 5, 3, 7
@@ -34,7 +34,7 @@ def signals(seed: int = 0) -> tuple[SparseFeatures, torch.Tensor]:
 
 def router(kind: str = "linear", **changes) -> Router:
     settings = {"specialists": E, "rank": R, "top_k": 2, "router_hidden": H} | changes
-    shape = AdapterShape(**settings)
+    shape = RoutedLoRAConfig(**settings)
     modules = M if shape.per_module else 1
     return KINDS[kind](N, shape, modules, torch.Generator().manual_seed(0)).double()
 

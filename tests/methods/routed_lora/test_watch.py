@@ -13,7 +13,7 @@ from torch import nn
 
 from steerlora.data.chat import ChatBatch, ChatBatches, EncodedChat
 from steerlora.errors import UserError
-from steerlora.methods.routed_lora.adapter import AdapterShape
+from steerlora.methods.routed_lora.adapter import RoutedLoRAConfig
 from steerlora.methods.routed_lora.health import RoutingHealth
 from steerlora.methods.routed_lora.prototypes import PrototypeRouter
 from steerlora.methods.routed_lora.routing import Routing
@@ -137,7 +137,7 @@ def still(gate, *, active=None, met=None, collapse="warn", below=0.3):
     specialists = gate.shape[-1]
     available = torch.ones(specialists, dtype=torch.bool) if active is None else active
     if met is not None:
-        router = PrototypeRouter(3, AdapterShape(router="prototype", specialists=specialists))
+        router = PrototypeRouter(3, RoutedLoRAConfig(router="prototype", specialists=specialists))
         router.met[met] = True
         available = router.met[:-1]
     adapter = SimpleNamespace(
@@ -168,7 +168,7 @@ def test_collapse_warns_once_a_run(caplog):
             end_step(step)
     assert [entry["step"] for entry in watch.history] == [10, 20]
     (record,) = caplog.records
-    for part in ("step 10", "0.141", "collapse_below=0.3", "adapter.load_balance"):
+    for part in ("step 10", "0.141", "collapse_below=0.3", "method.losses.load_balance"):
         assert part in record.getMessage()
     resumed, end_step = still(gates(0.98, 0.02))
     resumed.load_state_dict(watch.state_dict())

@@ -1,9 +1,10 @@
-"""What a sequence has behind it: kept after every domain, so that an interrupted one goes on."""
+"""What the finished domains of a sequence leave behind, so that an interrupted one resumes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -14,24 +15,17 @@ FOLDER = f"{CHECKPOINTS}/domains"
 
 
 @dataclass
-class Carried:
-    """What the finished domains leave behind.
-
-    Attributes:
-        rows: of the score matrix; the first is the base's.
-        drift: of general features after each domain, with a monitor.
-        frozen: specialists that train no more.
-        events: of the memory policy.
-        weights: the adapter's state dict; empty before the first domain.
-        memory: the memory policy's tensors.
-    """
+class SequenceState:
+    """A sequence after some of its domains."""
 
     rows: list[dict]
+    """Of the score matrix; the first is the base's."""
     drift: list[float] = field(default_factory=list)
-    frozen: list[int] = field(default_factory=list)
-    events: list[dict] = field(default_factory=list)
+    """Of general features after each domain, with a monitor."""
     weights: dict[str, Tensor] = field(default_factory=dict)
-    memory: dict[str, Tensor] = field(default_factory=dict)
+    """The method's state dict; empty before the first domain."""
+    learner: dict[str, Any] = field(default_factory=dict)
+    """The learner's state; empty before the first domain."""
 
     @property
     def domains(self) -> int:
@@ -49,7 +43,7 @@ class Carried:
         Files(identity).save_checkpoint(tree, place(directory / FOLDER, self.domains))
 
     @classmethod
-    def resumed(cls, directory: Path, identity: str) -> Carried | None:
+    def resumed(cls, directory: Path, identity: str) -> SequenceState | None:
         """What was kept, the same for every rank; None where no domain was finished."""
         found = agreed(directory / FOLDER, identity)
         return cls(**Files().load_checkpoint(found)) if found else None

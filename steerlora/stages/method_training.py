@@ -1,0 +1,198 @@
+"""What joint and sequential training of a method share: inputs, the model, the method, hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, LambdaCallback
+from torch import nn
+
+from steerlora.config import Config, InterventionConfig, TrainerConfig
+from steerlora.data.chat import EncodedChat, encode_chats
+from steerlora.distributed import ranks
+from steerlora.distributed.strategies import check_divides
+from steerlora.distributed.zero import sharding_settings
+from steerlora.engine.artifacts import Artifact
+from steerlora.engine.run import Step
+from steerlora.errors import UserError
+from steerlora.lm.pretrained import open_model, open_tokenizer
+from steerlora.methods.base import Learner, Method, SiteSAE, Sources
+from steerlora.methods.config import MethodConfig
+from steerlora.methods.monitor import Monitor
+from steerlora.methods.routed_lora.interventions import check_phase
+from steerlora.saes.saelens import load_sae, sae_metadata
+from steerlora.stages import base, domains, features, sae_training
+from steerlora.stages.common import device_of, place_of, read_rows
+
+Inputs = dict[str, Artifact | tuple[Artifact, ...]]
+"""A stage's input artifacts by name."""
+
+
+def inputs(config: Config, *, monitored: bool) -> dict[str, Step | tuple[Step, ...]]:
+    """The steps whose artifacts any training of the method reads.
+
+    Args:
+        config: the run's.
+        monitored: with the monitor site's SAE and features.
+    """
+    found: dict[str, Step | tuple[Step, ...]] = {
+        "domains": domains.step(config),
+        "base": base.step(config),
+    }
+    if config.method.reads_features:
+        found["saes"] = sae_training.steps(config)
+    if config.method.reads_taxonomy:
+        found["features"] = features.steps(config)
+    if monitored:
+        found["monitor_sae"] = sae_training.monitor_step(config)
+        found["monitor_features"] = features.monitor_step(config)
+    return found
+
+
+def not_identity(method: MethodConfig, *, sequence: bool = False) -> frozenset[str]:
+    """Keys of a stage's settings, beside the stage's own, that do not change what training writes.
+
+    Args:
+        method: the configuration behind the key ``method`` of the settings.
+        sequence: of a sequence of domains, which is evaluated as it goes and says the name.
+    """
+    if sequence:
+        keys = method.not_trained - {"name", *method.only_in_evaluation}
+    else:
+        keys = method.not_trained | method.only_in_sequences
+    return frozenset(f"method.{key}" for key in keys)
+
+
+def check_intervention(config: Config) -> None:
+    """Refuse an intervention that does not exist, or that this method or phase gives no meaning.
+
+    Raises:
+        UserError: says what would be right.
+    """
+    name = config.intervention.name
+    if name == "none":
+        return
+    check_phase(name, config.intervention.phase)
+    if not config.method.has_control_signal:
+        raise UserError(
+            f"intervention={name} acts on a control signal of SAE features, and "
+            f"method={config.method.name} has none"
+        )
+
+
+def check_shares(trainer: TrainerConfig) -> None:
+    """Refuse a batch that the ranks cannot share evenly."""
+    parts = ranks.current().world * trainer.accumulate
+    check_divides("trainer.batch_size", trainer.batch_size, parts)
+
+
+def load_to_train(artifact: Artifact, trainer: TrainerConfig) -> tuple[nn.Module, Any]:
+    """The base model as this rank holds it in training, and its tokenizer."""
+    place = place_of(artifact)
+    model = open_to_train(place.path, place.revision, trainer)
+    return model, open_tokenizer(place.path, place.revision, thinking=place.thinking)
+
+
+def open_to_train(path: str, revision: str | None, trainer: TrainerConfig) -> nn.Module:
+    """A base model to train a method on: on this rank's device, in the type that suits it.
+
+    Under ZeRO-3 it is spread over the ranks as it is read, and never whole on any.
+    """
+    device = device_of(trainer.accelerator)
+    half = torch.float16 if trainer.precision == "16-mixed" else torch.bfloat16
+    # A frozen base has nothing to gain from more bits than autocast leaves of it. On the CPU, where
+    # half precision is slow and for trying things out, it keeps them.
+    full = trainer.precision == "32-true" or device == "cpu"
+    dtype = torch.float32 if full else half
+    if trainer.strategy == "zero3":
+        return open_model(path, revision, dtype=dtype, sharding=sharding_settings(trainer))
+    return open_model(path, revision, device=device, dtype=dtype)
+
+
+def open_sources(method: MethodConfig, inputs: Inputs) -> Sources:
+    """The SAEs and features of the control sites, as far as they are among the inputs."""
+    folders = [artifact / sae_training.FOLDER for artifact in inputs.get("saes", ())]
+    return Sources(
+        saes={
+            site: SiteSAE(load_sae(path), sae_metadata(path)["mean_feature_norm"], path)
+            for site, path in zip(method.sites, folders, strict=False)
+        },
+        taxonomies={
+            site: features.load_taxonomy(artifact)
+            for site, artifact in zip(method.sites, inputs.get("features", ()), strict=False)
+        },
+    )
+
+
+def new_method(model: nn.Module, config: MethodConfig, sources: Sources, seed: int) -> Method:
+    """An attached, untrained method.
+
+    Raises:
+        UserError: what is asked for does not fit the model.
+    """
+    try:
+        return config.build(model, sources, seed)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def open_monitor(
+    model: nn.Module, method: Method, layer: int | None, inputs: Inputs
+) -> Monitor | None:
+    """The monitor at a layer; None where no loss and no report asks for one."""
+    if "monitor_sae" not in inputs:
+        return None
+    sae = load_sae(inputs["monitor_sae"] / sae_training.FOLDER)
+    taxonomy = features.load_taxonomy(inputs["monitor_features"])
+    return Monitor(model, method, sae, layer, taxonomy)
+
+
+def new_learner(
+    model: nn.Module,
+    method: Method,
+    tokenizer: Any,
+    source: Artifact,
+    *,
+    domains: Sequence[str],
+    max_length: int,
+    seed: int,
+    intervention: InterventionConfig,
+    monitor: Monitor | None,
+) -> Learner:
+    """How the method trains on the text of a domains artifact."""
+    return method.config.learner(
+        method,
+        model=model,
+        domains=domains,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=seed,
+        intervention=intervention,
+        monitor=monitor,
+        general_text=partial(_general_text, source, tokenizer, max_length),
+    )
+
+
+def _general_text(
+    source: Artifact, tokenizer: Any, max_length: int, most: int
+) -> list[EncodedChat]:
+    """Rows of pretraining text, evenly spaced, about ``most`` of them."""
+    rows = read_rows(source / "pretrain.jsonl")
+    return encode_chats(tokenizer, rows[:: max(1, len(rows) // most)], max_length)
+
+
+def around(before: Callable[[], None], after: Callable[[], None]) -> Callback:
+    """What runs the model just before the first step and after the last, on every rank alike.
+
+    Inside the training, since a model that is sharded runs nowhere else. What ``before`` leaves in
+    the method is in every checkpoint, so a training that resumes does not repeat it.
+    """
+
+    def begin(trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.global_step == 0:
+            before()
+
+    return LambdaCallback(on_train_start=begin, on_train_end=lambda trainer, module: after())

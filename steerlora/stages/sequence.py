@@ -1,0 +1,221 @@
+"""One method trained on the domains one after the other, and scored after each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from steerlora.data.chat import ChatBatches, collate, encode_chats
+from steerlora.data.packing import PackedBatches, training_batches
+from steerlora.data.replay import ReplayBatches
+from steerlora.distributed import ranks
+from steerlora.engine.run import Context
+from steerlora.evaluation.scores import Score
+from steerlora.evaluation.scoring import Scorer
+from steerlora.methods.base import Learner, Method, Task
+from steerlora.methods.module import MethodModule
+from steerlora.methods.monitor import Monitor
+from steerlora.reporting.runs import RunLog
+from steerlora.stages import evaluate, method_training
+from steerlora.stages.common import load_base, read_rows, training_rows
+from steerlora.stages.sequence_state import SequenceState
+from steerlora.training.loop import fit
+
+DRIFT_ROWS = 64
+"""Held-out rows a domain on which the drift of general features is measured."""
+
+
+class Attached(NamedTuple):
+    """A base with the method attached, and its monitor if it has one."""
+
+    model: nn.Module
+    tokenizer: Any
+    method: Method
+    monitor: Monitor | None
+    learner: Learner
+
+
+class SequenceTrainer:
+    """Trains the method on a domain at a time, on all ranks, and has it scored, on rank 0.
+
+    The same model serves both, except where training shards it over ranks: a sharded model answers
+    no single rank, so it is given up after each domain, and opened whole to be scored.
+
+    Args:
+        context: the stage's.
+        log: of the stage's run.
+        state: after the domains that are finished; brought up to date by `train`.
+    """
+
+    def __init__(self, context: Context, log: RunLog, state: SequenceState) -> None:
+        self.context, self.log, self.state = context, log, state
+        self.settings, self.source = context.config, context.inputs["domains"]
+        self.names = self.source.json("domains.json")["names"]
+        self._shards = self.settings.trainer.strategy == "zero3"
+        self._open: Attached | None = None
+        self._batches: dict[int, ChatBatches | PackedBatches] = {}
+
+    # The model
+
+    @contextmanager
+    def _attached(self, *, training: bool) -> Iterator[Attached]:
+        """The base with the method as it is by now."""
+        if self._open is None:
+            self._open = self._opened(training)
+        try:
+            yield self._open
+        finally:
+            if self._shards:
+                self._open = None  # the other use needs the memory
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+    def _opened(self, training: bool) -> Attached:
+        inputs, settings = self.context.inputs, self.settings
+        if training or not self._shards:
+            model, tokenizer = method_training.load_to_train(inputs["base"], settings.trainer)
+        else:
+            # A model that has to be sharded may need more than one GPU to be scored, too.
+            accelerator = settings.trainer.accelerator
+            several = accelerator != "cpu" and torch.cuda.device_count() > 1
+            model, tokenizer = load_base(inputs["base"], accelerator=accelerator, spread=several)
+        sources = method_training.open_sources(settings.method, inputs)
+        method = method_training.new_method(model, settings.method, sources, settings.seed)
+        if self.state.weights:
+            method.load_state_dict(self.state.weights)
+        monitor = method_training.open_monitor(model, method, settings.method.monitor, inputs)
+        learner = method_training.new_learner(
+            model,
+            method,
+            tokenizer,
+            self.source,
+            domains=self.names,
+            max_length=settings.trainer.max_length,
+            seed=settings.seed,
+            intervention=settings.intervention,
+            monitor=monitor,
+        )
+        if self.state.learner:
+            learner.load_state(self.state.learner)
+        return Attached(model, tokenizer, method, monitor, learner)
+
+    # Training
+
+    def train(self, position: int) -> None:
+        """Train on one domain, with an optimizer and a schedule of its own."""
+        with self._attached(training=True) as attached:
+            self._train(position, attached)
+            self.state.weights = {
+                name: tensor.detach().to("cpu", copy=True).contiguous()
+                for name, tensor in attached.method.state_dict().items()
+            }
+            self.state.learner = attached.learner.state()
+            attached.learner.load_state(self.state.learner)
+            attached.model.eval()
+
+    def _train(self, position: int, attached: Attached) -> None:
+        settings, replay, learner = self.settings, self.settings.method.replay, attached.learner
+        domain, steps = settings.sequence[position], settings.steps_per_domain
+        batches = self._batches_of(position, attached.tokenizer)
+        task = Task({domain: batches.rows}, position)
+        hooks = method_training.around(lambda: learner.begin(task), lambda: learner.end(task))
+        callbacks = [*learner.callbacks(task), hooks]
+        replayed = range(position) if replay.ratio else ()
+        with learner.training(task):
+            fit(
+                MethodModule(learner, trainer=settings.trainer, total_steps=steps),
+                ReplayBatches(
+                    batches,
+                    [self._batches_of(earlier, attached.tokenizer) for earlier in replayed],
+                    ratio=replay.ratio,
+                    kept=min(replay.batches, steps),
+                    seed=settings.seed,
+                ),
+                steps,
+                trainer=settings.trainer,
+                checkpoints=self.context.directory / "checkpoints" / f"{position}_{domain}",
+                progress=self.context.progress,
+                description=(
+                    f"{self.context.label}: {domain} ({position + 1}/{len(settings.sequence)})"
+                ),
+                identity=f"{self.context.fingerprint}/{position}",
+                run_logger=self.log.lightning(),
+                callbacks=callbacks,
+            )
+
+    def _batches_of(self, position: int, tokenizer: Any) -> ChatBatches | PackedBatches:
+        """A domain's own batches, a function of the step; replay asks for earlier ones again."""
+        if position not in self._batches:
+            settings = self.settings
+            domain, length = settings.sequence[position], settings.trainer.max_length
+            rows, owners = training_rows(self.source, [domain], tokenizer, length)
+            self._batches[position] = training_batches(
+                rows,
+                owners,
+                settings.trainer,
+                pad_token_id=tokenizer.pad_token_id,
+                seed=settings.seed * len(settings.sequence) + position,
+            )
+        return self._batches[position]
+
+    # Scoring
+
+    @contextmanager
+    def scorer(self) -> Iterator[SequenceScorer | None]:
+        """What scores the method as it is by now, on rank 0; None elsewhere, where ranks wait."""
+        if ranks.is_main():
+            with self._attached(training=False) as attached:
+                yield SequenceScorer(self, attached)
+        else:
+            yield None
+        ranks.barrier()
+
+
+class SequenceScorer:
+    """Scores of a method after a domain.
+
+    Attributes:
+        scorer: of the tasks in force.
+    """
+
+    def __init__(self, trainer: SequenceTrainer, attached: Attached) -> None:
+        self.attached, self.names, self.source = attached, trainer.names, trainer.source
+        self.settings = trainer.settings
+        self.scorer = Scorer(
+            self.source, attached.model, attached.tokenizer, self.settings.evaluation
+        )
+
+    def targets(self) -> dict[str, Score]:
+        """The domains' scores, under the intervention if there is one."""
+        intervention = self.settings.intervention
+        if intervention.name == "none":
+            return self.scorer.targets()
+        found = {}
+        for name in self.names:
+            with evaluate.intervened(self.attached.method, intervention, name):
+                found |= self.scorer.targets([name])
+        return found
+
+    def drift(self) -> float | None:
+        """Squared change of general features over their squares, at the monitor site, if there is
+        one."""
+        if self.attached.monitor is None:
+            return None
+        changed = kept = 0.0
+        for ids, mask in self._heldout():
+            parts = self.attached.monitor.drift(ids, mask)
+            changed, kept = changed + float(parts[0]), kept + float(parts[1])
+        return changed / max(kept, 1e-12)
+
+    def _heldout(self) -> Iterator[tuple[Tensor, Tensor]]:
+        model, tokenizer = self.attached.model, self.attached.tokenizer
+        for name in self.names:
+            rows = read_rows(self.source / f"heldout/{name}.jsonl")[:DRIFT_ROWS]
+            encoded = encode_chats(tokenizer, rows, self.scorer.max_length)
+            batch = collate(encoded, [-1] * len(encoded), tokenizer.pad_token_id)
+            batch = batch.to(model.device)
+            yield batch.input_ids, batch.attention_mask
