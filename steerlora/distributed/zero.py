@@ -26,8 +26,8 @@ FOREVER = timedelta(days=1)
 
 
 def sharding_settings(trainer: TrainerConfig) -> dict[str, Any]:
-    """DeepSpeed's configuration under which ZeRO-3 opens a model; the ranks have met after it."""
-    ranks.meet_alone()
+    """DeepSpeed's configuration under which a model is opened sharded, in a process group."""
+    ranks.ensure_process_group()
     return ZeroStrategy(trainer).config
 
 
@@ -77,7 +77,7 @@ class ZeroStrategy(StaysInPlace, DeepSpeedStrategy):
             zero["stage3_model_persistence_threshold"] = max(trainer.persistent_elements, 1) * 10**6
 
     def setup_environment(self) -> None:
-        ranks.meet_alone()
+        ranks.ensure_process_group()
         super(DeepSpeedStrategy, self).setup_environment()  # DeepSpeedStrategy's refuses a CPU
 
     def setup_distributed(self) -> None:

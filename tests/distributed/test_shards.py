@@ -70,8 +70,6 @@ def sharded_run(settings: TrainerConfig) -> dict:
     """Train, edit and train; then restore what was stored in between elsewhere, and train again."""
     import deepspeed
 
-    ranks.meet_alone()
-
     def start() -> tuple:
         module = Model()
         engine, *_ = deepspeed.initialize(
