@@ -204,7 +204,7 @@ def _end(error: BaseException) -> NoReturn:
         ),
         RankGone: (f"error: {error}", 1),
     }.get(type(error), (f"error: {error}", 2))
-    if ranks.speaks(error):
+    if ranks.reports(error):
         print(line, file=sys.stderr, flush=True)
     raise SystemExit(code)
 

@@ -1,8 +1,8 @@
-"""The meeting of all ranks: where they agree on what to do, and watch that all of them live.
+"""The group of all ranks: rendezvous, agreement on the configuration, and heartbeats.
 
-They talk through a key-value store, which torchrun keeps, or else rank 0. A rank that dies leaves
-the others waiting in a collective, some of them for ever: every rank therefore gives signs of life
-and looks for the others', and ends with a line that says which one is gone.
+Ranks exchange short values through a key-value store, which torchrun hosts, or else rank 0. A rank
+that dies leaves the others waiting in a collective, some of them for ever: every rank therefore
+sends heartbeats, checks the others', and ends with a line that says which one is gone.
 """
 
 from __future__ import annotations
@@ -26,32 +26,37 @@ import torch.distributed as dist
 from steerlora.distributed.ranks import Ranks
 from steerlora.errors import RankGone, UserError
 
-BEAT = 1.0  # seconds between two signs of life
-SILENCE = 30.0  # seconds without one after which a rank counts as gone
-TRACE = 12.0  # seconds to look for a rank that is gone, once a collective has failed
-MEETING = 600.0  # seconds that the first rank to come waits for the last
-FAREWELL = 3.0  # seconds that the keeper of the store stays on for others to read in it
+HEARTBEAT_INTERVAL = 1.0
+"""Seconds between two heartbeats."""
+HEARTBEAT_TIMEOUT = 30.0
+"""Seconds without one after which a rank counts as gone."""
+DIAGNOSIS_TIMEOUT = 12.0
+"""Seconds to find the rank that is gone, once a collective has failed."""
+RENDEZVOUS_TIMEOUT = 600.0
+"""Seconds that the first rank waits for the last to join."""
+SHUTDOWN_TIMEOUT = 3.0
+"""Seconds that the host of the store stays for others to read from it."""
 
 
 class Group:
-    """All ranks of a process's lifetime: process group, key-value store, signs of life.
+    """All ranks of a process's lifetime: process group, key-value store, heartbeats.
 
     Args:
         ranks: this process's.
 
     Raises:
-        UserError: the others cannot be reached, or do not come.
+        UserError: the store cannot be reached, or a rank does not join.
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self._run, self._turn = ranks, 0, 0
-        self._watches, self._failing, self._deaf = False, False, False
-        self._heard: dict[int, tuple[int, float]] = {}  # rank: its last beat, and when
+        self.ranks, self._run, self._sequence = ranks, 0, 0
+        self._monitors, self._failing, self._store_lost = False, False, False
+        self._heartbeats: dict[int, tuple[int, float]] = {}  # rank: its last beat, and when
         self._gone: dict[int, str] = {}  # rank: what became of it
-        self._by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self._keeps = ranks.rank == 0 and not self._by_agent
-        self._store = self._connect(keeps=self._keeps)
-        self._meet()
+        self._torchrun_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._hosts = ranks.rank == 0 and not self._torchrun_hosts
+        self._store = self._connect(hosts=self._hosts)
+        self._rendezvous()
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
@@ -63,69 +68,71 @@ class Group:
             timeout=timedelta(hours=2),
         )
         # A connection of its own: another thread may be waiting on the first.
-        self._over = threading.Event()
-        self._watch = threading.Thread(target=self._follow, args=(self._connect(),), daemon=True)
-        self._watch.start()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(
+            target=self._send_heartbeats, args=(self._connect(),), daemon=True
+        )
+        self._thread.start()
         # An interpreter that ends while a thread is inside the store's C++ is aborted.
-        atexit.register(self._stop_following)
+        atexit.register(self._stop_heartbeats)
 
-    def _connect(self, *, keeps: bool = False):
-        place = f"{self.ranks.address}:{self.ranks.port}"
+    def _connect(self, *, hosts: bool = False):
+        address = f"{self.ranks.address}:{self.ranks.port}"
         try:
             store = dist.TCPStore(
                 self.ranks.address,
                 self.ranks.port,
-                is_master=keeps,
-                timeout=timedelta(seconds=MEETING),
+                is_master=hosts,
+                timeout=timedelta(seconds=RENDEZVOUS_TIMEOUT),
                 wait_for_workers=False,
             )
         except dist.DistError as error:
             raise UserError(
-                f"rank {self.ranks.rank} cannot {'keep' if keeps else 'reach'} the place where "
-                f"ranks meet, {place} ({str(error).splitlines()[0]}); MASTER_ADDR and MASTER_PORT "
-                "say where it is"
+                f"rank {self.ranks.rank} cannot {'host' if hosts else 'reach'} the rendezvous "
+                f"store at {address} ({str(error).splitlines()[0]}); MASTER_ADDR and MASTER_PORT "
+                "set its address"
             ) from error
-        # torchrun keeps its store over restarts: what ranks said before must not count.
+        # torchrun keeps its store over restarts: what an earlier attempt wrote must not count.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return dist.PrefixStore(f"steerlora/{attempt}", store)
 
-    def _meet(self) -> None:
-        """Wait until every rank has come: collectives would wait for hours, and name nobody."""
-        keys = [f"here/{rank}" for rank in range(self.ranks.world)]
+    def _rendezvous(self) -> None:
+        """Wait until every rank has joined: a collective would wait for hours, and name none."""
+        keys = [f"joined/{rank}" for rank in range(self.ranks.world)]
         self._store.set(keys[self.ranks.rank], "")
-        deadline = time.monotonic() + MEETING
+        deadline = time.monotonic() + RENDEZVOUS_TIMEOUT
         while not self._store.check(keys):
             if time.monotonic() > deadline:
                 late = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
                 raise UserError(
-                    f"of {self.ranks.world} ranks, rank {', '.join(late)} has not come within "
-                    f"{MEETING / 60:.0f} minutes: see what it says where it was started"
+                    f"of {self.ranks.world} ranks, rank {', '.join(late)} has not joined within "
+                    f"{RENDEZVOUS_TIMEOUT / 60:.0f} minutes: read its output where it was started"
                 )
             time.sleep(0.05)
 
     # Agreement
 
     def broadcast(self, value: Any) -> Any:
-        self._turn += 1
-        key = self._key(f"turn/{self._turn}")
+        self._sequence += 1
+        key = self._key(f"sequence/{self._sequence}")
         if self.ranks.rank == 0:
             self._store.set(key, json.dumps(value))
             return value
-        return json.loads(self._hear(key))
+        return json.loads(self._wait_for(key))
 
     def barrier(self) -> None:
-        self._turn += 1
-        key = self._key(f"turn/{self._turn}")
+        self._sequence += 1
+        key = self._key(f"sequence/{self._sequence}")
         self._store.add(key, 1)
         while self._store.add(key, 0) < self.ranks.world:
-            self._refuse_to_wait_for_the_dead()
+            self._raise_if_any_is_gone()
             time.sleep(0.02)
 
     def agree(self, description: Mapping[str, Any]) -> None:
         """Compare every rank's configuration with rank 0's; all ranks refuse, not only one."""
         keys = [self._key(f"config/{rank}") for rank in range(self.ranks.world)]
         self._store.set(keys[self.ranks.rank], json.dumps(description, sort_keys=True, default=str))
-        first, *others = (json.loads(self._hear(key)) for key in keys)
+        first, *others = (json.loads(self._wait_for(key)) for key in keys)
         for rank, other in enumerate(others, 1):
             differing = _differing(first, other)
             if differing:
@@ -138,39 +145,39 @@ class Group:
         """A key of this run alone: a sweep has several, one after the other."""
         return f"run/{self._run}/{name}"
 
-    def _hear(self, key: str) -> bytes:
+    def _wait_for(self, key: str) -> bytes:
         """The value of a key once it is there, in steps short enough for Ctrl-C.
 
         Raises:
-            RankGone: nobody will say it any more.
+            RankGone: a rank ended, so that nobody may set it any more.
         """
         while not self._store.check([key]):
-            self._refuse_to_wait_for_the_dead()
+            self._raise_if_any_is_gone()
             time.sleep(0.02)
         return self._store.get(key)
 
-    def _refuse_to_wait_for_the_dead(self) -> None:
+    def _raise_if_any_is_gone(self) -> None:
         for line in self._gone.values():
             raise RankGone(f"{line}; rank {self.ranks.rank} ends too")
 
-    # Life and death
+    # Failures
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Inside, a rank that ends takes this one with it; outside, ranks come and go."""
-        self._run, self._turn = self._run + 1, 0
-        self._heard, self._gone = {}, {}
-        self._watches, self._failing = True, False
+    def monitoring(self) -> Iterator[None]:
+        """Inside, a rank that ends also ends this one; outside, ranks may end at any time."""
+        self._run, self._sequence = self._run + 1, 0
+        self._heartbeats, self._gone = {}, {}
+        self._monitors, self._failing = True, False
         try:
             yield
         finally:
-            self._watches = False
+            self._monitors = False
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others why this rank ends; where it ends because of another, say which.
+        """Tell the other ranks why this one fails.
 
         Raises:
-            RankGone: ``error`` is a collective's, and comes of another rank's end.
+            RankGone: ``error`` is a collective's, and another rank's end is its cause.
         """
         self._failing = True
         if not _of_a_collective(error):
@@ -181,69 +188,69 @@ class Group:
         # A launcher that saw the other die asks this one to end as well: that is no preemption.
         with suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        deadline = time.monotonic() + TRACE
+        deadline = time.monotonic() + DIAGNOSIS_TIMEOUT
         while time.monotonic() < deadline:
-            self._look(self._store, TRACE / 2)
+            self._heartbeat(self._store, DIAGNOSIS_TIMEOUT / 2)
             for line in self._gone.values():
                 raise RankGone(f"{line}; rank {self.ranks.rank} ends too") from error
-            time.sleep(BEAT)
+            time.sleep(HEARTBEAT_INTERVAL)
 
     def leave(self) -> None:
-        """The keeper of the meeting place leaves last: the others still read what was said."""
-        if self._deaf:
+        """Leave the group; the host of the store waits for the others, who still read from it."""
+        if self._store_lost:
             return
         with suppress(Exception):
             key = self._key("left")
-            gone = self._store.add(key, 1)
-            deadline = time.monotonic() + (FAREWELL if self._keeps else 0)
-            while gone < self.ranks.world and time.monotonic() < deadline:
+            left = self._store.add(key, 1)
+            deadline = time.monotonic() + (SHUTDOWN_TIMEOUT if self._hosts else 0)
+            while left < self.ranks.world and time.monotonic() < deadline:
                 time.sleep(0.02)
-                gone = self._store.add(key, 0)
+                left = self._store.add(key, 0)
 
-    def _follow(self, store) -> None:
-        """Give signs of life and look for those of the others, until the process ends."""
+    def _send_heartbeats(self, store) -> None:
+        """Send heartbeats and check those of the others, until the process ends."""
         others_ended = None
-        while not self._over.is_set():
-            self._look(store, SILENCE)
-            if not self._gone or not self._watches or self._failing:
+        while not self._stopping.is_set():
+            self._heartbeat(store, HEARTBEAT_TIMEOUT)
+            if not self._gone or not self._monitors or self._failing:
                 others_ended = None
             elif others_ended is None:
-                # This rank may be about to fail by itself, and say it better.
+                # This rank may be about to fail by itself, with a better message.
                 others_ended = time.monotonic()
-            elif time.monotonic() > others_ended + TRACE:
+            elif time.monotonic() > others_ended + DIAGNOSIS_TIMEOUT:
                 line = f"{next(iter(self._gone.values()))}; rank {self.ranks.rank} ends too"
                 print(f"error: {line}", file=sys.stderr, flush=True)
                 os._exit(1)
-            self._over.wait(BEAT)
+            self._stopping.wait(HEARTBEAT_INTERVAL)
 
-    def _stop_following(self) -> None:
-        self._over.set()
-        self._watch.join(FAREWELL)
+    def _stop_heartbeats(self) -> None:
+        self._stopping.set()
+        self._thread.join(SHUTDOWN_TIMEOUT)
 
-    def _look(self, store, silence: float) -> None:
-        """Give a sign of life; note which ranks ended, and which gave none for so many seconds."""
-        if self._deaf:
+    def _heartbeat(self, store, timeout: float) -> None:
+        """Send a heartbeat; note which ranks ended, and which sent none for ``timeout`` seconds."""
+        if self._store_lost:
             return
         try:
-            store.add(f"alive/{self.ranks.rank}", 1)
+            store.add(f"heartbeat/{self.ranks.rank}", 1)
             for rank in range(self.ranks.world):
                 if rank != self.ranks.rank:
-                    self._look_at(rank, store, silence)
-        except Exception:  # no store, no word of any rank
-            self._deaf = True
-            keeper = "the torchrun of rank 0" if self._by_agent else "rank 0"
-            self._gone.setdefault(0, f"{keeper} is gone: it kept the place where ranks meet")
+                    self._check_rank(rank, store, timeout)
+        except Exception:  # without the store, nothing is known of any rank
+            self._store_lost = True
+            host = "the torchrun of rank 0" if self._torchrun_hosts else "rank 0"
+            self._gone.setdefault(0, f"{host} is gone: it hosted the rendezvous store")
 
-    def _look_at(self, rank: int, store, silence: float) -> None:
+    def _check_rank(self, rank: int, store, timeout: float) -> None:
         ended = self._key(f"ended/{rank}")
         if store.check([ended]):
             self._gone[rank] = f"rank {rank} ended: {store.get(ended).decode()}"
             return
-        beats, now = store.add(f"alive/{rank}", 0), time.monotonic()
-        if self._heard.get(rank, (-1, now))[0] != beats:
-            self._heard[rank] = (beats, now)
-        elif now - self._heard[rank][1] > silence:
-            self._gone[rank] = f"rank {rank} is gone without a word"
+        beats, now = store.add(f"heartbeat/{rank}", 0), time.monotonic()
+        if self._heartbeats.get(rank, (-1, now))[0] != beats:
+            self._heartbeats[rank] = (beats, now)
+        elif now - self._heartbeats[rank][1] > timeout:
+            self._gone[rank] = f"rank {rank} is gone: it sends no heartbeat"
 
 
 def _of_a_collective(error: BaseException) -> bool:

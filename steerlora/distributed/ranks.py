@@ -1,7 +1,7 @@
 """Ranks: the processes that one training is divided over.
 
-They are started from outside, by torchrun or srun; nothing here ever starts a process. What they
-have to say to one another, besides tensors, goes through their `meeting.Group`.
+They are started from outside, by torchrun or srun; nothing here ever starts a process. Besides
+tensors, they exchange values through their `group.Group`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Ranks(NamedTuple):
     Attributes:
         rank, world: number of this process among all, and how many there are.
         local_rank, local_world: the same on this machine; the local rank is the GPU's number.
-        address, port: where the ranks meet: on the machine of rank 0.
+        address, port: of the rendezvous store, on the machine of rank 0.
         launcher: "torchrun", "srun", or "" for one process on its own.
     """
 
@@ -40,28 +40,28 @@ class Ranks(NamedTuple):
 
 def current() -> Ranks:
     """This process's rank, from the environment that torchrun or srun gives it."""
-    said = os.environ
+    env = os.environ
     # torchrun sets all of them; Lightning sets some in any process that it has trained in.
-    if int(said.get("WORLD_SIZE", "1")) > 1 and {"RANK", "LOCAL_WORLD_SIZE"} <= {*said}:
+    if int(env.get("WORLD_SIZE", "1")) > 1 and {"RANK", "LOCAL_WORLD_SIZE"} <= {*env}:
         return Ranks(
-            rank=int(said["RANK"]),
-            world=int(said["WORLD_SIZE"]),
-            local_rank=int(said.get("LOCAL_RANK", "0")),
-            local_world=int(said.get("LOCAL_WORLD_SIZE", "1")),
-            address=said.get("MASTER_ADDR", "127.0.0.1"),
-            port=int(said.get("MASTER_PORT", "29500")),
+            rank=int(env["RANK"]),
+            world=int(env["WORLD_SIZE"]),
+            local_rank=int(env.get("LOCAL_RANK", "0")),
+            local_world=int(env.get("LOCAL_WORLD_SIZE", "1")),
+            address=env.get("MASTER_ADDR", "127.0.0.1"),
+            port=int(env.get("MASTER_PORT", "29500")),
             launcher="torchrun",
         )
     # Of the step, which only srun sets: a batch script has the job's SLURM_NTASKS, and is alone.
-    if int(said.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in said:
-        tasks = said.get("SLURM_STEP_TASKS_PER_NODE", said["SLURM_STEP_NUM_TASKS"])
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        tasks = env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"])
         return Ranks(
-            rank=int(said["SLURM_PROCID"]),
-            world=int(said["SLURM_STEP_NUM_TASKS"]),
-            local_rank=int(said["SLURM_LOCALID"]),
+            rank=int(env["SLURM_PROCID"]),
+            world=int(env["SLURM_STEP_NUM_TASKS"]),
+            local_rank=int(env["SLURM_LOCALID"]),
             local_world=int(tasks.split(",")[0].split("(")[0]),
-            address=said.get("MASTER_ADDR") or _first_host(said["SLURM_STEP_NODELIST"]),
-            port=int(said.get("MASTER_PORT") or _port_of_job(said)),
+            address=env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"]),
+            port=int(env.get("MASTER_PORT") or _port_of_job(env)),
             launcher="srun",
         )
     return Ranks()
@@ -73,9 +73,9 @@ def _first_host(nodes: str) -> str:
     return SLURMEnvironment.resolve_root_node_address(nodes)
 
 
-def _port_of_job(said: Mapping[str, str]) -> int:
+def _port_of_job(env: Mapping[str, str]) -> int:
     """The same on every node, and another for every step: several jobs may share a machine."""
-    return 15000 + (int(said["SLURM_JOB_ID"]) * 7 + int(said.get("SLURM_STEP_ID", "0"))) % 20000
+    return 15000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_STEP_ID", "0"))) % 20000
 
 
 def is_main() -> bool:
@@ -83,27 +83,27 @@ def is_main() -> bool:
     return current().rank == 0
 
 
-def speaks(error: BaseException) -> bool:
-    """Whether it is for this process to say why it ends.
+def reports(error: BaseException) -> bool:
+    """Whether this process prints why it ends.
 
-    What all ranks have to say, rank 0 says; before they have met, nobody knows that it is all of
-    them, and the first of every machine says it.
+    An error of all ranks is printed by rank 0. Before they have joined, nobody knows whether it is
+    an error of all, and the first rank of every machine prints it.
     """
     here = current()
-    unmet = here.world > 1 and _joined is None
-    return here.rank == 0 or isinstance(error, RankGone) or (unmet and here.local_rank == 0)
+    alone = here.world > 1 and _joined is None
+    return here.rank == 0 or isinstance(error, RankGone) or (alone and here.local_rank == 0)
 
 
 @contextmanager
 def joined(description: Mapping[str, Any]) -> Iterator[None]:
-    """All ranks, together: they meet, agree on ``description``, and watch one another.
+    """Inside, this process is in the group of all ranks, which monitors that none of them ends.
 
     Args:
         description: the configuration in plain types, which has to be every rank's.
 
     Raises:
-        UserError: a rank was started with another configuration; they cannot meet.
-        RankGone: another rank ended or fell silent while this one was at work.
+        UserError: a rank was started with another configuration, or does not join.
+        RankGone: another rank ended, or sends no heartbeat, while this one is at work.
     """
     global _joined
     if current().world == 1:
@@ -113,7 +113,7 @@ def joined(description: Mapping[str, Any]) -> Iterator[None]:
 
     _joined = _joined or Group(current())
     try:
-        with _joined.watching():
+        with _joined.monitoring():
             _joined.agree(description)
             yield
             _joined.barrier()
@@ -135,9 +135,9 @@ def barrier() -> None:
         _joined.barrier()
 
 
-def meet_alone() -> None:
-    """What DeepSpeed wants of any process: a local rank in its environment, which only torchrun
-    puts there, and a process group; of one, where there is none yet."""
+def ensure_process_group() -> None:
+    """Give this process what DeepSpeed requires of any: LOCAL_RANK in its environment, which only
+    torchrun sets, and a process group. Where there is none yet, it becomes a group of one."""
     import torch.distributed as dist
 
     os.environ["LOCAL_RANK"] = str(current().local_rank)

@@ -1,117 +1,70 @@
 """Tensors that DeepSpeed's ZeRO shards over the ranks: whole ones from shards, and back.
 
-ZeRO keeps the float32 weights that train, and the optimizer's moments, as one or more flat tensors
-a rank; a weight is a range of them. Everything here is collective: every rank calls it, in the same
-order.
+ZeRO has every weight that trains twice: as the parameter that forwards use, which ZeRO-3 shards,
+and as the float32 shards that the optimizer steps, with their moments. Both are read and written by
+DeepSpeed's public functions. Everything here is collective: every rank calls it, in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from steerlora.distributed.deepspeed_private import begin_moments
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's and AdamW's."""
 
 
-class Fragment(NamedTuple):
-    """What this rank holds of a weight: flat[start : start + length], its part from offset on."""
-
-    flat: Tensor
-    start: int
-    length: int
-    offset: int
-
-
 def sharded(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 has it: its own data may be empty between uses."""
+    """Whether ZeRO-3 shards it: its own data may be empty between uses.
+
+    DeepSpeed then gives it ``ds_id``, ``ds_numel`` and ``ds_shape``, which transformers and PEFT
+    read as well.
+    """
     return hasattr(parameter, "ds_id")
 
 
 def elements(parameter: Tensor) -> int:
+    """Values of the whole parameter."""
     return parameter.ds_numel if sharded(parameter) else parameter.numel()
 
 
-def shape(parameter: Tensor) -> torch.Size:
-    return parameter.ds_shape if sharded(parameter) else parameter.shape
+def whole_weights(module: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """The float32 values of every parameter that trains."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {p: safe_get_full_fp32_param(p) for p in module.parameters() if p.requires_grad}
 
 
-def _flats(zero: Any) -> list[Tensor]:
-    """The flat tensors of this rank's optimizer."""
-    if hasattr(zero, "fp32_partitioned_groups_flat"):
-        return list(zero.fp32_partitioned_groups_flat)
-    return list(zero.single_partition_of_fp32_groups)
-
-
-def _fragment(parameter: nn.Parameter, zero: Any) -> Fragment | None:
-    """This rank's part of a weight; None where it has none."""
-    if sharded(parameter):
-        group, start, length = zero.grad_position[zero.get_param_id(parameter)]
-        offset = zero._get_param_partition_rank(parameter) * length
-        length = max(0, min(length, elements(parameter) - offset))  # the last part may be padded
-        return Fragment(_flats(zero)[group], start, length, offset)
-    held = parameter._hp_mapping
-    if held is None:
-        return None
-    place = held.hp_fragment_address
-    flat = _flats(zero)[held.param_group_index]
-    return Fragment(flat, place.start, place.numel, held.lp_fragment_address.start)
-
-
-def _whole(parameter: nn.Parameter, zero: Any, source: Callable[[Tensor], Tensor]) -> Tensor:
-    """A whole tensor like ``parameter``, from what ``source`` gives of each rank's flat tensor."""
-    found = _fragment(parameter, zero)
-    device = _flats(zero)[0].device
-    whole = torch.zeros(elements(parameter), device=device)
-    if found is not None:
-        part = source(found.flat)[found.start : found.start + found.length]
-        whole[found.offset : found.offset + found.length] = part
-    dist.all_reduce(whole)
-    return whole.view(shape(parameter))
-
-
-def _put(parameter: nn.Parameter, zero: Any, value: Tensor, target: Callable[[Tensor], Tensor]):
-    """Write this rank's part of a whole tensor into what ``target`` gives of its flat tensor."""
-    found = _fragment(parameter, zero)
-    if found is not None:
-        part = value.reshape(-1)[found.offset : found.offset + found.length]
-        target(found.flat)[found.start : found.start + found.length] = part.to(found.flat)
-
-
-def whole_state(module: nn.Module, zero: Any) -> dict[str, Tensor]:
-    """Buffers, and every weight that trains in float32; of frozen weights, those that are whole.
-
-    Under all its names, as in a state dict: an adapter's weight is also its model's.
-    """
-    wholes = whole_weights(module, zero)
-    trained = {module.get_parameter(name): whole for name, whole in wholes.items()}
-    weights = {
-        name: trained.get(parameter, parameter.detach())
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if parameter in trained or not sharded(parameter)
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state dict with whole weights, without frozen ones that ZeRO-3 shards."""
+    trained = {parameter: whole.cpu() for parameter, whole in whole_weights(module).items()}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {
+        name: trained.get(parameters.get(name), value)
+        for name, value in module.state_dict().items()
+        if parameters.get(name) in trained or not sharded(parameters.get(name))
     }
-    return {**weights, **dict(_stored_buffers(module))}
-
-
-def _stored_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Those that belong to a state dict; a rotary embedding's frequencies, for one, do not."""
-    for path, owner in module.named_modules(remove_duplicate=False):
-        for leaf, buffer in owner.named_buffers(recurse=False):
-            if leaf not in owner._non_persistent_buffers_set:
-                yield f"{path}.{leaf}".lstrip("."), buffer
 
 
 @torch.no_grad()
-def restore_state(module: nn.Module, zero: Any, state: Mapping[str, Tensor]) -> None:
-    """Put stored buffers and weights in place, in the shards and in what forwards use."""
+def restore_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put stored buffers and weights in place.
+
+    Args:
+        module: what trains.
+        state: a state dict of it; of a weight with several names, one is enough.
+    """
     import deepspeed
 
-    for name, buffer in _stored_buffers(module):
+    for name, buffer in module.named_buffers(remove_duplicate=False):
         if name in state:
             buffer.copy_(state[name])
     stored = {
@@ -121,56 +74,50 @@ def restore_state(module: nn.Module, zero: Any, state: Mapping[str, Tensor]) -> 
     }
     assert len(stored) == sum(p.requires_grad for p in module.parameters()), "weights are missing"
     for parameter, value in stored.items():
-        value = value.to(_flats(zero)[0].device)
-        _put(parameter, zero, value, lambda flat: flat.detach())
-        if sharded(parameter):
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if dist.get_rank() == 0:
-                    parameter.copy_(value)
-        else:
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)
+        _write(parameter, value)
 
 
 def whole_moments(trained: Sequence[nn.Parameter], zero: Any) -> dict[str, Any]:
-    """The optimizer's state dict as torch's optimizer has it in one process."""
-    states = zero.optimizer.state
-    begun = [states[flat] for flat in _flats(zero) if MOMENTS[0] in states.get(flat, {})]
-    kept: dict[int, dict[str, Tensor]] = {}
+    """The optimizer's state dict as torch's optimizer has it in one process.
+
+    Args:
+        trained: the optimizer's parameters, in their order.
+        zero: DeepSpeed's optimizer.
+    """
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    begun = _begun(zero)
+    state: dict[int, dict[str, Tensor]] = {}
     for number, parameter in enumerate(trained) if begun else ():
-        kept[number] = {"step": begun[0]["step"].detach().clone()}
-        for name in MOMENTS:
-            whole = _whole(parameter, zero, lambda flat, name=name: states[flat][name])
-            kept[number][name] = whole
-    settings = {k: v for k, v in zero.optimizer.param_groups[0].items() if k != "params"}
-    return {"state": kept, "param_groups": [{**settings, "params": [*range(len(trained))]}]}
+        whole = {name: safe_get_full_optimizer_state(parameter, name).cpu() for name in MOMENTS}
+        state[number] = {"step": begun[0]["step"].detach().clone(), **whole}
+    settings = {k: v for k, v in zero.param_groups[0].items() if k != "params"}
+    return {"state": state, "param_groups": [{**settings, "params": [*range(len(trained))]}]}
 
 
 @torch.no_grad()
 def restore_moments(trained: Sequence[nn.Parameter], zero: Any, stored: Mapping[str, Any]) -> None:
-    """Put a stored state dict of one process's optimizer into the shards."""
-    states, settings = zero.optimizer.state, stored["param_groups"][0]
-    for group in zero.optimizer.param_groups:
+    """Put a stored state dict of one process's optimizer into the shards.
+
+    Args:
+        trained: the optimizer's parameters, in their order.
+        zero: DeepSpeed's optimizer.
+        stored: what `whole_moments` or torch's optimizer gave.
+    """
+    settings = stored["param_groups"][0]
+    for group in zero.param_groups:
         group.update({k: v for k, v in settings.items() if k != "params"})
     if not stored["state"]:
         return
-    for flat in _flats(zero):
-        step = stored["state"][0]["step"].to(flat.device, torch.float32).clone()
-        states[flat] = {"step": step, **{name: torch.zeros_like(flat) for name in MOMENTS}}
+    if not _begun(zero):
+        begin_moments(zero)
+    for state in _begun(zero):
+        state["step"].copy_(stored["state"][0]["step"])
     for number, parameter in enumerate(trained):
         for name in MOMENTS:
-            value = stored["state"][number][name]
-            _put(parameter, zero, value, lambda flat, name=name: states[flat][name])
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._lazy_init_hp_params_optimizer_state()
-
-
-def whole_weights(module: nn.Module, zero: Any) -> dict[str, Tensor]:
-    """{name: float32} of every weight that trains."""
-    return {
-        name: _whole(parameter, zero, lambda flat: flat.detach())
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    }
+            _write(parameter, stored["state"][number][name], name)
 
 
 @contextmanager
@@ -185,33 +132,53 @@ def editing(
         moments: the optimizer's state too; what is yielded has it by weight, else it is empty.
     """
     import deepspeed
+    from deepspeed.utils import safe_get_full_optimizer_state
 
-    states = zero.optimizer.state
-    known = moments and any(MOMENTS[0] in states.get(flat, {}) for flat in _flats(zero))
     wholes = {
-        parameter: {
-            name: _whole(parameter, zero, lambda flat, name=name: states[flat][name])
-            for name in MOMENTS
-        }
-        for parameter in (parameters if known else ())
+        parameter: {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
+        for parameter in (parameters if moments and _begun(zero) else ())
     }
-    gathered = [parameter for parameter in parameters if sharded(parameter)]
-    with deepspeed.zero.GatheredParameters(gathered, modifier_rank=0):
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
         yield wholes
         for parameter in parameters:
-            _put(parameter, zero, parameter.detach(), lambda flat: flat.detach())
+            _write(parameter, parameter.detach())
     for parameter, held in wholes.items():
         for name, value in held.items():
-            _put(parameter, zero, value, lambda flat, name=name: states[flat][name])
+            _write(parameter, value, name)
 
 
-def replace(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Make plain parameters of whole weights, in place of what a closed engine leaves behind.
+def replace(module: nn.Module, weights: Mapping[nn.Parameter, Tensor]) -> None:
+    """Make plain parameters of whole weights, in place of what a destroyed engine leaves behind.
 
-    Frozen weights that ZeRO-3 sharded stay so: no rank could hold them.
+    Frozen weights that ZeRO-3 shards stay so: no rank could hold them.
     """
-    fresh = {module.get_parameter(name): nn.Parameter(value) for name, value in weights.items()}
-    for owner in module.modules():
-        for leaf, parameter in list(owner._parameters.items()):
-            if parameter in fresh:  # tied weights have several owners
-                owner.register_parameter(leaf, fresh[parameter])
+    fresh = {parameter: nn.Parameter(value) for parameter, value in weights.items()}
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        if parameter in fresh:  # tied weights have several names
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner).register_parameter(leaf, fresh[parameter])
+
+
+def _begun(zero: Any) -> list[dict[str, Tensor]]:
+    """The optimizer's states that have moments; none before its first step."""
+    return [state for state in zero.state.values() if MOMENTS[0] in state]
+
+
+def _write(parameter: nn.Parameter, value: Tensor, moment: str = "") -> None:
+    """Put a whole tensor into the optimizer's shards of a weight, or of one of its moments."""
+    from deepspeed import utils
+
+    if not sharded(parameter):
+        if moment:
+            utils.safe_set_full_optimizer_state(parameter, value, moment)
+        else:
+            utils.safe_set_full_fp32_param(parameter, value)
+        return
+    # Shards are equal, the last one padded, which ZeRO-3's own safe_set_full functions forget.
+    size = utils.safe_get_local_fp32_param(parameter).numel()
+    padded = F.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+    own = padded[size * dist.get_rank() :][:size]
+    if moment:
+        utils.safe_set_local_optimizer_state(parameter, own, moment)
+    else:
+        utils.safe_set_local_fp32_param(parameter, own)

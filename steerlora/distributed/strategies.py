@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from steerlora.config import TrainerConfig
 from steerlora.distributed import ranks, shards
+from steerlora.distributed.deepspeed_private import check_version
 from steerlora.distributed.placement import DataParallelStrategy, OneDeviceStrategy, StartedRanks
 from steerlora.distributed.zero import ZeroStrategy
 from steerlora.errors import UserError
@@ -31,7 +32,7 @@ def check_hardware(trainer: TrainerConfig) -> None:
 
     Raises:
         UserError: no GPU for a preset that needs one; several ranks and a strategy for one; a
-            precision that the strategy does not have.
+            precision that the strategy does not have; a DeepSpeed of another version.
     """
     world, strategy = ranks.current().world, trainer.strategy
     if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
@@ -49,6 +50,8 @@ def check_hardware(trainer: TrainerConfig) -> None:
             f"trainer.precision={trainer.precision}: DeepSpeed here runs "
             f"{' or '.join(ZERO_PRECISIONS)}"
         )
+    if strategy.startswith("zero"):
+        check_version()
 
 
 def check_divides(owner: str, batch_size: int, parts: int) -> None:

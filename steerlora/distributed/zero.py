@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from steerlora.config import TrainerConfig
 from steerlora.distributed import ranks, shards
+from steerlora.distributed.deepspeed_private import disable_shared_memory
 from steerlora.distributed.placement import StartedRanks, StaysInPlace
 
 FOREVER = timedelta(days=1)
 
 
 def sharding_settings(trainer: TrainerConfig) -> dict[str, Any]:
-    """DeepSpeed's configuration under which ZeRO-3 opens a model; the ranks have met after it."""
-    ranks.meet_alone()
+    """DeepSpeed's configuration under which a model is opened sharded, in a process group."""
+    ranks.ensure_process_group()
     return ZeroStrategy(trainer).config
 
 
@@ -67,11 +68,8 @@ class ZeroStrategy(StaysInPlace, DeepSpeedStrategy):
             timeout=FOREVER,
             precision_plugin=AutocastPrecision(trainer.precision),
         )
-        self._wholes: dict[str, Tensor] = {}
-        import deepspeed
-
-        # CPU ranks' exchange through shared memory: it waits for a dead rank holding Python's lock.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self._wholes: dict[nn.Parameter, Tensor] = {}
+        disable_shared_memory()
         self.config["zero_force_ds_cpu_optimizer"] = False
         zero = self.config["zero_optimization"]
         if trainer.strategy == "zero3":
@@ -79,7 +77,7 @@ class ZeroStrategy(StaysInPlace, DeepSpeedStrategy):
             zero["stage3_model_persistence_threshold"] = max(trainer.persistent_elements, 1) * 10**6
 
     def setup_environment(self) -> None:
-        ranks.meet_alone()
+        ranks.ensure_process_group()
         super(DeepSpeedStrategy, self).setup_environment()  # DeepSpeedStrategy's refuses a CPU
 
     def setup_distributed(self) -> None:
@@ -117,7 +115,7 @@ class ZeroStrategy(StaysInPlace, DeepSpeedStrategy):
     # Checkpoints: the whole state on rank 0, in the form that one process would write
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
-        return shards.whole_state(self.lightning_module, self.zero)
+        return shards.whole_state(self.lightning_module)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         return shards.whole_moments(self.trained, self.zero)
@@ -129,7 +127,7 @@ class ZeroStrategy(StaysInPlace, DeepSpeedStrategy):
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        shards.restore_state(self.lightning_module, self.zero, checkpoint["state_dict"])
+        shards.restore_state(self.lightning_module, checkpoint["state_dict"])
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -141,7 +139,7 @@ class ZeroStrategy(StaysInPlace, DeepSpeedStrategy):
     # What trained becomes plain, whole parameters again when a fit ends
 
     def on_train_end(self) -> None:
-        self._wholes = shards.whole_weights(self.lightning_module, self.zero)
+        self._wholes = shards.whole_weights(self.lightning_module)
 
     def teardown(self) -> None:
         module, engine = self.lightning_module, self.model

@@ -188,7 +188,7 @@ class Starter:
         first: str = "",
         **environment: str,
     ) -> list[Run]:
-        """The ranks of one run, without torchrun: rank 0 keeps the place where they meet.
+        """The ranks of one run, without torchrun: rank 0 hosts the rendezvous store.
 
         Args:
             each: a rank's own arguments.

@@ -75,7 +75,7 @@ def test_ranks_that_disagree_both_refuse(start, root):
     assert content(root) == before
 
 
-def test_before_ranks_meet_the_first_of_each_machine_speaks(start, root):
+def test_before_ranks_join_the_first_of_each_machine_reports(start, root):
     each = ((), ("trainer.batch_size=-1",))
     runs = start.ranks(ADAPTER, f"artifacts.root={root}", each=each, machines=True)
     assert "trainer.batch_size=-1: must be greater than 0" in runs[1].mistake

@@ -1,6 +1,6 @@
 """A rank that dies, without torchrun, as under srun: the others end within a minute, saying which.
 
-Rank 0 keeps the place where ranks meet.
+Rank 0 hosts the rendezvous store.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ def test_rank_0_is_killed(start, root):
     began = time.monotonic()
     assert runs[1].wait() == 1
     assert time.monotonic() - began < MINUTE
-    says = "error: rank 0 is gone: it kept the place where ranks meet; rank 1 ends too"
+    says = "error: rank 0 is gone: it hosted the rendezvous store; rank 1 ends too"
     assert runs[1].line == says
     assert "frame #" not in runs[1].err  # torch's own account of it
 
 
 ENDS_WHILE_LOOKING = """
 from runs import free_port
-from steerlora import meeting, ranks
+from steerlora.distributed import group, ranks
 
-meeting.BEAT = 0.0
-meeting.Group(ranks.Ranks(world=1, port=free_port()))
+group.HEARTBEAT_INTERVAL = 0.0
+group.Group(ranks.Ranks(world=1, port=free_port()))
 """
 
 

@@ -52,7 +52,7 @@ def test_preempted_then_bereft_of_a_rank_it_ends_as_one_process(start, root, unb
     began = time.monotonic()
     assert agent.wait() != 0
     assert time.monotonic() - began < MINUTE
-    assert "error: rank 1 is gone without a word; rank 0 ends too" in agent.err
+    assert "error: rank 1 is gone: it sends no heartbeat; rank 0 ends too" in agent.err
     assert "frame #" not in agent.err  # torch's own account of it
     # From what is there two ranks go on, and so does a process on its own.
     newest = checkpoints(root)[-1].name
