@@ -8,7 +8,6 @@ import dataclasses
 import pytest
 
 from steerlora.cli import compose, experiment
-from steerlora.config import GROUPS
 from steerlora.stages import features
 
 BASE = ("experiment=smoke", "model.steps=2")
@@ -52,11 +51,6 @@ CHANGES = {
     "sae.auxiliary": 0.5,
     "sae.dead_fraction": 0.3,
     "sae.seed": 5,
-    "method.sites": "[0]",
-    "method.context": "ema",
-    "method.decay": 0.5,
-    "method.source": "base",
-    "method.monitor": 2,
     "features.general_quantile": 0.6,
     "features.largest_variation": 0.6,
     "features.domain_quantile": 0.6,
@@ -65,7 +59,15 @@ CHANGES = {
     "features.drift_quantile": 0.6,
     "features.shown": 3,
     "features.examples": 3,
-    "method.signal": None,  # a group of its own: method=lora, moe_lora, sc_lora
+    "method.sites": "[0]",
+    "method.monitor": 2,
+    "method.target_modules": "[q_proj]",
+    "method.replay.ratio": 0.5,
+    "method.replay.batches": 9,
+    "method.signal": None,  # an option of the group: method=lora, moe_lora, sc_lora
+    "method.source": "base",
+    "method.context": "ema",
+    "method.decay": 0.5,
     "method.router": "mlp",
     "method.router_hidden": 99,
     "method.per_module": "true",
@@ -75,15 +77,15 @@ CHANGES = {
     "method.alpha": 3,
     "method.top_k": 1,
     "method.temperature": 2,
-    "method.prototypes": None,  # needs SAE routing: covered below
+    "method.prototypes": None,  # needs SAE features: covered below
     "method.whitened": "false",
     "method.hard_gate": "false",
     "method.margin": 0.3,
     "method.null_specialist": "false",
     "method.dynamic_rank": None,  # likewise
-    "method.hard_rank": 0.1,
     "method.initial_rank": 0.6,
-    "method.target_modules": "[q_proj]",
+    "method.hard_rank": 0.1,
+    "method.isolation": None,  # frozen needs routing, own a specialist a domain: below
     "method.losses.task": 0.7,
     "method.losses.preservation": None,  # needs a monitor site: covered below
     "method.losses.steering": None,
@@ -92,6 +94,12 @@ CHANGES = {
     "method.losses.load_balance": 0.7,
     "method.losses.diversity": 0.7,
     "method.losses.orthogonality": None,  # needs specialists of the domains' own: covered below
+    "method.memory.enabled": None,  # needs SAE features: covered below
+    "method.memory.every": 9,
+    "method.memory.spawn_confidence": 0.1,
+    "method.memory.spawn_similarity": 0.1,
+    "method.memory.merge_similarity": 0.1,
+    "method.memory.prune_usage": 0.3,
     "method.health.log_every": 3,
     "intervention.name": "shuffle",
     "intervention.seed": None,  # only with an intervention, covered below
@@ -104,15 +112,6 @@ CHANGES = {
     "order.seed": None,
     "order.index": None,
     "order.steps_per_domain": 9,
-    "method.isolation": None,  # frozen needs routing, own a specialist a domain: below
-    "method.replay.ratio": 0.5,
-    "method.replay.batches": 9,
-    "method.memory.enabled": None,  # needs SAE routing: covered below
-    "method.memory.every": 9,
-    "method.memory.spawn_confidence": 0.1,
-    "method.memory.spawn_similarity": 0.1,
-    "method.memory.merge_similarity": 0.1,
-    "method.memory.prune_usage": 0.3,
     "trainer.max_steps": 9,
     "trainer.batch_size": 9,
     "trainer.max_length": 99,
@@ -150,9 +149,14 @@ CHANGES = {
 
 HOW_NOT_WHAT = {
     "stage.name",
+    "stage.settings",
+    "sae.architecture",  # an option of the group
+    "method.kind",  # likewise
+    "method.name",
+    "method.health.collapse",
+    "method.health.collapse_below",
     "model.name",
     "domains.name",
-    "method.name",
     "order.name",
     "trainer.accelerator",
     "trainer.strategy",
@@ -162,8 +166,6 @@ HOW_NOT_WHAT = {
     "trainer.activation_checkpointing",
     "trainer.compile",
     "trainer.checkpoint_seconds",
-    "method.health.collapse",
-    "method.health.collapse_below",
     "evaluation.batch_size",
     "plan.gpu",  # what the keys of plan do is tested in tests/planning/test_plan.py
     "plan.gpus",
@@ -206,13 +208,23 @@ def unchanged() -> set[str]:
     return fingerprints()
 
 
+def keys_of(prefix: str, section) -> list[str]:
+    """Dotted keys of a section and of those inside it."""
+    found = []
+    for field in dataclasses.fields(section):
+        key, value = f"{prefix}.{field.name}", getattr(section, field.name)
+        found += keys_of(key, value) if dataclasses.is_dataclass(value) else [key]
+    return found
+
+
 def test_every_key_is_accounted_for():
+    config = compose.load(BASE)
     keys = {
-        f"{group}.{field.name}"
-        for group, schema in GROUPS.items()
-        for field in dataclasses.fields(schema)
-        if group != "logger"
-    }
+        key
+        for group in compose.GROUPS
+        for key in keys_of(group, getattr(config, group))
+        if group not in ("logger", "stage")
+    } | {"stage.name", "stage.settings"}
     assert keys == set(CHANGES) | HOW_NOT_WHAT
 
 
@@ -247,7 +259,10 @@ def test_scale_options_count_with_a_second_model():
     ("needs", "options"),
     [
         ("method=sc_lora", ("method.prototypes=true", "method.prototypes=false")),
-        ("method.monitor=2", ("method.losses.preservation=1", "method.losses.steering=1", "method.losses.task=1")),
+        (
+            "method.monitor=2",
+            ("method.losses.preservation=1", "method.losses.steering=1", "method.losses.task=1"),
+        ),
         (
             "method.isolation=own method.specialists=5",
             ("method.losses.orthogonality=0.5", "method.losses.orthogonality=0.6"),

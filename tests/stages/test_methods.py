@@ -14,20 +14,20 @@ from safetensors.torch import load_file
 from steerlora.cli import compose
 from steerlora.data.orders import sequence_of
 from steerlora.engine.artifacts import ArtifactStore
-from steerlora.engine.run import RunReport, run
+from steerlora.engine.run import STAGES, RunReport, run
 from steerlora.errors import UserError
+from steerlora.methods.routed_lora.prototypes import PrototypeRouter
 from steerlora.stages import (
     adapter_training,
-    carrying,
     causal_ablation,
     evaluate,
     sequential_forgetting,
-    steps_for,
 )
-from steerlora.stages.carried import Carried
+from steerlora.stages import sequence as sequence_stage
 from steerlora.stages.common import load_base
+from steerlora.stages.sequence_state import SequenceState
 
-METHODS = compose.groups()["adapter"]
+METHODS = compose.groups()["method"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_every_method_trains_is_scored_and_goes_through_a_sequence(name, smoke, 
     assert scores["adapter"] == name
     assert len(scores["tasks"]) == 9
     sites = smoke.config(f"method={name}").method.sites
-    routed = [] if smoke.config(f"method={name}").method.signal == "none" else sites
+    routed = [] if smoke.config(f"method={name}").method.exports_to_peft else sites
     assert list(scores["routing_by_site"]) == list(map(str, routed))
     record, _ = sequence(smoke, store, f"method={name}")
     assert len(record["matrix"]) == 6
@@ -71,8 +71,8 @@ def test_every_method_trains_is_scored_and_goes_through_a_sequence(name, smoke, 
 def test_reference_is_the_published_configuration(smoke):
     config = smoke.config("method=sc_lora_reference")
     assert config.method.sites == [0, 1]
-    assert (config.control.source, config.method.monitor) == ("base", 2)
-    assert config.adapter.weights == {
+    assert (config.method.source, config.method.monitor) == ("base", 2)
+    assert vars(config.method.losses) == {
         "task": 1.0,
         "preservation": 1.0,
         "steering": 1.0,
@@ -84,21 +84,19 @@ def test_reference_is_the_published_configuration(smoke):
     }
 
 
-def test_prototypes_come_from_the_domains_met_so_far_in_the_order_of_arrival(
-    smoke, store, monkeypatch
-):
-    met = []
-    original = sequential_forgetting.adapting.meet
+def test_prototypes_come_from_the_domains_so_far_in_the_order_of_arrival(smoke, store, monkeypatch):
+    fitted = []
+    original = PrototypeRouter.fit
 
-    def meet(model, adapter, specialist, rows, pad):
-        original(model, adapter, specialist, rows, pad)
-        met.append((specialist, adapter.routers["1"].met.tolist()))
+    def fit(self, specialist, signals):
+        original(self, specialist, signals)
+        fitted.append((specialist, self.known.tolist()))
 
-    monkeypatch.setattr(sequential_forgetting.adapting, "meet", meet)
+    monkeypatch.setattr(PrototypeRouter, "fit", fit)
     sequence(smoke, store, "method=sc_lora_context", "seed=11")
     general = [False] * 5 + [True]
-    assert met[0] == (None, general)
-    for position, (specialist, known) in enumerate(met[1:]):
+    assert fitted[0] == (None, general)
+    for position, (specialist, known) in enumerate(fitted[1:]):
         assert specialist == position
         assert known == [index <= position for index in range(5)] + [True]
 
@@ -106,16 +104,16 @@ def test_prototypes_come_from_the_domains_met_so_far_in_the_order_of_arrival(
 @pytest.mark.parametrize("name", ["sc_lora_context", "o_lora"])
 def test_own_specialists_leave_the_earlier_ones_as_they_were(name, smoke, store, monkeypatch):
     seen = []
-    original = Carried.save
+    original = SequenceState.save
 
     def save(self, *place):
         original(self, *place)
         layers = {n: w for n, w in self.weights.items() if n.startswith("layers.")}
         seen.append({name: weight.clone() for name, weight in layers.items()})
 
-    monkeypatch.setattr(Carried, "save", save)
+    monkeypatch.setattr(SequenceState, "save", save)
     sequence(smoke, store, f"method={name}", "seed=12", "order.steps_per_domain=2")
-    rank = smoke.config(f"method={name}").adapter.rank
+    rank = smoke.config(f"method={name}").method.rank
     for position in range(1, 5):
         for key, now in seen[position].items():
             before = seen[position - 1][key]
@@ -127,15 +125,15 @@ def test_own_specialists_leave_the_earlier_ones_as_they_were(name, smoke, store,
     assert moved.any()
 
 
-def test_the_specialist_that_carried_a_domain_most_is_frozen(smoke, store, monkeypatch):
+def test_the_specialist_that_a_domain_used_most_is_frozen(smoke, store, monkeypatch):
     frozen = []
-    original = Carried.save
+    original = SequenceState.save
 
     def save(self, *place):
         original(self, *place)
-        frozen.append(list(self.frozen))
+        frozen.append(list(self.learner["frozen"]))
 
-    monkeypatch.setattr(Carried, "save", save)
+    monkeypatch.setattr(SequenceState, "save", save)
     sequence(smoke, store, "method=sc_lora", "method.isolation=frozen")
     assert [len(found) for found in frozen] == [1, 2, 3, 3, 3]  # one of four stays free
     assert len(set(frozen[-1])) == 3
@@ -162,17 +160,17 @@ def test_an_interrupted_sequence_ends_as_an_unbroken_one(kind, smoke, store, mon
     changes = (*RESUMED[kind], "order.steps_per_domain=3", "trainer.checkpoint_seconds=1e-9")
     ends = []
 
-    def save(self, *place, original=Carried.save):
+    def save(self, *place, original=SequenceState.save):
         original(self, *place)
         ends.append({name: value.clone() for name, value in self.weights.items()})
 
-    monkeypatch.setattr(Carried, "save", save)
+    monkeypatch.setattr(SequenceState, "save", save)
     step = sequential_forgetting.step(smoke.config(*changes))
     unbroken = run([step], store)[step]
     expected, whole = unbroken.json(sequential_forgetting.RESULT), ends[-1]
     shutil.rmtree(unbroken.path)
 
-    original, calls = carrying.fit, []
+    original, calls = sequence_stage.fit, []
 
     def interrupted(module, batch, *args, **kwargs):
         calls.append(None)
@@ -186,13 +184,13 @@ def test_an_interrupted_sequence_ends_as_an_unbroken_one(kind, smoke, store, mon
 
         return original(module, until, *args, **kwargs)
 
-    monkeypatch.setattr(carrying, "fit", interrupted)
+    monkeypatch.setattr(sequence_stage, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run([step], store)
     ends.clear()
     found = run([step], store)[step].json(sequential_forgetting.RESULT)
     assert found == expected
-    assert len(ends) == 3  # the first two domains were not learnt again
+    assert len(ends) == 3  # the first two domains were not trained again
     for name, value in whole.items():
         assert torch.equal(value, ends[-1][name]), name
     if kind == "memory and replay":
@@ -201,13 +199,13 @@ def test_an_interrupted_sequence_ends_as_an_unbroken_one(kind, smoke, store, mon
 
 def test_replay_repeats_earlier_domains(smoke, store, monkeypatch):
     owners = []
-    original = carrying.fit
+    original = sequence_stage.fit
 
     def fit(module, batch, steps, **kwargs):
         owners.append([batch(number).domains.unique().tolist() for number in range(steps)])
         return original(module, batch, steps, **kwargs)
 
-    monkeypatch.setattr(carrying, "fit", fit)
+    monkeypatch.setattr(sequence_stage, "fit", fit)
     changes = ("method=lora", "order.steps_per_domain=4", "method.replay.ratio=0.5")
     record, _ = sequence(smoke, store, *changes)
     assert record["replay"] == 0.5
@@ -244,7 +242,7 @@ def test_a_retrained_control_is_trained_and_scored_under_it(smoke, store):
             ("method=sc_lora", "intervention=permute_latents", "intervention.phase=training"),
             "which is no control",
         ),
-        (("method=lora", "intervention=shuffle"), "acts on SAE routing"),
+        (("method=lora", "intervention=shuffle"), "acts on a control signal"),
         (("method=sc_lora", "intervention.name=shufle"), "did you mean 'shuffle'"),
     ],
 )
@@ -282,7 +280,7 @@ def test_what_compares_scores_needs_no_task_by_name(smoke, store):
 
 def test_the_monitors_own_artifacts_can_be_asked_for(smoke):
     config = smoke.config("stage=features", "method.monitor=2")
-    assert [step.config.site for step in steps_for(config)] == [1, 2]
+    assert [step.config.site for step in STAGES["features"].steps(config, None)] == [1, 2]
 
 
 def test_hard_rank_is_of_the_evaluation_not_of_the_training(smoke):
@@ -295,7 +293,11 @@ def test_hard_rank_is_of_the_evaluation_not_of_the_training(smoke):
 
 
 def test_a_collapse_stops_a_training_that_is_told_to_stop(smoke, store):
-    changes = ("method.health.collapse=stop", "method.health.collapse_below=1", "method.health.log_every=1")
+    changes = (
+        "method.health.collapse=stop",
+        "method.health.collapse_below=1",
+        "method.health.log_every=1",
+    )
     step = adapter_training.step(smoke.config("method=sc_lora", "seed=9", *changes))
     with pytest.raises(UserError, match="routing has collapsed"):
         run([step], store)
@@ -323,6 +325,6 @@ def test_a_saved_context_adapter_routes_as_it_did(smoke, store):
     base = report[next(s for s in step.upstream if s.stage == "base")]
     model, _ = load_base(base)
     adapter = load_adapter(model, report[step] / adapter_training.FOLDER)
-    assert adapter.routers["1"].met.all()
+    assert adapter.routers["1"].known.all()
     assert adapter.config.context == "causal_mean"
     assert adapter.config.specialists == 5
