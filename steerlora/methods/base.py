@@ -6,15 +6,30 @@ not train by the next token's loss alone, a :class:`Learner` as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
 from steerlora.data.chat import ChatBatch, EncodedChat
+from steerlora.lm.decoder import (
+    ForwardArguments,
+    ObservedForward,
+    attach_edits,
+    decoder_of,
+    parameters_of_forward,
+    remove_edits,
+)
+from steerlora.lm.targets import (
+    ReplacedLinear,
+    Target,
+    find_targets,
+    put_back,
+    refuse_replaced,
+)
 from steerlora.methods.config import MethodConfig
 from steerlora.saes.autoencoder import SparseAutoencoder
 from steerlora.saes.taxonomy import Taxonomy
@@ -55,35 +70,93 @@ class Health(Protocol):
         """{site: {statistic: value}}, plain numbers for JSON."""
 
 
+@dataclass
+class ForwardState(ForwardArguments):
+    """What a method knows of the forward that is running."""
+
+    disabled: bool = False
+    """The model is the base, for now."""
+
+
 class Method(nn.Module):
     """What trains: parameters and buffers beside a frozen model, and how they change its forwards.
 
-    Its state dict is what is saved; what it only reads, such as SAEs, is kept outside.
+    A method changes a model in one or both of two ways: it edits residual streams (:meth:`edits`)
+    and replaces linear layers (:meth:`replacements`). Its state dict is what is saved; what it only
+    reads, such as SAEs, is kept outside.
 
     Args:
         config: of the method.
+        model: the base; it is frozen here, and changed by :meth:`attach`.
+
+    Raises:
+        ValueError: the model carries a method already, or keeps no keys and values.
     """
 
     saes: Mapping[int, SparseAutoencoder]
     """SAEs that it runs in every forward, by site."""
+    forward_state: ForwardState
 
-    def __init__(self, config: MethodConfig) -> None:
+    def __init__(self, config: MethodConfig, model: nn.Module) -> None:
         super().__init__()
-        self.config = config
-        self.saes = {}
+        refuse_replaced(model)
+        parameters_of_forward(decoder_of(model))
+        self.config, self.saes, self.forward_state = config, {}, ForwardState()
+        # What undoes the attachment; a list, so that the model is no part of this module.
+        self._attached: list[tuple[nn.Module, ObservedForward, dict[str, Target]]] = []
+        model.requires_grad_(False)
+
+    def edits(self) -> dict[int, Callable[[Tensor], Tensor]]:
+        """{site: what becomes of the stream [B, S, D] that enters it}; not run while disabled."""
+        return {}
+
+    def replacements(self, model: nn.Module) -> dict[str, ReplacedLinear]:
+        """{name of a target of :meth:`targets`: the layer that stands in its place}."""
+        return {}
+
+    def targets(self, model: nn.Module) -> dict[str, Target]:
+        """The linear layers that the configuration means, from the first site's layer on."""
+        return find_targets(model, self.first_layer, self.config.target_modules)
+
+    def observe(self, model: nn.Module, given: dict[str, Any]) -> None:
+        """Before every forward of the attached model that is not disabled.
+
+        Args:
+            model: the base.
+            given: {argument: value} of the decoder's forward.
+        """
+        self.forward_state.note(given)
 
     @property
     def first_layer(self) -> int:
         """The lowest layer that it may change; the stream that enters it is the base's own."""
         return min(self.config.sites)
 
-    def attach(self, model: nn.Module) -> Method:
+    def attach(self, model: nn.Module) -> Self:
         """Put it into ``model``, in place; :meth:`remove` undoes it exactly.
 
         Raises:
             ValueError: the model carries a method already.
         """
-        raise NotImplementedError
+        refuse_replaced(model)
+        self.to(next(model.parameters()).device)
+        targets = self.targets(model)
+        replaced = {}
+        for name, layer in self.replacements(model).items():
+            parent, child, _ = targets[name]
+            setattr(parent, child, layer)
+            replaced[name] = Target(parent, child, layer)
+        attach_edits(model, {site: self._unless_disabled(e) for site, e in self.edits().items()})
+
+        def observe(given: dict[str, Any]) -> None:
+            if not self.forward_state.disabled:
+                self.observe(model, given)
+
+        self._attached.append((model, ObservedForward(model, observe), replaced))
+        return self
+
+    def _unless_disabled(self, edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda stream: stream if self.forward_state.disabled else edit(stream)
 
     def remove(self) -> None:
         """Give the model back as it was: the same modules, no wrapper left.
@@ -91,11 +164,21 @@ class Method(nn.Module):
         Raises:
             ValueError: it is not attached.
         """
-        raise NotImplementedError
+        if not self._attached:
+            raise ValueError("the adapter is not attached to a model")
+        model, observed, replaced = self._attached.pop()
+        observed.remove()
+        remove_edits(model, self.edits())
+        put_back(replaced)
 
-    def disabled(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
         """The attached model computes exactly what the base model would, inside this context."""
-        raise NotImplementedError
+        before, self.forward_state.disabled = self.forward_state.disabled, True
+        try:
+            yield
+        finally:
+            self.forward_state.disabled = before
 
     def intervention(self, name: str, **settings: Any) -> AbstractContextManager[Any]:
         """Run the model with the control signal changed, inside this context only.

@@ -10,26 +10,23 @@ no backward below c.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from steerlora.lm.decoder import (
-    ObservedForward,
-    attach_edits,
     decoder_of,
     final_norm,
     layers_of,
     layers_path,
-    parameters_of_forward,
-    remove_edits,
     residual_streams,
 )
-from steerlora.lm.targets import find_targets, put_back, refuse_replaced, size_of
+from steerlora.lm.targets import Target, size_of
 from steerlora.methods.base import Method, Sources
 from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.health import SiteHealth
@@ -83,12 +80,10 @@ class Adapter(Method):
         feature_scales: Mapping[int, float] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, model)
         saes = dict(saes or {}) if config.reads_features else {}
-        refuse_replaced(model)
-        parameters_of_forward(decoder_of(model))
         generator = torch.Generator().manual_seed(seed)
-        targets = self._targets(model)
+        targets = self.targets(model)
         width = decoder_of(model).config.hidden_size
         _check_saes(config, saes, width)
         self.layers_path = layers_path(model)
@@ -116,9 +111,6 @@ class Adapter(Method):
             facts = SiteFacts(sae, float(config.rank), {}) if sae is not None else None
             self.sites[site] = Site(self, site, facts)
         self._base_cache: DynamicCache | None = None
-        # What undoes the attachment; a list, so that the model is no part of this module.
-        self._attached: list[tuple[nn.Module, ObservedForward]] = []
-        model.requires_grad_(False)
 
     @classmethod
     def of(cls, model: nn.Module, config: RoutedLoRAConfig, sources: Sources, seed: int) -> Adapter:
@@ -135,50 +127,32 @@ class Adapter(Method):
                 adapter.routers[str(site)].set_prototypes(sources.taxonomies[site].prototypes)
         return adapter.attach(model)
 
-    # Attaching and detaching
+    # What it changes of a model
 
-    def attach(self, model: nn.Module) -> Adapter:
-        """Put the adapter into ``model``, in place; :meth:`remove` undoes it exactly.
+    def edits(self) -> dict[int, Callable[[Tensor], Tensor]]:
+        return {layer: site.edit for layer, site in self.sites.items()}
 
-        Its own home is where the model begins. Of a model that is spread over several devices each
-        pair of matrices goes to its layer, and signals and scales to where they are read.
-        """
-        refuse_replaced(model)
-        self.to(next(model.parameters()).device)
-        scale = self.config.alpha / self.config.rank
-        for name, (parent, child, linear) in self._targets(model).items():
-            low_rank, source = self.layers[name], self._source(name)
-            setattr(parent, child, AdaptedLinear(linear, low_rank, source, scale))
-            low_rank.to(linear.weight.device)
-        attach_edits(model, {layer: site.edit for layer, site in self.sites.items()})
+    def replacements(self, model: nn.Module) -> dict[str, AdaptedLinear]:
+        """Of a model that is spread over several devices each pair of matrices goes to its layer,
+        and signals and scales to where they are read."""
+        scale, found = self.config.alpha / self.config.rank, {}
+        for name, target in self.targets(model).items():
+            low_rank = self.layers[name].to(target.linear.weight.device)
+            found[name] = AdaptedLinear(target.linear, low_rank, self._source(name), scale)
+        return found
 
-        def note(given: dict) -> None:
-            now = self.forward_state
-            if not now.disabled:
-                now.note(given)
-                cached = given.get("past_key_values") is not None
-                now.base_streams = self._base_streams(model, given, cached=cached)
+    def observe(self, model: nn.Module, given: dict[str, Any]) -> None:
+        super().observe(model, given)
+        cached = given.get("past_key_values") is not None
+        self.forward_state.base_streams = self._base_streams(model, given, cached=cached)
 
-        self._attached.append((model, ObservedForward(model, note)))
-        return self
-
-    def remove(self) -> None:
-        """Give the model back as it was: the same modules, no wrapper left."""
-        if not self._attached:
-            raise ValueError("the adapter is not attached to a model")
-        model, observed = self._attached.pop()
-        observed.remove()
-        remove_edits(model, self.sites)
-        put_back(self._targets(model))
-
-    def _targets(self, model: nn.Module):
-        # A router of every site: a site beyond the last layer is refused as the first one is.
-        if max(self.config.sites) >= len(layers_of(model)):
+    def targets(self, model: nn.Module) -> dict[str, Target]:
+        layers = len(layers_of(model))
+        if max(self.config.sites) >= layers:
             raise ValueError(
-                f"control sites {self.config.sites}: the model has layers 0 to "
-                f"{len(layers_of(model)) - 1}"
+                f"control sites {self.config.sites}: the model has layers 0 to {layers - 1}"
             )
-        return find_targets(model, min(self.config.sites), self.config.target_modules)
+        return super().targets(model)
 
     def modules_of(self, site: int) -> list[str]:
         """Names in ``layers`` of the modules that a site controls, lowest layer first."""
@@ -225,15 +199,6 @@ class Adapter(Method):
         return streams
 
     # What a user asks of it
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The attached model computes exactly what the base model would, inside this context."""
-        before, self.forward_state.disabled = self.forward_state.disabled, True
-        try:
-            yield
-        finally:
-            self.forward_state.disabled = before
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:

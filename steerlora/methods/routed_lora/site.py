@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from steerlora.lm.decoder import ForwardArguments
+from steerlora.methods.base import ForwardState
 from steerlora.methods.routed_lora.interventions import Intervention, SiteFacts
 from steerlora.methods.routed_lora.routing import RouterState, Routing
 from steerlora.saes.sparse import SparseFeatures
@@ -22,11 +22,9 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class CurrentForward(ForwardArguments):
+class CurrentForward(ForwardState):
     """What all sites of an adapter know of the forward that is running."""
 
-    disabled: bool = False
-    """The model is the base, for now."""
     base_streams: dict[int, Tensor] = field(default_factory=dict)
     """{site: stream} to read in place of the current ones."""
     intervention: Intervention | None = None
@@ -97,19 +95,18 @@ class Site:
 
     def edit(self, stream: Tensor) -> Tensor:
         """Route every token of the stream [B, S, D]; the stream itself passes unchanged."""
-        if not self.forward.disabled:
-            read = self.forward.base_streams.get(self.layer, stream).detach()
-            read = read.to(self.adapter.active.device)  # where routers and SAEs are
-            real = self.forward.real_tokens(read)
-            routing, state = self.router(
-                self.signal(read, real),
-                real,
-                self.adapter.active,
-                self._state_so_far(len(stream)),
-                self.forward.restarts(real),
-            )
-            self.context = _detached(state)
-            self._use(self._controlled(routing), stream)
+        read = self.forward.base_streams.get(self.layer, stream).detach()
+        read = read.to(self.adapter.active.device)  # where routers and SAEs are
+        real = self.forward.real_tokens(read)
+        routing, state = self.router(
+            self.signal(read, real),
+            real,
+            self.adapter.active,
+            self._state_so_far(len(stream)),
+            self.forward.restarts(real),
+        )
+        self.context = _detached(state)
+        self._use(self._controlled(routing), stream)
         return stream
 
     @property
