@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         if command.multirun:
             prepare_outcomes(command.jobs)
-        sys.argv = ["steerlora", *command.arguments]
+        flags = command.arguments[len(command.overrides) :]
+        sys.argv = ["steerlora", *compose.with_plugins(command.overrides), *flags]
         compose.register_schemas()
         directory = str(compose.config_directory())
         hydra.main(config_path=directory, config_name="config", version_base="1.3")(_job)()

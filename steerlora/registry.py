@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from steerlora.errors import UserError, nearest
@@ -118,17 +120,27 @@ def _origin(item: Any) -> tuple[str, str] | int:
     return id(item)
 
 
-def import_plugins(modules: Iterable[str]) -> None:
-    """Import modules of the user's, which register what they define.
+def import_plugins(modules: Iterable[str]) -> list[Path]:
+    """Import modules of the user's, installed or in the current folder, which register what they
+    define.
+
+    Returns:
+        Their folders of configuration: ``conf/`` beside each, where there is one.
 
     Raises:
         UserError: there is no such module.
     """
+    folders = []
     for name in modules:
+        if (here := str(Path.cwd())) not in sys.path:
+            sys.path.insert(0, here)
         try:
-            importlib.import_module(name)
+            module = importlib.import_module(name)
         except ModuleNotFoundError as error:
             raise UserError(
-                f"plugins: {name} cannot be imported ({error}): give modules that Python finds "
-                "(installed, or in a folder of PYTHONPATH)"
+                f"plugins: {name} cannot be imported ({error}): give modules that are installed or "
+                "lie in the current folder"
             ) from error
+        folder = Path(module.__file__ or "").resolve().parent / "conf"
+        folders += [folder] if folder.is_dir() else []
+    return folders

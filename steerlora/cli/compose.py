@@ -44,6 +44,8 @@ A YAML file of such a section builds on ``_<kind>``, or on ``_schema`` and lists
 GROUPS = (*SECTIONS, *KINDS)
 OTHER_KEYS = ("seed", "plugins")
 
+SEARCH_PATH = "hydra.searchpath="
+
 RENAMED = {
     "adapter.routing": "method.signal",
     "adapter": "method",
@@ -159,16 +161,28 @@ def tree(overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: an unknown key or option, with the nearest right ones.
     """
-    import_plugins(_plugins_named(overrides))
+    overrides = with_plugins(overrides)
     with hydra_ready():
         try:
-            return compose("config", list(overrides))
+            return compose("config", overrides)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise UserError(explain(error)) from error
 
 
+def with_plugins(overrides: Sequence[str]) -> list[str]:
+    """Import the plugins that overrides name, and have Hydra find the YAML files beside them.
+
+    Raises:
+        UserError: a plugin cannot be imported.
+    """
+    folders = import_plugins(_plugins_named(overrides))
+    path = ",".join(f"file://{folder}" for folder in dict.fromkeys(folders))
+    found = [text for text in overrides if not text.startswith(SEARCH_PATH)]
+    return [*found, f"{SEARCH_PATH}[{path}]"] if path else list(overrides)
+
+
 def _plugins_named(overrides: Sequence[str]) -> list[str]:
-    """Modules that the command line names: they register before anything is composed."""
+    """Modules that overrides name: they register before anything is composed."""
     given = [text for text in overrides if text.startswith("plugins=")]
     try:
         found = OverridesParser.create().parse_overrides(given)
@@ -195,6 +209,8 @@ def typed(tree: DictConfig) -> Config:
         values = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
+    plugins = tuple(values.get("plugins") or ())
+    import_plugins(plugins)  # a launcher's job has not composed the tree that it is given
     sections = {}
     for name in GROUPS:
         if values.get(name) is not None:
@@ -205,7 +221,7 @@ def typed(tree: DictConfig) -> Config:
                 f"{name} is empty: it needs its section"
                 + (f", {name}=<option> of {options}" if options else "")
             )
-    return Config(**sections, seed=seed, plugins=tuple(values.get("plugins") or ()))
+    return Config(**sections, seed=seed, plugins=plugins)
 
 
 def _schema_of(section: str, values: dict[str, Any]) -> type:

@@ -42,9 +42,9 @@ class RouterState(NamedTuple):
     """What the tokens so far leave behind for the next ones of a KV cache.
 
     Attributes:
-        signal: of the signal's average, as the router keeps it.
+        signal: of the signal's average, as the router keeps it; None where it keeps none.
         similarity: of the average that is compared with prototypes; None where none are.
     """
 
-    signal: ContextState
+    signal: ContextState | None
     similarity: ContextState | None = None

@@ -133,7 +133,8 @@ class Site:
         """The state that a KV cache's tokens left here; None at the beginning of sequences."""
         if not self.forward.continuing:
             return None
-        if self.context is None or len(self.context.signal.total) != batch:
+        kept = self.context and self.context.signal
+        if self.context is None or (kept is not None and len(kept.total) != batch):
             raise RuntimeError(
                 "the KV cache holds tokens that this adapter has not seen, and its control signal "
                 "is an average over them: begin with an empty cache"

@@ -1,0 +1,9 @@
+from steerlora.methods.routed_lora.interventions import Intervention, intervention
+
+
+@intervention("scale_signal")
+class ScaleSignal(Intervention):
+    """Every active latent at a tenth of its value."""
+
+    def features(self, features, stream, real, site):
+        return features._replace(values=features.values / 10)
