@@ -13,7 +13,7 @@ def __getattr__(name: str):
     elif name == "load_sae":
         from steerlora.saes.saelens import load_sae as value
     elif name == "export_peft":
-        from steerlora.methods.routed_lora.peft import export_peft as value
+        from steerlora.methods.saving import export_peft as value
     else:
         raise AttributeError(f"module 'steerlora' has no attribute {name!r}")
     return value

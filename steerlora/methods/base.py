@@ -209,7 +209,7 @@ class Method(nn.Module):
     def load_facts(self, stored: dict[str, Any]) -> None:
         """Take back what :meth:`facts` gave."""
 
-    def export_peft(self, directory: Path | str, *, base_path: str) -> None:
+    def export_peft(self, directory: Path, *, base_path: str) -> None:
         """Write it in PEFT's format, where ``config.exports_to_peft``."""
         raise NotImplementedError
 

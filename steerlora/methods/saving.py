@@ -129,6 +129,23 @@ def load_adapter(
     return method
 
 
+def export_peft(method: Method, directory: Path | str, *, base_path: str) -> None:
+    """Write a method in PEFT's format, so that ``peft.PeftModel.from_pretrained`` reads it.
+
+    Args:
+        method: what to write.
+        directory: where; made if absent.
+        base_path: folder or hub id of the base model.
+
+    Raises:
+        UserError: PEFT has no format for it.
+    """
+    if not method.config.exports_to_peft:
+        name = method.config.name or method.config.kind
+        raise UserError(f"PEFT has no format for {name}: it is not plain LoRA")
+    method.export_peft(Path(directory), base_path=base_path)
+
+
 def trained_under(path: Path | str) -> str:
     """The intervention that a saved method was trained under; "none" where there was none."""
     return _read_config(Path(path) / CONFIG).get("trained_under", "none")

@@ -13,7 +13,7 @@ from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.methods.base import Task
 from steerlora.methods.config import MethodConfig
 from steerlora.methods.module import MethodModule
-from steerlora.methods.saving import save_adapter
+from steerlora.methods.saving import export_peft, save_adapter
 from steerlora.stages import method_training
 from steerlora.stages.common import BASE, NOT_IDENTITY, POINTER, run_log, training_rows
 from steerlora.training.loop import fit
@@ -127,7 +127,7 @@ def build(context: Context) -> dict:
     write_json(context.directory / HISTORY, learner.history())
     if settings.method.exports_to_peft:
         path = pointer["path"] or str(base_artifact / BASE)
-        method.export_peft(context.directory / PEFT_FOLDER, base_path=path)
+        export_peft(method, context.directory / PEFT_FOLDER, base_path=path)
     return figures
 
 

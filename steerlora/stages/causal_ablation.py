@@ -11,7 +11,7 @@ from steerlora.engine.artifacts import write_json
 from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.errors import UserError
 from steerlora.evaluation.scoring import Scorer
-from steerlora.methods.routed_lora.interventions import INTERVENTIONS
+from steerlora.methods.interventions import INTERVENTIONS
 from steerlora.methods.saving import load_adapter
 from steerlora.stages import adapter_training, base, domains, evaluate
 from steerlora.stages.common import WHERE, load_base, run_log

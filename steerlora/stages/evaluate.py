@@ -19,7 +19,7 @@ from steerlora.evaluation.scoring import Scorer
 from steerlora.evaluation.suite import OWN
 from steerlora.lm.decoder import decoder_of
 from steerlora.methods.base import Method
-from steerlora.methods.routed_lora.interventions import INTERVENTIONS
+from steerlora.methods.interventions import INTERVENTIONS
 from steerlora.methods.saving import load_adapter
 from steerlora.stages import adapter_training, base, domains, method_training
 from steerlora.stages.common import WHERE, load_base, read_rows, run_log

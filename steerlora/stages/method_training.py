@@ -22,8 +22,8 @@ from steerlora.errors import UserError
 from steerlora.lm.pretrained import open_model, open_tokenizer
 from steerlora.methods.base import Learner, Method, SiteSAE, Sources
 from steerlora.methods.config import MethodConfig
+from steerlora.methods.interventions import check_phase
 from steerlora.methods.monitor import Monitor
-from steerlora.methods.routed_lora.interventions import check_phase
 from steerlora.saes.saelens import load_sae, sae_metadata
 from steerlora.stages import base, domains, features, sae_training
 from steerlora.stages.common import device_of, place_of, read_rows

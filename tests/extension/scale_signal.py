@@ -1,4 +1,5 @@
-from steerlora.methods.routed_lora.interventions import Intervention, intervention
+from steerlora.methods.interventions import intervention
+from steerlora.methods.routed_lora.interventions import Intervention
 
 
 @intervention("scale_signal")

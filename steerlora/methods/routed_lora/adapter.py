@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +29,10 @@ from steerlora.lm.decoder import (
 )
 from steerlora.lm.targets import Target, size_of
 from steerlora.methods.base import Method, Sources
+from steerlora.methods.interventions import INTERVENTIONS
 from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.health import SiteHealth
-from steerlora.methods.routed_lora.interventions import INTERVENTIONS, Intervention, SiteFacts
+from steerlora.methods.routed_lora.interventions import Intervention, SiteFacts
 from steerlora.methods.routed_lora.lowrank import AdaptedLinear, LowRank
 from steerlora.methods.routed_lora.peft import export_peft
 from steerlora.methods.routed_lora.routing import ROUTERS, Routing
@@ -315,12 +317,7 @@ class Adapter(Method):
             site.facts.mean_rank = facts["mean_rank"]
             site.facts.specialist_of_domain = facts["specialist_of_domain"]
 
-    def export_peft(self, directory, *, base_path: str) -> None:
-        """Write a plain LoRA in PEFT's format.
-
-        Raises:
-            UserError: the adapter is routed.
-        """
+    def export_peft(self, directory: Path, *, base_path: str) -> None:
         export_peft(self, directory, base_path=base_path)
 
     def _apply(self, function, *args, **kwargs):

@@ -15,16 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from steerlora.errors import UserError
+from steerlora.methods.interventions import intervention
 from steerlora.methods.routed_lora.routing import Routing
-from steerlora.registry import Registry
 from steerlora.saes.autoencoder import SparseAutoencoder, SparseFeatures, untrained_like
-
-INTERVENTIONS: Registry[type[Intervention]] = Registry(
-    "intervention", "steerlora.methods.routed_lora.interventions"
-)
-"""Every intervention by its name in configurations and tables."""
-intervention = INTERVENTIONS.register
 
 
 @dataclass
@@ -184,24 +177,6 @@ class Intervention:
 def _by_row(share: list[float], like: Tensor) -> Tensor:
     """Shares as [B or 1, 1, ...] with the type and dimensions of ``like``."""
     return like.new_tensor(share).view(-1, *[1] * (like.dim() - 1))
-
-
-def check_phase(name: str, phase: str) -> None:
-    """Refuse an intervention that does not exist, or means nothing in a phase.
-
-    Args:
-        name: of the intervention.
-        phase: "evaluation" or "training".
-
-    Raises:
-        UserError: says what would be right.
-    """
-    INTERVENTIONS.check("intervention.name", name)
-    if phase == "training" and not INTERVENTIONS[name].in_training:
-        raise UserError(
-            f"{name} in phase training: latents permuted before training are latents by "
-            "other names, which is no control; use phase evaluation, or randomize"
-        )
 
 
 @intervention("replace_dense")

@@ -17,10 +17,10 @@ from steerlora.data.chat import ChatBatch, EncodedChat, collate
 from steerlora.distributed.reductions import mean_over_ranks, world
 from steerlora.lm.decoder import decoder_of
 from steerlora.methods.base import Learner, Task
+from steerlora.methods.interventions import INTERVENTIONS
 from steerlora.methods.routed_lora import losses
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.config import RoutedLoRAConfig
-from steerlora.methods.routed_lora.interventions import INTERVENTIONS
 from steerlora.methods.routed_lora.isolation import train_only
 from steerlora.methods.routed_lora.memory import MemoryPolicy
 from steerlora.methods.routed_lora.signals import prompt_signals

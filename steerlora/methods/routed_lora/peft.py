@@ -8,27 +8,17 @@ from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 
-from steerlora.errors import UserError
-
 if TYPE_CHECKING:
     from steerlora.methods.routed_lora.adapter import Adapter
 
 
-def export_peft(adapter: Adapter, directory: Path | str, *, base_path: str) -> None:
+def export_peft(adapter: Adapter, directory: Path, *, base_path: str) -> None:
     """Write a plain LoRA so that ``peft.PeftModel.from_pretrained(base, directory)`` reads it.
 
     The stacked specialists are one LoRA of rank E * R; alpha is scaled with it, so that the update
     (alpha / r) B A x stays the same.
-
-    Raises:
-        UserError: the adapter is routed, which PEFT's LoRA cannot express.
     """
     config = adapter.config
-    if not config.exports_to_peft:
-        raise UserError(
-            f"PEFT's format holds plain LoRA only; this adapter is routed ({config.signal!r})"
-        )
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     rank = config.total_rank
     state, layers, modules = {}, set(), set()
