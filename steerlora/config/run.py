@@ -110,7 +110,12 @@ class StudyConfig:
         retrained: controls under which the ablated method is trained anew.
         ablation_adapter: the method that is ablated.
         orders: orders of the sequences: options of ``order``, random_<seed>, permutation_<index>.
-        sequential_adapters: methods carried through the sequences.
+        sequential_adapters: methods trained in sequences.
+        paper_method: the method that the paper's claims are about.
+        baseline_method: plain LoRA, which forgetting is compared with.
+        dense_method: ``paper_method`` with hidden states in place of SAE features.
+        own_method: the project's own method.
+        variants: {a method that is ``own_method`` with one thing changed: what is changed}.
         workers: stages built side by side, each in a process of its own.
     """
 
@@ -128,6 +133,11 @@ class StudyConfig:
     ablation_adapter: str = "sc_lora"
     orders: list[str] = field(default_factory=list)
     sequential_adapters: list[str] = field(default_factory=list)
+    paper_method: str
+    baseline_method: str
+    dense_method: str
+    own_method: str
+    variants: dict[str, str] = field(default_factory=dict)
     workers: int = 1
 
     def __post_init__(self) -> None:

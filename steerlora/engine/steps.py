@@ -24,7 +24,8 @@ class Stage:
 
     Attributes:
         name: how users and directories call it.
-        version: raised when the code changes what it writes, so that nothing old is reused.
+        version: raised when the code changes what it writes, so that nothing old is reused; of a
+            stage that writes records, ``<version>.<schema of the records>``.
         build: fills ``context.directory``; returns a summary for the manifest.
         skip: dotted keys of the configuration that do not change what is built, such as
             ``trainer.accelerator``, and so are not part of the fingerprint.
@@ -34,7 +35,7 @@ class Stage:
     """
 
     name: str
-    version: int
+    version: int | str
     build: Callable[[Context], Mapping | None]
     skip: frozenset[str] = frozenset()
     shared: bool = False

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from steerlora.errors import UserError, nearest
 from steerlora.evaluation import registered
 from steerlora.evaluation.registered import Loaded
-from steerlora.evaluation.scores import Score, standard_error
+from steerlora.evaluation.scores import Score
+from steerlora.evaluation.statistics import standard_error
 from steerlora.evaluation.suite import OWN, Suite
 from steerlora.methods.routed_lora.saving import load_adapter, trained_under
 

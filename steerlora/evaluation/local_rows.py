@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 
-from steerlora.data.domains.text.rows import read_objects
+from steerlora.data.jsonl import read_objects
 from steerlora.errors import UserError
 
 SUBJECT = "subject"

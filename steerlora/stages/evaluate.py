@@ -9,9 +9,18 @@ import torch
 
 from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
 from steerlora.data.chat import collate, encode_chats
-from steerlora.engine.artifacts import Artifact, write_json
+from steerlora.data.jsonl import read_rows
+from steerlora.engine.artifacts import Artifact
 from steerlora.engine.run import Context, Stage, Step, register
 from steerlora.evaluation import local_rows, registered
+from steerlora.evaluation.records import (
+    BASE,
+    SCHEMA,
+    Evaluation,
+    Routing,
+    RoutingAtStep,
+    write_record,
+)
 from steerlora.evaluation.scores import averages
 from steerlora.evaluation.scoring import Scorer
 from steerlora.evaluation.suite import OWN
@@ -20,14 +29,14 @@ from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.health import RoutingHealth
 from steerlora.methods.routed_lora.saving import load_adapter
 from steerlora.stages import adapter_training, adapting, base, domains
-from steerlora.stages.common import WHERE, load_base, read_rows, run_log
+from steerlora.stages.common import WHERE, load_base, run_log
 
 SCORES = "scores.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """Attributes: adapter: its name, "none" for the base; hard_rank: of it; files: a digest of the
+    """Attributes: adapter: its name, ``BASE`` for none; hard_rank: of it; files: a digest of the
     rows that the user gives; accelerator: where the model runs; otherwise as in the
     configuration."""
 
@@ -56,7 +65,7 @@ def step(config: Config, *, adapted: bool = True, every_task: bool = False) -> S
         evaluation=evaluation,
         intervention=intervention,
         model=config.model.name,
-        adapter=config.adapter.name if adapted else "none",
+        adapter=config.adapter.name if adapted else BASE,
         hard_rank=config.adapter.hard_rank if adapted else 0.0,
         files=local_rows.digest(evaluation.files),
         seed=config.seed if adapted else 0,
@@ -108,26 +117,25 @@ def build(context: Context) -> dict:
     history = []
     if adapter is not None:
         history = context.inputs["adapter"].json(adapter_training.HISTORY)["routing"]
-    record = {
-        "model": settings.model,
-        "adapter": settings.adapter,
-        "intervention": settings.intervention.name,
-        "phase": settings.intervention.phase,
-        "seed": settings.seed,
-        "domains": list(scorer.domains.names),
-        "fingerprint": context.fingerprint,
-        "target_tasks": scorer.domains.target_tasks,
-        "groups": suite.groups,
-        "tasks": {name: score.as_dict() for name, score in scores.items()},
-        "averages": averages(scores, suite.averaged),
-        "routing": next(iter(routing.values()), None),
-        "routing_by_site": routing,
-        "routing_history": history,
-        "stand_ins": scorer.stand_ins,
-    }
-    write_json(context.directory / SCORES, record)
+    record = Evaluation(
+        model=settings.model,
+        method=settings.adapter,
+        seed=settings.seed,
+        fingerprint=context.fingerprint,
+        domains=scorer.domains.names,
+        tasks=scores,
+        averages=averages(scores, suite.averaged),
+        groups=suite.groups,
+        target_tasks=scorer.domains.target_tasks,
+        intervention=settings.intervention.name,
+        phase=settings.intervention.phase,
+        routing_by_site=routing,
+        routing_history=tuple(RoutingAtStep(**measured) for measured in history),
+        stand_ins=tuple(scorer.stand_ins),
+    )
+    write_record(context.directory / SCORES, record)
     figures = {f"score/{name}": score.value for name, score in scores.items()}
-    figures |= {f"average/{name}": group["value"] for name, group in record["averages"].items()}
+    figures |= {f"average/{name}": group.value for name, group in record.averages.items()}
     with run_log(context, settings.logger) as log:
         log.summary(figures)
         log.table(
@@ -164,8 +172,8 @@ def _routing(
     adapter: Adapter | None,
     settings: EvaluationSettings,
     max_length: int,
-) -> dict[str, dict]:
-    """{site: routing health} over the held-out rows of every domain."""
+) -> dict[int, Routing]:
+    """{site: routing} over the held-out rows of every domain."""
     if adapter is None:
         return {}
     names = source.json("domains.json")["names"]
@@ -191,13 +199,13 @@ def _routing(
             for site, routing in adapter.routing().items():
                 ranks = routing.mask[real].sum(-1)
                 health[site].update(routing.gate[real], ranks, owners, start + sequences)
-    return {str(site): seen.result() for site, seen in health.items()}
+    return {site: Routing(**seen.result()) for site, seen in health.items()}
 
 
 STAGE = register(
     Stage(
         "evaluate",
-        3,
+        f"4.{SCHEMA}",
         build,
         # The files' place does not matter, their content does.
         skip=WHERE | {"logger", "evaluation.batch_size", "evaluation.files"},

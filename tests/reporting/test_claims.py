@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from steerlora.reporting.judging import CONTROLS, judge
 
 from steerlora.evaluation.statistics import Interval
 from steerlora.reporting.claims import (
@@ -16,7 +17,6 @@ from steerlora.reporting.claims import (
     meets,
     verdict,
 )
-from steerlora.reporting.judging import CONTROLS, judge
 from steerlora.reporting.labels import BANNER
 
 NAN = float("nan")

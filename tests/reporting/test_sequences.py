@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from steerlora.reporting.method import aims, method_table
 
 from steerlora.reporting.labels import METHOD, SWITCHES, switch_of
-from steerlora.reporting.method import aims, method_table
 from steerlora.reporting.orders import MAX_ORDERS, forgetting_table, order_effects_table
 from steerlora.reporting.sequences import (
     apart_by_replay,
