@@ -27,7 +27,7 @@ SPLITS_SENTENCES = ("ifeval", "text_ifeval")
 
 
 class Scorer:
-    """Scores a live model, with whatever adapter and intervention it carries at the time.
+    """Scores a live model as it is at the time, with its adapter and intervention.
 
     Args:
         source: the domains artifact.

@@ -36,30 +36,28 @@ RULE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One claim, measured.
-
-    Attributes:
-        id: ``C1`` to ``C8``.
-        text: what the paper says.
-        paper: its figure, as text.
-        low, high: its figure as a range, or None.
-        unit: of the range and of the measures.
-        definition: what ours is, in a sentence or two.
-        measures: ours, one entry a model or an intervention; none if not measured.
-        verdict: `IN_RANGE`, `DIRECTION`, `NOT_REPRODUCED` or `NOT_MEASURED`.
-        note: what else a reader should know.
-    """
+    """One claim, measured."""
 
     id: str
+    """``C1`` to ``C8``."""
     text: str
+    """What the paper says."""
     paper: str
+    """Its figure, as text."""
     low: float | None
+    """Lower end of its figure; None where it gives no range."""
     high: float | None
+    """Upper end of its figure; None where it gives no range."""
     unit: str
+    """Of the range and of the measures."""
     definition: str
+    """What ours is, in a sentence or two."""
     measures: tuple[Measure, ...] = ()
+    """Ours, one entry a model or an intervention; none if not measured."""
     verdict: str = NOT_MEASURED
+    """`IN_RANGE`, `DIRECTION`, `NOT_REPRODUCED` or `NOT_MEASURED`."""
     note: str = ""
+    """What else a reader should know."""
 
     @property
     def envelope(self) -> Interval | None:

@@ -10,23 +10,22 @@ from steerlora.reporting.methods import Methods
 
 
 class OverTraining(NamedTuple):
-    """Routing health at every measurement of a training, and at the evaluation after it.
-
-    Attributes:
-        usage_entropy: mean over all of them, in units of log E.
-        first_entropy, lowest_entropy, last_entropy: its course; the last is at evaluation.
-        died: whether a specialist was dead at any of them but the first.
-        max_load: the largest.
-        measurements: how many there are, the evaluation included.
-    """
+    """Routing health at every measurement of a training, and at the evaluation after it."""
 
     usage_entropy: float
+    """Mean over all of them, in units of log E."""
     first_entropy: float
+    """At the first measurement."""
     lowest_entropy: float
+    """The least of all."""
     last_entropy: float
+    """At evaluation."""
     died: bool
+    """Whether a specialist was dead at any of them but the first."""
     max_load: float
+    """The largest."""
     measurements: int
+    """How many there are, the evaluation included."""
 
 
 def over_training(*records: Evaluation) -> list[OverTraining]:

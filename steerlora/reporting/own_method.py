@@ -1,4 +1,4 @@
-"""The table of the project's own method: beside the others, and with each switch turned."""
+"""The table of the project's own method: beside the others, and its variants."""
 
 from __future__ import annotations
 
@@ -31,17 +31,14 @@ LEAST_ORDERS, LEAST_SEEDS = 4, 3
 
 
 class Aim(NamedTuple):
-    """One thing that the method is meant to reach.
-
-    Attributes:
-        text: what.
-        interval: what it reached; None where it was not measured.
-        verdict: "met" where the whole interval is, else "not met"; or "not measured".
-    """
+    """One thing that the method is meant to reach."""
 
     text: str
+    """What, in words."""
     interval: Interval | None
+    """What it reached; None where it was not measured."""
     verdict: str
+    """"met" where the whole interval is, else "not met"; or "not measured"."""
 
 
 def method_table(

@@ -50,21 +50,18 @@ FIGURES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was written, and what to print.
-
-    Attributes:
-        directory: where it is.
-        files: every file written, in the order of writing.
-        claims: C1 to C8, measured.
-        tables: plain numbers by table name (see `_tables`), those that had records.
-        terminal: what to print: the claims. The other tables are too wide for a terminal.
-    """
+    """What was written, and what to print."""
 
     directory: Path
+    """Where it is."""
     files: tuple[Path, ...]
+    """Every file written, in the order of writing."""
     claims: tuple[Claim, ...]
+    """C1 to C8, measured."""
     tables: dict[str, pd.DataFrame]
+    """Plain numbers by table name (see `_tables`), those that had records."""
     terminal: TerminalTable
+    """What to print: the claims. The other tables are too wide for a terminal."""
 
 
 def write_report(

@@ -170,22 +170,20 @@ def _items(records: Iterable[DomainSequence]) -> int:
 
 
 class Twins(NamedTuple):
-    """What it changes to move the broad domain to the front of an order; one method.
-
-    Attributes:
-        first, later: mean positive forgetting with the broad domain first, and where it was.
-        difference: ``first - later``; negative: coming first lessens forgetting.
-        p: of a paired sign-flip test over the pairs.
-        pairs: how many (order, twin, seed) there are.
-        orders: how many orders have a twin.
-    """
+    """What it changes to move the broad domain to the front of an order; one method."""
 
     first: float
+    """Mean positive forgetting with the broad domain first."""
     later: float
+    """The same with the broad domain where the order has it."""
     difference: Interval
+    """``first - later``; negative: coming first lessens forgetting."""
     p: float
+    """Of a paired sign-flip test over the pairs."""
     pairs: int
+    """How many (order, twin, seed) there are."""
     orders: int
+    """How many orders have a twin."""
 
 
 def twins(records: Sequence[DomainSequence]) -> Twins | None:

@@ -24,23 +24,20 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table, twice.
-
-    Attributes:
-        name: file name without suffix.
-        caption: one or two sentences that say what the numbers are.
-        data: plain numbers, one row an observation; what the CSV file and W&B get.
-        columns: headings of the table for people.
-        rows: its cells, one list a row.
-        notes: sentences to stand under the table.
-    """
+    """A table, twice."""
 
     name: str
+    """File name without suffix."""
     caption: str
+    """One or two sentences that say what the numbers are."""
     data: pd.DataFrame
+    """Plain numbers, one row an observation; what the CSV file and W&B get."""
     columns: list[str]
+    """Headings of the table for people."""
     rows: list[list[Cell]]
+    """Its cells, one list a row."""
     notes: tuple[str, ...] = ()
+    """Sentences to stand under the table."""
 
 
 def write_table(table: Table, directory: Path, *, meaningful: bool) -> list[Path]:
