@@ -27,13 +27,12 @@ Read = Callable[[DomainSequence], Estimate | None]
 """From a record to a number of its run; None where the record does not hold it."""
 
 
-def ordered(record: DomainSequence) -> tuple[np.ndarray, np.ndarray]:
+def ordered(record: DomainSequence) -> tuple[np.ndarray, ...]:
     """A record's scores and standard errors, [T + 1, T], columns in the order of learning."""
-    scores, stderr = (
+    return tuple(
         score_matrix(matrix, sequence=record.sequence, domains=record.domains)
         for matrix in (record.matrix, record.stderr)
     )
-    return scores, stderr
 
 
 def forgotten(record: DomainSequence) -> Estimate:
@@ -95,20 +94,13 @@ def kept(records: Sequence[DomainSequence]) -> Interval | None:
     return statistics.summary_ratio(before, after, _items(known))
 
 
-def reduction(
-    sequentials: list[DomainSequence],
-    method: str,
-    baseline: str,
-    keep: Callable[[DomainSequence], bool] = lambda record: True,
-) -> Measure | None:
+def reduction(sequentials: list[DomainSequence], method: str, baseline: str) -> Measure | None:
     """Percentage by which a method lowers mean positive forgetting, over runs that both have.
 
     Args:
         sequentials: of one model.
-        keep: which records (orders) count.
     """
-    kept = [record for record in sequentials if keep(record)]
-    return _compared(kept, method, baseline, forgotten, statistics.summary_reduction)
+    return _compared(sequentials, method, baseline, forgotten, statistics.summary_reduction)
 
 
 def ratio(
