@@ -14,12 +14,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from steerlora.config import QWEN3_LINEAR, AdapterConfig, TrainerConfig
 from steerlora.data.chat import ChatBatch
-from steerlora.methods.routed_lora.adapter import Adapter, AdapterShape, total_rank
+from steerlora.methods.module import AdapterModule
 from steerlora.methods.monitor import Monitor
+from steerlora.methods.routed_lora.adapter import Adapter, AdapterShape, total_rank
 from steerlora.saes.autoencoder import SparseAutoencoder
 from steerlora.saes.taxonomy import Taxonomy
 from steerlora.training.language import next_token_loss
-from steerlora.methods.module import AdapterModule
 
 DOMAINS = 5
 PUBLISHED_WEIGHTS = {

@@ -11,10 +11,18 @@ from typing import Any
 import psutil
 
 from steerlora.cli.compose import Compose
-from steerlora.config import Config
+from steerlora.config import Config, StudyConfig
 from steerlora.engine.artifacts import Artifact
 from steerlora.engine.run import RunReport, Step
 from steerlora.errors import UserError
+from steerlora.evaluation.records import (
+    Ablation,
+    DomainSequence,
+    Evaluation,
+    Record,
+    read_record,
+)
+from steerlora.reporting.methods import Methods
 from steerlora.reporting.report import Report, write_report
 from steerlora.reporting.runs import open_run
 from steerlora.stages import causal_ablation, evaluate, sequential_forgetting
@@ -93,15 +101,16 @@ def _order(name: str) -> list[str]:
 def report(config: Config, planned: Plan, run: RunReport) -> Report:
     """Write tables, figures, claims and provenance of a finished experiment."""
 
-    def records(steps: tuple[Step, ...], name: str) -> list[dict]:
-        return [run[step].json(name) for step in steps]
+    def records(steps: tuple[Step, ...], name: str, kind: type[Record]) -> list[Record]:
+        return [read_record(run[step] / name, kind) for step in steps]
 
     try:
         written = write_report(
             Path(config.results.dir),
-            evaluations=records(planned.evaluations, evaluate.SCORES),
-            ablations=records(planned.ablations, causal_ablation.RESULT),
-            sequentials=records(planned.sequentials, sequential_forgetting.RESULT),
+            evaluations=records(planned.evaluations, evaluate.SCORES, Evaluation),
+            ablations=records(planned.ablations, causal_ablation.RESULT, Ablation),
+            sequentials=records(planned.sequentials, sequential_forgetting.RESULT, DomainSequence),
+            methods=methods(config.study),
             name=config.study.name,
             meaningful=config.study.meaningful,
             provenance=provenance(config, planned, run),
@@ -119,6 +128,19 @@ def report(config: Config, planned: Plan, run: RunReport) -> Report:
         claims = [[c.id, c.paper, c.ours, c.verdict] for c in written.claims]
         log.table("claims", ["claim", "paper", "ours", "verdict"], claims)
     return written
+
+
+def methods(study: StudyConfig) -> Methods:
+    """The parts of an experiment's methods, in the order in which it names them."""
+    named = (*study.methods, *study.scale_methods, *study.sequential_methods)
+    return Methods(
+        paper=study.paper_method,
+        baseline=study.baseline_method,
+        dense=study.dense_method,
+        own=study.own_method,
+        variants=study.variants,
+        order=tuple(dict.fromkeys(named)),
+    )
 
 
 def provenance(config: Config, planned: Plan, run: RunReport) -> dict[str, Any]:

@@ -134,6 +134,21 @@ class StudyConfig:
     sequential_methods: list[str] = field(default_factory=list)
     """Methods that are trained on each of the sequences."""
 
+    paper_method: str
+    """Method that the paper's claims are about."""
+
+    baseline_method: str
+    """Plain LoRA, which forgetting is compared with."""
+
+    dense_method: str
+    """``paper_method`` with hidden states in place of SAE features."""
+
+    own_method: str
+    """The project's own method."""
+
+    variants: dict[str, str] = field(default_factory=dict)
+    """{a method that is ``own_method`` with one thing changed: what is changed}."""
+
     workers: int = 1
     """Number of stages that are built at the same time, each in a process of its own. At least
     1."""

@@ -60,7 +60,7 @@ LOCK_PATIENCE = 1.0  # seconds of silent waiting for another process
 logger = logging.getLogger(__name__)
 
 
-def fingerprint(stage: str, version: int, config: Mapping, inputs: Mapping[str, str]) -> str:
+def fingerprint(stage: str, version: int | str, config: Mapping, inputs: Mapping[str, str]) -> str:
     """The name of a stage's output: a SHA-256 over all that decides it, `FINGERPRINT_DIGITS` long.
 
     Args:

@@ -19,7 +19,22 @@ FINGERPRINT_DIGITS = 20  # hexadecimal digits kept of a SHA-256: 80 bits
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"  # the builder's own folder, dropped when the artifact is complete
 ATTEMPT = ".attempt.json"  # record of a build in progress: its label and the seconds spent
-LIBRARIES = ("torch", "transformers", "lightning", "lm_eval", "steerlora")
+LIBRARIES = (
+    "steerlora",
+    "torch",
+    "transformers",
+    "lightning",
+    "deepspeed",
+    "lm-eval",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "hydra-core",
+    "numpy",
+    "scipy",
+    "pandas",
+    "matplotlib",
+)
 
 
 def plain(value: Any, name: str = "value") -> Any:
@@ -158,6 +173,7 @@ def read_attempt(directory: Path) -> dict[str, Any]:
 
 
 def library_versions() -> dict[str, str | None]:
+    """{library that results depend on: its version}; None where it is not installed."""
     versions: dict[str, str | None] = {}
     for library in LIBRARIES:
         try:

@@ -25,8 +25,9 @@ class Stage:
     name: str
     """The stage's name on the command line and in folders."""
 
-    version: int
-    """Raised when the code changes what it writes, so that no older artifact is reused."""
+    version: int | str
+    """Raised when the code changes what it writes, so that no older artifact is reused. Of a stage
+    that writes records, ``<version>.<schema of the records>``."""
 
     build: Callable[[Context], Mapping | None]
     """Fills ``context.directory`` and returns a summary for the manifest."""

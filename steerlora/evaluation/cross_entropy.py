@@ -20,18 +20,15 @@ _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 class CrossEntropy(NamedTuple):
-    """Cross-entropy of responses given their prompts.
-
-    Attributes:
-        per_item: for each row, in the order given, its summed loss in nats and its response tokens.
-        value: nats per response token over all rows (long responses weigh more).
-        stderr: standard error of ``value`` over rows, as the ratio of two sums (Cochran 1977,
-            *Sampling Techniques*, section 6.4); NaN for a single row.
-    """
+    """Cross-entropy of responses given their prompts."""
 
     per_item: list[tuple[float, int]]
+    """For each row, in the order given, its summed loss in nats and its response tokens."""
     value: float
+    """Nats per response token over all rows (long responses weigh more)."""
     stderr: float
+    """Standard error of ``value`` over rows, as the ratio of two sums (Cochran 1977, *Sampling
+    Techniques*, section 6.4); NaN for a single row."""
 
 
 def heldout_cross_entropy(

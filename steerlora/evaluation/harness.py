@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from steerlora.errors import UserError, nearest
 from steerlora.evaluation import registered
 from steerlora.evaluation.registered import Loaded
-from steerlora.evaluation.scores import Score, standard_error
+from steerlora.evaluation.scores import Score
+from steerlora.evaluation.statistics import standard_error
 from steerlora.evaluation.suite import OWN, Suite
 from steerlora.methods.saving import load_adapter, trained_under
 
@@ -46,7 +47,7 @@ class SteerLoRALM(HFLM):
 
     Args:
         pretrained: directory or hub id of the base, or a live model.
-        adapter: folder of a saved adapter; None scores the base (or what a live model carries).
+        adapter: folder of a saved adapter; None scores the base (or a live model as it is).
         sae: folder of its SAE, where it is not at the recorded place.
         intervention: a control that acts during every request, or "none"; an adapter that was
             trained under one must be told which.
@@ -140,7 +141,7 @@ class Harness:
         batch_size: int,
         max_length: int,
     ) -> dict[str, Score]:
-        """Score a live model (with whatever adapter and intervention it carries) on tasks.
+        """Score a live model (as it is, with its adapter and intervention) on tasks.
 
         The model stays on the device, or the devices, where it is.
 

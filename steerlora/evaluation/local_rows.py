@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 
-from steerlora.data.domains.text.rows import read_objects
+from steerlora.data.jsonl import read_objects
 from steerlora.errors import UserError
 
 SUBJECT = "subject"
@@ -47,15 +47,12 @@ def _paths(task: str, place: str) -> list[Path]:
 
 @dataclass(frozen=True)
 class LocalRows:
-    """Rows for one name of ``evaluation.files``, a single task's or a group's.
-
-    Attributes:
-        key: how error messages begin.
-        splits: {split: its rows}; a single file is the split that is scored, under None.
-    """
+    """Rows for one name of ``evaluation.files``, a single task's or a group's."""
 
     key: str
+    """How error messages begin."""
     splits: dict[str | None, list[dict[str, Any]]]
+    """{split: its rows}; a single file is the split that is scored, under None."""
 
     @classmethod
     def read(cls, task: str, place: str) -> LocalRows:

@@ -34,15 +34,12 @@ _SHOWN = 5
 
 
 class Loaded(NamedTuple):
-    """A task, or a group of tasks with the rule by which lm-eval averages them.
-
-    Attributes:
-        tasks: {name: task}; of a single task, itself.
-        group: the group; None for a single task.
-    """
+    """A task, or a group of tasks with the rule by which lm-eval averages them."""
 
     tasks: dict[str, Task]
+    """{name: task}; of a single task, itself."""
     group: Group | None = None
+    """The group; None for a single task."""
 
     @property
     def generative(self) -> bool:

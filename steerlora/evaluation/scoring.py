@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Sequence
@@ -11,11 +10,13 @@ from pathlib import Path
 from lm_eval.models.utils import resolve_max_length
 
 from steerlora.config import EvaluationConfig
+from steerlora.data.jsonl import read_objects
 from steerlora.engine.artifacts import Artifact
 from steerlora.evaluation.cross_entropy import heldout_cross_entropy
 from steerlora.evaluation.harness import Harness
 from steerlora.evaluation.punkt import ensure_punkt
-from steerlora.evaluation.scores import Score, standard_error
+from steerlora.evaluation.scores import Score
+from steerlora.evaluation.statistics import standard_error
 from steerlora.evaluation.suite import Domains, Suite
 from steerlora.evaluation.tasks.text.local import local_task_yamls
 
@@ -26,7 +27,7 @@ SPLITS_SENTENCES = ("ifeval", "text_ifeval")
 
 
 class Scorer:
-    """Scores a live model, with whatever adapter and intervention it carries at the time.
+    """Scores a live model as it is at the time, with its adapter and intervention.
 
     Args:
         source: the domains artifact.
@@ -84,7 +85,7 @@ class Scorer:
         return self.domains.metrics.get(task) == "cross_entropy"
 
     def _likelihood(self, domain: str) -> Score:
-        rows = _rows(self.domains.directory / f"heldout/{domain}.jsonl")[: self.config.limit]
+        rows = self._heldout(domain)[: self.config.limit]
         result = heldout_cross_entropy(
             self.model,
             self.tokenizer,
@@ -105,20 +106,12 @@ class Scorer:
 
     def _find_sentence_splitter(self, task: str) -> None:
         """Before the task is loaded: its import would download what is not there."""
-        texts = [prompt for prompt, _ in self._heldout_rows()]
+        rows = (row for name in self.domains.names for row in self._heldout(name))
+        texts = [row["prompt"] for row in rows]
         note = f"{task}: sentence splitter trained on local text"
         stands_in = ensure_punkt(Path(self._scratch.name) / "nltk", texts)
         if stands_in and note not in self.stand_ins:
             self.stand_ins.append(note)
 
-    def _heldout_rows(self) -> list[tuple[str, str]]:
-        return [
-            (row["prompt"], row["response"])
-            for name in self.domains.names
-            for row in _rows(self.domains.directory / f"heldout/{name}.jsonl")
-        ]
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    def _heldout(self, domain: str) -> list[dict[str, str]]:
+        return [row for _, row in read_objects(self.domains.directory / f"heldout/{domain}.jsonl")]

@@ -13,6 +13,7 @@ are percentile intervals. Few seeds make them too narrow (the variance over S se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -54,10 +55,18 @@ class Runs(NamedTuple):
     stderr: np.ndarray
 
 
-def standard_error(values: ArrayLike) -> float:
-    """Standard error of a mean, ``std(ddof=1) / sqrt(n)``; NaN below two values."""
-    values = np.asarray(values, dtype=np.float64)
-    return float(stats.sem(values)) if values.size > 1 else float("nan")
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of a mean, ``std(ddof=1) / sqrt(n)``; 0 below two values.
+
+    One value tells nothing about its spread. That is 0 here and not NaN, because a score of one
+    item must be stored (JSON has no NaN) and because one seed leaves the error of its items as it
+    is (`combined_error`). A table that must show it as unknown looks at how many values there are.
+    """
+    count = len(values)
+    if count < 2:
+        return 0.0
+    mean = sum(values) / count
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
 
 
 def combined_error(values: Sequence[float], stderr: Sequence[float]) -> float:
@@ -67,8 +76,7 @@ def combined_error(values: Sequence[float], stderr: Sequence[float]) -> float:
     out over seeds. It counts twice what items and seeds have in common, which is the careful
     side. With one seed it is the item error.
     """
-    seeds = standard_error(values)
-    return float(np.hypot(0.0 if np.isnan(seeds) else seeds, np.mean(stderr)))
+    return float(np.hypot(standard_error(values), np.mean(stderr)))
 
 
 def paired_difference(strata: Sequence[Paired], *, seed: int = 0) -> Interval:

@@ -16,25 +16,22 @@ OWN = ("micro_", "text_")
 
 @dataclass(frozen=True)
 class Domains:
-    """What ``domains.json`` of a domains directory says.
-
-    Attributes:
-        directory: where it lies.
-        names: the domains, in order.
-        target_tasks: {domain: task}.
-        groups: {average: tasks}.
-        metrics: {task: the metric key that is THE score}.
-        extra_tasks: tasks reported besides.
-    """
+    """What ``domains.json`` of a domains directory says."""
 
     directory: Path
+    """Where it lies."""
     kind: str
     version: int
     names: tuple[str, ...]
+    """The domains, in order."""
     target_tasks: dict[str, str]
+    """{domain: task}."""
     groups: dict[str, list[str]]
+    """{average: tasks}."""
     metrics: dict[str, str]
+    """{task: the metric key that is THE score}."""
     extra_tasks: tuple[str, ...] = ()
+    """Tasks reported besides."""
 
     @classmethod
     def read(cls, directory: Path) -> Domains:
@@ -53,19 +50,16 @@ class Domains:
 
 @dataclass(frozen=True)
 class Suite:
-    """The tasks, groups and metrics in force.
-
-    Attributes:
-        domains: whose own tasks are the targets.
-        groups: {average: tasks}; the configuration's where it has any, else the domains'.
-        metrics: {task: the metric key that is THE score}; the configuration's first.
-        config: how tasks are run.
-    """
+    """The tasks, groups and metrics in force."""
 
     domains: Domains
+    """Whose own tasks are the targets."""
     groups: dict[str, list[str]]
+    """{average: tasks}; the configuration's where it has any, else the domains'."""
     metrics: dict[str, str]
+    """{task: the metric key that is THE score}; the configuration's first."""
     config: EvaluationConfig
+    """How tasks are run."""
 
     @classmethod
     def of(cls, domains: Domains, config: EvaluationConfig) -> Suite:

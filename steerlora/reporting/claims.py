@@ -1,7 +1,7 @@
-"""Does it hold? A claim of the paper beside our number, the rule that judges it, how it is shown.
+"""Does it hold? A claim of the paper beside our number, the rule for a verdict, how it is shown.
 
 The rule looks at intervals, never at points (`verdict`). What each claim is measured by is its
-``definition``, which ``claims.md`` shows; `steerlora.reporting.judging` computes it.
+``definition``, which ``claims.md`` shows; `steerlora.reporting.claim_measures` computes it.
 """
 
 from __future__ import annotations
@@ -36,30 +36,28 @@ RULE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One claim, measured and judged.
-
-    Attributes:
-        id: ``C1`` to ``C8``.
-        text: what the paper says.
-        paper: its figure, as text.
-        low, high: its figure as a range, or None.
-        unit: of the range and of the measures.
-        definition: what ours is, in a sentence or two.
-        measures: ours, one entry a model or an intervention; none if not measured.
-        verdict: `IN_RANGE`, `DIRECTION`, `NOT_REPRODUCED` or `NOT_MEASURED`.
-        note: what else a reader should know.
-    """
+    """One claim, measured."""
 
     id: str
+    """``C1`` to ``C8``."""
     text: str
+    """What the paper says."""
     paper: str
+    """Its figure, as text."""
     low: float | None
+    """Lower end of its figure; None where it gives no range."""
     high: float | None
+    """Upper end of its figure; None where it gives no range."""
     unit: str
+    """Of the range and of the measures."""
     definition: str
+    """What ours is, in a sentence or two."""
     measures: tuple[Measure, ...] = ()
+    """Ours, one entry a model or an intervention; none if not measured."""
     verdict: str = NOT_MEASURED
+    """`IN_RANGE`, `DIRECTION`, `NOT_REPRODUCED` or `NOT_MEASURED`."""
     note: str = ""
+    """What else a reader should know."""
 
     @property
     def envelope(self) -> Interval | None:
@@ -116,7 +114,7 @@ def verdict(direction: Sequence[Interval], *, agrees: bool) -> str:
 
     Args:
         direction: intervals that the claim says are positive.
-        agrees: whether the figures also meet the paper's.
+        agrees: whether the figures also agree with the paper's.
     """
     if not direction or not all(interval.known for interval in direction):
         return NOT_MEASURED
@@ -125,7 +123,7 @@ def verdict(direction: Sequence[Interval], *, agrees: bool) -> str:
     return IN_RANGE if agrees else DIRECTION
 
 
-def meets(interval: Interval, low: float, high: float) -> bool:
+def overlaps(interval: Interval, low: float, high: float) -> bool:
     """Whether an interval and the paper's range have a point in common."""
     return interval.low <= high and interval.high >= low
 
@@ -216,6 +214,6 @@ def claims_terminal(claims: Sequence[Claim], *, name: str, meaningful: bool) -> 
     title = f"{name}: the paper's claims" + ("" if meaningful else f"\n{BANNER}")
     table = TerminalTable(*COLUMNS, title=escape_markup(title))
     for claim in claims:
-        *cells, judged = _row(claim)
-        table.add_row(*map(Text, cells), Text(judged, style=STYLES[judged]))
+        *cells, reached = _row(claim)
+        table.add_row(*map(Text, cells), Text(reached, style=STYLES[reached]))
     return table

@@ -1,4 +1,4 @@
-"""The tables of controls: interventions on a trained adapter, and adapters trained under one."""
+"""The tables of controls: interventions on a trained method, and methods trained under one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from itertools import groupby
 import numpy as np
 import pandas as pd
 
+from steerlora.evaluation.records import INTACT, Ablation, Evaluation
+from steerlora.evaluation.scores import Estimate, Score
 from steerlora.evaluation.statistics import effect_size, holm, paired_test
 from steerlora.reporting import labels
 from steerlora.reporting.effects import ablation_strata, drop, retrained_drop, select
-from steerlora.reporting.labels import in_order, score_label
+from steerlora.reporting.labels import in_order
 from steerlora.reporting.tables import (
     MISSING,
     Cell,
@@ -24,29 +26,29 @@ from steerlora.reporting.tables import (
 )
 
 
-def ablation_table(ablations: list[dict]) -> Table | None:
+def ablation_table(ablations: list[Ablation]) -> Table | None:
     """Every intervention: score of every domain, and its drop from intact with an interval."""
     if not ablations:
         return None
-    keys = list(dict.fromkeys((record["model"], record["adapter"]) for record in ablations))
+    keys = list(dict.fromkeys((record.model, record.method) for record in ablations))
     rows = [row for key in keys for row in _ablation_rows(ablations, *key)]
     data = pd.DataFrame(rows)
     places = list(dict.fromkeys(data.domain))
     cells = []
-    for (model, adapter, intervention), group in groupby(
-        rows, key=lambda row: (row["model"], row["adapter"], row["intervention"])
+    for (model, method, intervention), group in groupby(
+        rows, key=lambda row: (row["model"], row["method"], row["intervention"])
     ):
         by_place = {row["domain"]: row for row in group}
         average = by_place["average"]
-        texts = [f"{model} {adapter}"] if len(keys) > 1 else []
+        texts = [f"{model} {method}"] if len(keys) > 1 else []
         texts += [intervention, *(_drop_text(by_place.get(place)) for place in places)]
-        intact = intervention == "intact"
+        intact = intervention == INTACT
         texts += ["", ""] if intact else [number(average["d_z"], 2), number(average["p_holm"])]
         cells.append([Cell(text) for text in texts])
     seeds, items = int(data.seeds.max()), int(data[data.domain == "average"]["items"].max())
     who = "" if len(keys) > 1 else f" of {' '.join(keys[0])}"
     caption = (
-        f"Causal ablation{who}: {score_label(ablations)} under each intervention, drop from "
+        f"Causal ablation{who}: score under each intervention, drop from "
         f"intact in percent [95 % bootstrap interval over items and seeds]; {seeds} seeds, "
         f"{items} items; d_z: mean drop of an item over the standard deviation of these drops "
         "(Cohen); p: paired permutation test over items, Holm-corrected over interventions; "
@@ -56,17 +58,17 @@ def ablation_table(ablations: list[dict]) -> Table | None:
     return Table("ablation", caption, data, [*headings, *places, "d_z", "p (Holm)"], cells)
 
 
-def _ablation_rows(ablations: list[dict], model: str, adapter: str) -> list[dict]:
-    records = select(ablations, model=model, adapter=adapter)
-    domains = records[0]["domains"]
-    names = in_order((n for r in records for n in r["interventions"]), labels.INTERVENTIONS)
+def _ablation_rows(ablations: list[Ablation], model: str, method: str) -> list[dict]:
+    records = select(ablations, model=model, method=method)
+    domains = records[0].domains
+    names = in_order((n for r in records for n in r.interventions), labels.INTERVENTIONS)
     rows = []
     for name in names:
         for place, members in [("average", domains), *((d, [d]) for d in domains)]:
-            scores = [_average(r["interventions"].get(name, {}), members) for r in records]
-            measure = drop(records, name, members) if name != "intact" else None
+            scores = [_average(r.interventions.get(name, {}), members) for r in records]
+            measure = drop(records, name, members) if name != INTACT else None
             strata = ablation_strata(records, name, members)
-            row = {"model": model, "adapter": adapter, "intervention": name, "domain": place}
+            row = {"model": model, "method": method, "intervention": name, "domain": place}
             row |= mean_and_error("score", scores)
             row |= interval_fields("drop", measure and measure.interval, "percent")
             row |= {
@@ -75,7 +77,7 @@ def _ablation_rows(ablations: list[dict], model: str, adapter: str) -> list[dict
                 "seeds": sum(score is not None for score in scores),
                 "items": sum(s.baseline.shape[1] for s in strata) if strata else 0,
             }
-            if name != "intact" and strata is not None:
+            if name != INTACT and strata is not None:
                 intact, changed = (
                     np.concatenate([stratum[side].mean(axis=0) for stratum in strata])
                     for side in (0, 1)
@@ -90,15 +92,15 @@ def _ablation_rows(ablations: list[dict], model: str, adapter: str) -> list[dict
     return rows
 
 
-def _average(scores: dict, domains: Sequence[str]) -> dict | None:
+def _average(scores: dict[str, Score], domains: Sequence[str]) -> Estimate | None:
     """Mean over domains of the scores of one run, with its error; None unless all are there."""
-    if not all(scores.get(domain) for domain in domains):
+    if not all(domain in scores for domain in domains):
         return None
-    errors = np.array([scores[domain].get("stderr") or 0.0 for domain in domains])
-    return {
-        "value": float(np.mean([scores[domain]["value"] for domain in domains])),
-        "stderr": float(np.sqrt((errors**2).sum()) / len(errors)),
-    }
+    errors = np.array([scores[domain].stderr for domain in domains])
+    return Estimate(
+        float(np.mean([scores[domain].value for domain in domains])),
+        float(np.sqrt((errors**2).sum()) / len(errors)),
+    )
 
 
 def _drop_text(row: dict | None) -> str:
@@ -111,9 +113,9 @@ def _drop_text(row: dict | None) -> str:
 
 
 def retrained_table(
-    retrained: list[dict], evaluations: list[dict], ablations: list[dict]
+    retrained: list[Evaluation], evaluations: list[Evaluation], ablations: list[Ablation]
 ) -> Table | None:
-    """Adapters trained under an intervention, beside intact ones that only meet it afterwards.
+    """Methods trained under an intervention, beside those that have it at evaluation only.
 
     Args:
         retrained: evaluations with ``phase`` "training".
@@ -121,22 +123,20 @@ def retrained_table(
         ablations: where the evaluation-time drop of the same intervention comes from.
     """
     rows = []
-    for model, adapter in dict.fromkeys((r["model"], r["adapter"]) for r in retrained):
-        where = {"model": model, "adapter": adapter}
+    for model, method in dict.fromkeys((r.model, r.method) for r in retrained):
+        where = {"model": model, "method": method}
         own, intact = select(retrained, **where), select(evaluations, **where)
         ablated = select(ablations, **where)
-        for name in in_order((r["intervention"] for r in own), labels.INTERVENTIONS):
-            chosen = {record["seed"]: record for record in select(own, intervention=name)}
+        for name in in_order((r.intervention for r in own), labels.INTERVENTIONS):
+            chosen = {record.seed: record for record in select(own, intervention=name)}
             after = retrained_drop(intact, chosen)
-            before = drop(ablated, name, ablated[0]["domains"]) if ablated else None
-            beside = [record for record in intact if record["seed"] in chosen]
+            before = drop(ablated, name, ablated[0].domains) if ablated else None
+            beside = [record for record in intact if record.seed in chosen]
             rows.append(
                 where
                 | {"intervention": name, "seeds": len(chosen)}
-                | mean_and_error("intact", [r["averages"].get("target") for r in beside])
-                | mean_and_error(
-                    "retrained", [r["averages"].get("target") for r in chosen.values()]
-                )
+                | mean_and_error("intact", [r.averages.get("target") for r in beside])
+                | mean_and_error("retrained", [r.averages.get("target") for r in chosen.values()])
                 | interval_fields("retrained_drop", after and after.interval, "percent")
                 | interval_fields("evaluation_drop", before and before.interval, "percent")
             )
@@ -145,7 +145,7 @@ def retrained_table(
     data = pd.DataFrame(rows)
     cells = [
         [
-            Cell(f"{row.model} {row.adapter}"),
+            Cell(f"{row.model} {row.method}"),
             Cell(row.intervention),
             Cell(str(row.seeds)),
             Cell(plus_minus(row.intact, row.intact_stderr)),
@@ -160,7 +160,7 @@ def retrained_table(
     headings = ["Model", "Intervention", "Seeds", "Intact", "Retrained"]
     headings += ["Drop, retrained", "Drop, at evaluation only"]
     caption = (
-        f"Retrained controls: target {score_label(evaluations)} of adapters trained and evaluated "
+        "Retrained controls: target score of adapters trained and evaluated "
         "under an intervention, beside the intact adapter's, mean over seeds ± standard error; "
         "drop from intact in percent [95 % bootstrap interval over items and seeds], and that of "
         "the same intervention on the intact adapter at evaluation time. What a retrained adapter "

@@ -13,21 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from PIL import Image
 
-from steerlora.reporting.labels import ADAPTERS, BANNER, METHOD, switch_of
+from steerlora.reporting.labels import BANNER
 from steerlora.reporting.tables import number
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 PAPER = "#BBBBBB"
-METHOD_COLOURS = {
-    "lora": "#0072B2",
-    "o_lora": "#CC79A7",
-    "moe_lora": "#E69F00",
-    "x_lora": "#56B4E9",
-    "sc_lora": "#009E73",
-    "sc_lora_reference": "#888888",
-    METHOD: "#D55E00",
-}
-SWITCH_MARKERS = "^vsD<>h"
 WIDTH = 9.0
 """Inches; at 150 dots an inch this is 1350 pixels, sharp at a README's 900."""
 
@@ -42,22 +32,6 @@ STYLE = {
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
 }
-
-
-def colour_of(adapter: str) -> str:
-    """An adapter's colour, the same in every figure; our method lends its own to its switches."""
-    return METHOD_COLOURS.get(METHOD if switch_of(adapter) else adapter, "#000000")
-
-
-def marker_of(adapter: str) -> dict:
-    """An adapter's marker: filled, and hollow for a switch of our method, a shape each."""
-    colour = colour_of(adapter)
-    if switch_of(adapter) is None:
-        edge = {"markeredgecolor": "white", "markeredgewidth": 0.5}
-        return {"marker": "o", "color": colour, "markersize": 7} | edge
-    place = ADAPTERS.index(adapter) if adapter in ADAPTERS else len(adapter)
-    shape = SWITCH_MARKERS[place % len(SWITCH_MARKERS)]
-    return {"marker": shape, "color": colour, "markerfacecolor": "white", "markersize": 6}
 
 
 def save(figure: Figure, path: Path, *, meaningful: bool) -> Path:

@@ -11,6 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from steerlora.evaluation.records import BASE, INTACT, Ablation, Evaluation
 from steerlora.reporting import labels
 from steerlora.reporting.drawing import (
     COLOURS,
@@ -18,28 +19,24 @@ from steerlora.reporting.drawing import (
     STYLE,
     WIDTH,
     bars,
-    colour_of,
     name_ticks,
     panels,
 )
 from steerlora.reporting.effects import dose_drop, dose_strengths, drop, gain, select
-from steerlora.reporting.labels import in_order, score_label
+from steerlora.reporting.labels import in_order
+from steerlora.reporting.methods import Methods
 
 PAPER_GAINS = {"instruction_following": (0.016, 0.052), "general_knowledge": (0.017, 0.023)}
 
 
-def scale_gains(evaluations: list[dict]) -> Figure | None:
-    """Gain over the base model by task group, model and adapter, with intervals."""
-    models = list(dict.fromkeys(record["model"] for record in evaluations))
-    adapters = [
-        adapter
-        for adapter in in_order((r["adapter"] for r in evaluations), labels.ADAPTERS)
-        if adapter != labels.BASE
-    ]
+def scale_gains(evaluations: list[Evaluation], methods: Methods) -> Figure | None:
+    """Gain over the base model by task group, model and method, with intervals."""
+    models = list(dict.fromkeys(record.model for record in evaluations))
+    names = [name for name in methods.sorted(r.method for r in evaluations) if name != BASE]
     measures = {
-        (group, adapter, model): gain(evaluations, model, adapter, group)
+        (group, name, model): gain(evaluations, model, name, group)
         for group in labels.GROUPS
-        for adapter in adapters
+        for name in names
         for model in models
     }
     groups = [
@@ -59,29 +56,29 @@ def scale_gains(evaluations: list[dict]) -> Figure | None:
             axes.append(figure.add_subplot(1, len(groups), place, sharey=shared))
             axes[-1].tick_params(labelleft=shared is None)
         for axis, group in zip(axes, groups, strict=True):
-            for index, adapter in enumerate(adapters):
-                found = [measures[group, adapter, model] for model in models]
+            for index, name in enumerate(names):
+                found = [measures[group, name, model] for model in models]
                 bounds = [m.interval[:3] if m else (np.nan,) * 3 for m in found]
-                bars(axis, bounds, index, len(adapters), adapter, colour_of(adapter))
+                bars(axis, bounds, index, len(names), name, methods.colour(name))
             if group in PAPER_GAINS:
                 axis.axhspan(*PAPER_GAINS[group], color=PAPER, zorder=0, label="paper's range")
             axis.set_title(labels.GROUPS[group])
             name_ticks(axis, models, rotate=len(models) > 2)
             axis.axhline(0, color="black", linewidth=0.8)
         axes[0].set_ylabel("gain over base")
-        handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 5))
+        handles, texts = axes[0].get_legend_handles_labels()
+        figure.legend(handles, texts, loc="outside upper center", ncols=min(len(texts), 5))
     return figure
 
 
-def ablation_bars(ablations: list[dict], model: str, adapter: str) -> Figure | None:
+def ablation_bars(ablations: list[Ablation], model: str, method: str) -> Figure | None:
     """Drop of the mean target score under every intervention; dots are the domains."""
-    records = select(ablations, model=model, adapter=adapter)
+    records = select(ablations, model=model, method=method)
     if not records:
         return None
-    domains = records[0]["domains"]
-    names = in_order((n for r in records for n in r["interventions"]), labels.INTERVENTIONS)
-    measures = {name: drop(records, name, domains) for name in names if name != "intact"}
+    domains = records[0].domains
+    names = in_order((n for r in records for n in r.interventions), labels.INTERVENTIONS)
+    measures = {name: drop(records, name, domains) for name in names if name != INTACT}
     shown = [name for name, measure in measures.items() if measure is not None]
     if not shown:
         return None
@@ -110,21 +107,21 @@ def ablation_bars(ablations: list[dict], model: str, adapter: str) -> Figure | N
         name_ticks(axis, shown, rotate=len(shown) > 5)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_ylabel("drop from intact (%)")
-        axis.set_title(f"{adapter} on {model}: {score_label(records)} lost under interventions")
+        axis.set_title(f"{method} on {model}: score lost under interventions")
         figure.legend(loc="outside right upper")
     return figure
 
 
-def dose_response(ablations: list[dict], model: str, adapter: str) -> Figure | None:
+def dose_response(ablations: list[Ablation], model: str, method: str) -> Figure | None:
     """Drop of the mean target score by strength of an intervention: a panel each, others in grey.
 
-    Strength 0 is the intact adapter, 1 the intervention in full.
+    Strength 0 is the method as trained, 1 the intervention in full.
     """
-    records = select(ablations, model=model, adapter=adapter)
+    records = select(ablations, model=model, method=method)
     strengths = dose_strengths(records)
     if not strengths:
         return None
-    domains = records[0]["domains"]
+    domains = records[0].domains
     curves = {}
     for name in in_order(strengths, labels.INTERVENTIONS):
         found = {at: dose_drop(records, name, at, domains) for at in strengths[name]}
@@ -147,5 +144,5 @@ def dose_response(ablations: list[dict], model: str, adapter: str) -> Figure | N
             axis.grid(axis="y")
         figure.supxlabel("strength of the intervention", fontsize=10)
         figure.supylabel("drop from intact (%)", fontsize=10)
-        figure.suptitle(f"{adapter} on {model}: {score_label(records)} lost", fontsize=10)
+        figure.suptitle(f"{method} on {model}: score lost", fontsize=10)
     return figure

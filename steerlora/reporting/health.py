@@ -4,58 +4,58 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from steerlora.reporting import labels
+from steerlora.evaluation.records import Evaluation, RoutingSummary
 from steerlora.reporting.effects import select
-from steerlora.reporting.labels import in_order
+from steerlora.reporting.methods import Methods
 
 
 class OverTraining(NamedTuple):
-    """Routing health at every measurement of a training, and at the evaluation after it.
-
-    Attributes:
-        usage_entropy: mean over all of them, in units of log E.
-        first_entropy, lowest_entropy, last_entropy: its course; the last is at evaluation.
-        died: whether a specialist was dead at any of them but the first.
-        max_load: the largest.
-        measurements: how many there are, the evaluation included.
-    """
+    """Routing health at every measurement of a training, and at the evaluation after it."""
 
     usage_entropy: float
+    """Mean over all of them, in units of log E."""
     first_entropy: float
+    """At the first measurement."""
     lowest_entropy: float
+    """The least of all."""
     last_entropy: float
+    """At evaluation."""
     died: bool
+    """Whether a specialist was dead at any of them but the first."""
     max_load: float
+    """The largest."""
     measurements: int
+    """How many there are, the evaluation included."""
 
 
-def over_training(*records: dict) -> list[OverTraining]:
+def over_training(*records: Evaluation) -> list[OverTraining]:
     """Of some evaluations that are to be compared.
 
     Where one of them has no history of its training, none of them is given one: an average over
     training beside a value at its end would compare nothing.
     """
-    whole = all(record.get("routing_history") for record in records)
-    return [_of(record, record["routing_history"] if whole else []) for record in records]
+    whole = all(record.routing_history for record in records)
+    return [_of([*(record.routing_history if whole else ()), record.routing]) for record in records]
 
 
-def _of(record: dict, history: list[dict]) -> OverTraining:
-    measured = [*history, record["routing"]]
-    entropy = [at["usage_entropy"] for at in measured]
+def _of(measured: list[RoutingSummary]) -> OverTraining:
+    entropy = [at.usage_entropy for at in measured]
     later = measured[1:] or measured
     return OverTraining(
         usage_entropy=sum(entropy) / len(entropy),
         first_entropy=entropy[0],
         lowest_entropy=min(entropy),
         last_entropy=entropy[-1],
-        died=any(at["dead_specialists"] > 0 for at in later),
-        max_load=max(at["max_load"] for at in measured),
+        died=any(at.dead_specialists > 0 for at in later),
+        max_load=max(at.max_load for at in measured),
         measurements=len(measured),
     )
 
 
-def routed(evaluations: list[dict], model: str) -> dict[str, list[dict]]:
-    """Evaluations of a model that carry routing health, by adapter."""
-    records = [record for record in select(evaluations, model=model) if record.get("routing")]
-    adapters = in_order((record["adapter"] for record in records), labels.ADAPTERS)
-    return {adapter: select(records, adapter=adapter) for adapter in adapters}
+def routed(
+    evaluations: list[Evaluation], model: str, methods: Methods
+) -> dict[str, list[Evaluation]]:
+    """{method: its evaluations on a model}, of methods that route."""
+    records = [record for record in select(evaluations, model=model) if record.routing]
+    names = methods.sorted(record.method for record in records)
+    return {name: select(records, method=name) for name in names}

@@ -6,10 +6,12 @@ import numpy as np
 import pandas as pd
 
 from steerlora.evaluation.forgetting import METRICS, positive_forgetting
+from steerlora.evaluation.records import DomainSequence
 from steerlora.evaluation.statistics import combined_error, holm, standard_error
 from steerlora.reporting import labels
 from steerlora.reporting.effects import select
-from steerlora.reporting.labels import adapter_label, in_order, score_label
+from steerlora.reporting.labels import in_order
+from steerlora.reporting.methods import Methods
 from steerlora.reporting.sequences import (
     broad_first,
     forgotten,
@@ -29,12 +31,13 @@ from steerlora.reporting.tables import (
     plus_minus,
 )
 
-BASELINE = "lora"
 MAX_ORDERS = 6
 """Orders with rows of their own in the table for people; the CSV file has all."""
 
 
-def forgetting_table(sequentials: list[dict], *, meaningful: bool) -> Table | None:
+def forgetting_table(
+    sequentials: list[DomainSequence], methods: Methods, *, meaningful: bool
+) -> Table | None:
     """Every method and order, and order classes: forgetting, transfer, reduction against LoRA."""
     if not sequentials:
         return None
@@ -44,14 +47,14 @@ def forgetting_table(sequentials: list[dict], *, meaningful: bool) -> Table | No
         "other": lambda r: not broad_first(r),
     }
     rows = []
-    for model in dict.fromkeys(record["model"] for record in sequentials):
+    for model in dict.fromkeys(record.model for record in sequentials):
         records = select(sequentials, model=model)
-        orders = in_order((r["order"] for r in records), ("broad_first", "broad_last"))
+        orders = in_order((r.order for r in records), ("broad_first", "broad_last"))
         parts = [("class", name, keep) for name, keep in classes.items()]
-        parts += [("order", o, lambda r, o=o: r["order"] == o) for o in orders]
+        parts += [("order", o, lambda r, o=o: r.order == o) for o in orders]
         for kind, name, keep in parts:
             chosen = [record for record in records if keep(record)]
-            rows += _forgetting_rows({"model": model, "part": kind, "order": name}, chosen)
+            rows += _forgetting_rows({"model": model, "part": kind, "order": name}, chosen, methods)
     data = pd.DataFrame(rows)
     best = {}
     for _, part in data.groupby(["model", "part", "order"], sort=False):
@@ -68,7 +71,7 @@ def forgetting_table(sequentials: list[dict], *, meaningful: bool) -> Table | No
         [
             Cell(row.model),
             Cell(labels.ORDER_CLASSES[row.order] if row.part == "class" else row.order),
-            Cell(adapter_label(row.adapter)),
+            Cell(methods.label(row.method)),
             Cell(str(row.runs)),
             Cell(
                 plus_minus(row.positive_forgetting, row.positive_forgetting_stderr), best[row.Index]
@@ -87,18 +90,18 @@ def forgetting_table(sequentials: list[dict], *, meaningful: bool) -> Table | No
                     (row.reduction_percent, row.reduction_low, row.reduction_high), 1, " %"
                 )
             ),
-            Cell("" if row.adapter == BASELINE else number(row.p_holm)),
+            Cell("" if row.method == methods.baseline else number(row.p_holm)),
         ]
         for row in shown.itertuples()
     ]
-    headings = ["Model", "Order", "Adapter", "Runs", *labels.METRICS.values()]
+    headings = ["Model", "Order", "Method", "Runs", *labels.METRICS.values()]
     headings += ["General kept"] if general else []
-    headings += [f"Reduction vs {BASELINE}", "p (Holm)"]
+    headings += [f"Reduction vs {methods.baseline}", "p (Holm)"]
     caption = (
-        f"Sequential adaptation, {score_label(sequentials)}: mean over runs (orders × seeds); "
+        "Sequential adaptation, score: mean over runs (orders × seeds); "
         "± is the standard error from runs and items; the reduction of positive forgetting is "
-        f"against {BASELINE}, in percent [95 % bootstrap interval over orders, seeds and items]; "
-        "p: its paired permutation test over runs, Holm-corrected over methods."
+        f"against {methods.baseline}, in percent [95 % bootstrap interval over orders, seeds and "
+        "items]; p: its paired permutation test over runs, Holm-corrected over methods."
     )
     if general:
         caption += " General kept: general knowledge after the sequence, as a share of the base's."
@@ -107,30 +110,32 @@ def forgetting_table(sequentials: list[dict], *, meaningful: bool) -> Table | No
     return Table("forgetting", caption, data, headings, cells)
 
 
-def _forgetting_rows(where: dict, records: list[dict]) -> list[dict]:
+def _forgetting_rows(where: dict, records: list[DomainSequence], methods: Methods) -> list[dict]:
     """A row a method; ``records`` are those of one model and class of orders."""
-    adapters = in_order((record["adapter"] for record in records), labels.ADAPTERS)
-    others = [adapter for adapter in adapters if adapter != BASELINE]
-    p_values = corrected({a: p_value(records, a, BASELINE, forgotten) for a in others})
+    names, baseline = methods.sorted(record.method for record in records), methods.baseline
+    p_values = corrected(
+        {name: p_value(records, name, baseline, forgotten) for name in names if name != baseline}
+    )
     return [
         where
-        | {"adapter": adapter}
-        | _forgetting_row(records, adapter)
-        | {"p_holm": p_values.get(adapter, np.nan)}
-        for adapter in adapters
+        | {"method": name}
+        | _forgetting_row(records, name, baseline)
+        | {"p_holm": p_values.get(name, np.nan)}
+        for name in names
     ]
 
 
-def _forgetting_row(records: list[dict], adapter: str) -> dict:
-    own = select(records, adapter=adapter)
+def _forgetting_row(records: list[DomainSequence], method: str, baseline: str) -> dict:
+    own = select(records, method=method)
     metrics = {m.__name__: [m(ordered(record)[0]) for record in own] for m in METRICS}
-    row: dict = {"runs": len(own), "seeds": len({record["seed"] for record in own})}
+    row: dict = {"runs": len(own), "seeds": len({record.seed for record in own})}
     for name, values in metrics.items():
-        row |= {name: float(np.mean(values)), f"{name}_stderr": standard_error(values)}
+        row[name] = float(np.mean(values))
+        row[f"{name}_stderr"] = standard_error(values) if len(values) > 1 else np.nan
     row["positive_forgetting_stderr"] = combined_error(
         metrics[positive_forgetting.__name__], [forgotten(record).stderr for record in own]
     )
-    measure = reduction(records, adapter, BASELINE) if adapter != BASELINE else None
+    measure = reduction(records, method, baseline) if method != baseline else None
     row |= interval_fields("general", kept(own))
     return row | interval_fields("reduction", measure and measure.interval, "percent")
 
@@ -142,27 +147,27 @@ def corrected(p_values: dict[str, float]) -> dict[str, float]:
     return p_values | dict(zip(known, adjusted, strict=True))
 
 
-def order_effects_table(sequentials: list[dict]) -> Table | None:
+def order_effects_table(sequentials: list[DomainSequence], methods: Methods) -> Table | None:
     """What it changes to move the broad domain to the front, method by method."""
     rows = []
-    for model in dict.fromkeys(record["model"] for record in sequentials):
+    for model in dict.fromkeys(record.model for record in sequentials):
         records = select(sequentials, model=model)
-        adapters = in_order((record["adapter"] for record in records), labels.ADAPTERS)
-        found = {adapter: twins(select(records, adapter=adapter)) for adapter in adapters}
-        found = {adapter: effect for adapter, effect in found.items() if effect is not None}
-        p_values = corrected({adapter: effect.p for adapter, effect in found.items()})
+        names = methods.sorted(record.method for record in records)
+        found = {name: twins(select(records, method=name)) for name in names}
+        found = {name: effect for name, effect in found.items() if effect is not None}
+        p_values = corrected({name: effect.p for name, effect in found.items()})
         rows += [
             {
                 "model": model,
-                "adapter": adapter,
+                "method": name,
                 "pairs": effect.pairs,
                 "orders": effect.orders,
                 "broad_first": effect.first,
                 "broad_later": effect.later,
             }
             | interval_fields("difference", effect.difference)
-            | {"p_holm": p_values[adapter]}
-            for adapter, effect in found.items()
+            | {"p_holm": p_values[name]}
+            for name, effect in found.items()
         ]
     if not rows:
         return None
@@ -170,7 +175,7 @@ def order_effects_table(sequentials: list[dict]) -> Table | None:
     cells = [
         [
             Cell(row.model),
-            Cell(adapter_label(row.adapter)),
+            Cell(methods.label(row.method)),
             Cell(f"{row.pairs} ({row.orders})"),
             Cell(number(row.broad_first)),
             Cell(number(row.broad_later)),
@@ -183,7 +188,7 @@ def order_effects_table(sequentials: list[dict]) -> Table | None:
         ]
         for row in data.itertuples()
     ]
-    headings = ["Model", "Adapter", "Pairs (orders)", "Broad first", "Broad later", "Difference"]
+    headings = ["Model", "Method", "Pairs (orders)", "Broad first", "Broad later", "Difference"]
     caption = (
         "Broad data first, or not: mean positive forgetting of orders, and of their twins in which "
         "the broad domain has been moved to the front and the others keep their order (same "

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pandas as pd
 from rich.table import Table as TerminalTable
 
+from steerlora.engine.manifests import library_versions
+from steerlora.evaluation.records import Ablation, DomainSequence, Evaluation, Record
 from steerlora.reporting import figures, routing_figures, sequence_figures
+from steerlora.reporting.claim_measures import measure_claims
 from steerlora.reporting.claims import (
     Claim,
     claims_grid,
@@ -22,29 +24,13 @@ from steerlora.reporting.claims import (
 from steerlora.reporting.controls import ablation_table, retrained_table
 from steerlora.reporting.drawing import save
 from steerlora.reporting.effects import fingerprints, retrained, uncontrolled
-from steerlora.reporting.judging import METHOD, judge
 from steerlora.reporting.labels import BANNER
-from steerlora.reporting.method import method_table
+from steerlora.reporting.methods import Methods
 from steerlora.reporting.orders import forgetting_table, order_effects_table
+from steerlora.reporting.own_method import method_table
 from steerlora.reporting.scale import scale_table
 from steerlora.reporting.sequences import apart_by_replay
 from steerlora.reporting.tables import Table, markdown_parts, write_table
-
-PACKAGES = (
-    "torch",
-    "transformers",
-    "lightning",
-    "deepspeed",
-    "lm-eval",
-    "datasets",
-    "tokenizers",
-    "safetensors",
-    "hydra-core",
-    "numpy",
-    "scipy",
-    "pandas",
-    "matplotlib",
-)
 
 FIGURES = {
     "scale_gains": "Gain over the base model, with 95 % intervals.",
@@ -64,29 +50,27 @@ FIGURES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was written, and what to print.
-
-    Attributes:
-        directory: where it is.
-        files: every file written, in the order of writing.
-        claims: C1 to C8, judged.
-        tables: plain numbers by table name (see `_tables`), those that had records.
-        terminal: what to print: the claims. The other tables are too wide for a terminal.
-    """
+    """What was written, and what to print."""
 
     directory: Path
+    """Where it is."""
     files: tuple[Path, ...]
+    """Every file written, in the order of writing."""
     claims: tuple[Claim, ...]
+    """C1 to C8, measured."""
     tables: dict[str, pd.DataFrame]
+    """Plain numbers by table name (see `_tables`), those that had records."""
     terminal: TerminalTable
+    """What to print: the claims. The other tables are too wide for a terminal."""
 
 
 def write_report(
     directory: Path,
     *,
-    evaluations: list[dict],
-    ablations: list[dict],
-    sequentials: list[dict],
+    evaluations: list[Evaluation],
+    ablations: list[Ablation],
+    sequentials: list[DomainSequence],
+    methods: Methods,
     name: str,
     meaningful: bool,
     provenance: dict,
@@ -99,27 +83,28 @@ def write_report(
 
     Args:
         directory: made if need be.
-        evaluations: score records (`steerlora.reporting.effects`); those under an intervention
-            may be among them, and enter the table of retrained controls alone.
-        ablations, sequentials: score records, see there and `steerlora.reporting.sequences`.
+        evaluations: those under an intervention may be among them, and enter the table of
+            retrained controls alone.
+        ablations, sequentials: the other records.
+        methods: the parts that methods have in the report.
         name: of the experiment, for headings.
         meaningful: False marks everything as a smoke run.
         provenance: anything JSON that says where the numbers came from (config, times, commit).
-        main_model: the model whose ablation, sequences and routing are shown and judged.
+        main_model: the model whose ablation, sequences and routing are shown and measured.
     """
     directory.mkdir(parents=True, exist_ok=True)
     provided = [*evaluations, *ablations, *sequentials]
     controls, evaluations = retrained(evaluations), uncontrolled(evaluations)
     sequentials = apart_by_replay(sequentials)
-    built = _tables(evaluations, controls, ablations, sequentials, main_model, meaningful)
+    built = _tables(evaluations, controls, ablations, sequentials, methods, main_model, meaningful)
     tables = [table for table in built.values() if table is not None]
-    claims = judge(evaluations, ablations, sequentials, main_model=main_model)
+    claims = measure_claims(evaluations, ablations, sequentials, methods, main_model=main_model)
 
     _remove(directory, built)
     files = [
         file for table in tables for file in write_table(table, directory, meaningful=meaningful)
     ]
-    drawn = _draw(directory, evaluations, ablations, sequentials, main_model, meaningful)
+    drawn = _draw(directory, evaluations, ablations, sequentials, methods, main_model, meaningful)
     texts = {
         "claims.md": claims_markdown(claims, name=name, meaningful=meaningful),
         "claims.json": claims_json(claims, name=name, meaningful=meaningful),
@@ -138,20 +123,21 @@ def write_report(
 
 
 def _tables(
-    evaluations: list[dict],
-    controls: list[dict],
-    ablations: list[dict],
-    sequentials: list[dict],
+    evaluations: list[Evaluation],
+    controls: list[Evaluation],
+    ablations: list[Ablation],
+    sequentials: list[DomainSequence],
+    methods: Methods,
     main_model: str,
     meaningful: bool,
 ) -> dict[str, Table | None]:
     return {
-        "scale": scale_table(evaluations, meaningful=meaningful),
+        "scale": scale_table(evaluations, methods, meaningful=meaningful),
         "ablation": ablation_table(ablations),
         "retrained": retrained_table(controls, evaluations, ablations),
-        "forgetting": forgetting_table(sequentials, meaningful=meaningful),
-        "order_effects": order_effects_table(sequentials),
-        "method": method_table(sequentials, main_model, meaningful=meaningful),
+        "forgetting": forgetting_table(sequentials, methods, meaningful=meaningful),
+        "order_effects": order_effects_table(sequentials, methods),
+        "method": method_table(sequentials, main_model, methods, meaningful=meaningful),
     }
 
 
@@ -166,24 +152,27 @@ def _remove(directory: Path, tables: dict[str, Table | None]) -> None:
 
 def _draw(
     directory: Path,
-    evaluations: list[dict],
-    ablations: list[dict],
-    sequentials: list[dict],
+    evaluations: list[Evaluation],
+    ablations: list[Ablation],
+    sequentials: list[DomainSequence],
+    methods: Methods,
     main_model: str,
     meaningful: bool,
 ) -> list[Path]:
     drawn = {
-        "scale_gains": figures.scale_gains(evaluations),
-        "ablation": figures.ablation_bars(ablations, main_model, METHOD),
-        "dose_response": figures.dose_response(ablations, main_model, METHOD),
-        "method": sequence_figures.method(sequentials, main_model),
-        "pareto": sequence_figures.pareto(sequentials, main_model),
-        "forgetting_matrices": sequence_figures.forgetting_matrices(sequentials, main_model),
-        "general_drift": sequence_figures.general_drift(sequentials, main_model),
-        "gate_by_domain": routing_figures.gate_by_domain(evaluations, main_model),
-        "rank_by_domain": routing_figures.rank_by_domain(evaluations, main_model),
-        "rank_by_layer": routing_figures.rank_by_layer(evaluations, main_model),
-        "routing_over_time": routing_figures.routing_over_time(evaluations, main_model),
+        "scale_gains": figures.scale_gains(evaluations, methods),
+        "ablation": figures.ablation_bars(ablations, main_model, methods.paper),
+        "dose_response": figures.dose_response(ablations, main_model, methods.paper),
+        "method": sequence_figures.method(sequentials, main_model, methods),
+        "pareto": sequence_figures.pareto(sequentials, main_model, methods),
+        "forgetting_matrices": sequence_figures.forgetting_matrices(
+            sequentials, main_model, methods
+        ),
+        "general_drift": sequence_figures.general_drift(sequentials, main_model, methods),
+        "gate_by_domain": routing_figures.gate_by_domain(evaluations, main_model, methods),
+        "rank_by_domain": routing_figures.rank_by_domain(evaluations, main_model, methods),
+        "rank_by_layer": routing_figures.rank_by_layer(evaluations, main_model, methods),
+        "routing_over_time": routing_figures.routing_over_time(evaluations, main_model, methods),
     }
     return [
         save(figure, directory / f"{name}.png", meaningful=meaningful)
@@ -192,13 +181,8 @@ def _draw(
     ]
 
 
-def _provenance(given: dict, name: str, meaningful: bool, records: list[dict]) -> str:
-    versions = {"python": platform.python_version()}
-    for package in ("steerlora", *PACKAGES):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
+def _provenance(given: dict, name: str, meaningful: bool, records: list[Record]) -> str:
+    versions = {"python": platform.python_version(), **library_versions()}
     document = {
         "name": name,
         "meaningful": meaningful,

@@ -9,62 +9,63 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from steerlora.evaluation.records import Evaluation
 from steerlora.reporting.drawing import (
     STYLE,
     WIDTH,
     bars,
-    colour_of,
     heat_map,
     name_ticks,
     panels,
 )
 from steerlora.reporting.health import routed
+from steerlora.reporting.methods import Methods
 
 
-def gate_by_domain(evaluations: list[dict], model: str) -> Figure | None:
-    """Mean gate of every domain on every specialist, a heat map an adapter.
+def gate_by_domain(evaluations: list[Evaluation], model: str, methods: Methods) -> Figure | None:
+    """Mean gate of every domain on every specialist, a heat map a method.
 
     One seed: specialists have no identity across seeds, so an average over them shows nothing.
     """
-    found = routed(evaluations, model)
+    found = routed(evaluations, model, methods)
     if not found:
         return None
     with rc_context(STYLE):
         figure, axes = panels(len(found), columns=3, height=2.7)
-        for axis, (adapter, records) in zip(axes, found.items(), strict=True):
-            health = records[0]["routing"]
-            gates = health["gate_by_domain"]
+        for axis, (method, records) in zip(axes, found.items(), strict=True):
+            health = records[0].routing
+            gates = health.gate_by_domain
             values = np.array(list(gates.values()))
             specialists = list(map(str, range(values.shape[1])))
             image = heat_map(axis, values, list(gates), specialists, 0.0, 1.0, size=8)
             axis.set_xlabel("specialist")
             axis.tick_params(labelsize=9)
             axis.set_title(
-                f"{adapter} (seed {records[0]['seed']})\nmutual information "
-                f"{health['mutual_information']:.2f}, chance "
-                f"{health['mutual_information_null']:.2f}",
+                f"{method} (seed {records[0].seed})\nmutual information "
+                f"{health.mutual_information:.2f}, chance "
+                f"{health.mutual_information_null:.2f}",
                 fontsize=9,
             )
         figure.colorbar(image, ax=axes, label="mean gate", aspect=30)
     return figure
 
 
-def rank_by_domain(evaluations: list[dict], model: str) -> Figure | None:
-    """Mean token rank (sum of the rank mask) by domain and adapter; dots are seeds."""
-    found = routed(evaluations, model)
+def rank_by_domain(evaluations: list[Evaluation], model: str, methods: Methods) -> Figure | None:
+    """Mean token rank (sum of the rank mask) by domain and method; dots are seeds."""
+    found = routed(evaluations, model, methods)
     if not found:
         return None
     with rc_context(STYLE):
         figure = Figure(figsize=(7.0, 3.2))
         axis = figure.subplots()
-        domains = list(next(iter(found.values()))[0]["routing"]["rank_by_domain"])
-        for index, (adapter, records) in enumerate(found.items()):
+        domains = list(next(iter(found.values()))[0].routing.rank_by_domain)
+        for index, (method, records) in enumerate(found.items()):
             ranks = np.array(
-                [[r["routing"]["rank_by_domain"].get(d, np.nan) for d in domains] for r in records]
+                [[r.routing.rank_by_domain.get(d, np.nan) for d in domains] for r in records]
             )
             means = ranks.mean(axis=0)
             bounds = [(mean, np.nan, np.nan) for mean in means]
-            places = bars(axis, bounds, index, len(found), adapter, colour_of(adapter))
+            places = bars(axis, bounds, index, len(found), method, methods.colour(method))
             for seed in ranks:
                 axis.plot(places, seed, "o", color="black", markersize=3, alpha=0.7)
         name_ticks(axis, domains)
@@ -74,61 +75,60 @@ def rank_by_domain(evaluations: list[dict], model: str) -> Figure | None:
     return figure
 
 
-def rank_by_layer(evaluations: list[dict], model: str) -> Figure | None:
-    """Mean token rank by domain and control site, seed means, a heat map an adapter.
+def rank_by_layer(evaluations: list[Evaluation], model: str, methods: Methods) -> Figure | None:
+    """Mean token rank by domain and control site, seed means, a heat map a method.
 
-    Of adapters with several sites only: one site is what `rank_by_domain` shows.
+    Of methods with several sites only: one site is what `rank_by_domain` shows.
     """
     found = {
-        adapter: [record["routing_by_site"] for record in records]
-        for adapter, records in routed(evaluations, model).items()
-        if all(len(record.get("routing_by_site") or {}) > 1 for record in records)
+        method: [record.routing_by_site for record in records]
+        for method, records in routed(evaluations, model, methods).items()
+        if all(len(record.routing_by_site) > 1 for record in records)
     }
     if not found:
         return None
     ranks = {}
-    for adapter, runs in found.items():
-        sites = sorted(runs[0], key=int)
-        domains = list(runs[0][sites[0]]["rank_by_domain"])
+    for method, runs in found.items():
+        sites = sorted(runs[0])
+        domains = list(runs[0][sites[0]].rank_by_domain)
         values = [
-            [[run[s]["rank_by_domain"].get(d, np.nan) for s in sites] for d in domains]
-            for run in runs
+            [[run[s].rank_by_domain.get(d, np.nan) for s in sites] for d in domains] for run in runs
         ]
-        ranks[adapter] = domains, sites, np.mean(values, axis=0)
+        ranks[method] = domains, list(map(str, sites)), np.mean(values, axis=0)
     low, high = (
         end([end_of(values) for *_, values in ranks.values()])
         for end, end_of in ((min, np.min), (max, np.max))
     )
     with rc_context(STYLE):
         figure, axes = panels(len(ranks), columns=2, height=2.6)
-        for axis, (adapter, (domains, sites, values)) in zip(axes, ranks.items(), strict=True):
+        for axis, (method, (domains, sites, values)) in zip(axes, ranks.items(), strict=True):
             image = heat_map(axis, values, domains, sites, low, high, size=8, digits=1)
             axis.set_xlabel("control site (layer)")
-            axis.set_title(adapter)
+            axis.set_title(method)
         figure.colorbar(image, ax=axes, label="mean token rank", aspect=30)
     return figure
 
 
-def routing_over_time(evaluations: list[dict], model: str) -> Figure | None:
+def routing_over_time(evaluations: list[Evaluation], model: str, methods: Methods) -> Figure | None:
     """Usage entropy over the steps of training: means over seeds, and every seed, faint."""
     found = {
-        adapter: [r["routing_history"] for r in records if r.get("routing_history")]
-        for adapter, records in routed(evaluations, model).items()
+        method: [r.routing_history for r in records if r.routing_history]
+        for method, records in routed(evaluations, model, methods).items()
     }
-    found = {adapter: histories for adapter, histories in found.items() if histories}
+    found = {method: histories for method, histories in found.items() if histories}
     if not found:
         return None
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.4))
         axis = figure.subplots()
-        for adapter, histories in found.items():
+        for method, histories in found.items():
             by_step: dict[int, list[float]] = {}
             for history in histories:
-                entropy = {at["step"]: at["usage_entropy"] for at in history}
+                entropy = {at.step: at.usage_entropy for at in history}
                 axis.plot(
                     list(entropy),
                     list(entropy.values()),
-                    color=colour_of(adapter),
+                    color=methods.colour(method),
                     alpha=0.35,
                     lw=0.8,
                 )
@@ -136,7 +136,7 @@ def routing_over_time(evaluations: list[dict], model: str) -> Figure | None:
                     by_step.setdefault(step, []).append(value)
             steps = sorted(by_step)
             means = [np.mean(by_step[step]) for step in steps]
-            axis.plot(steps, means, color=colour_of(adapter), lw=2, label=adapter)
+            axis.plot(steps, means, color=methods.colour(method), lw=2, label=method)
         axis.set_ylim(0, 1.03)
         axis.grid(axis="y")
         axis.set_xlabel("training step")

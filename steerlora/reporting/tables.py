@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from steerlora.evaluation.scores import Estimate
 from steerlora.evaluation.statistics import Interval, combined_error
 from steerlora.reporting.labels import BANNER
 
@@ -23,23 +24,20 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table, twice.
-
-    Attributes:
-        name: file name without suffix.
-        caption: one or two sentences that say what the numbers are.
-        data: plain numbers, one row an observation; what the CSV file and W&B get.
-        columns: headings of the table for people.
-        rows: its cells, one list a row.
-        notes: sentences to stand under the table.
-    """
+    """A table, twice."""
 
     name: str
+    """File name without suffix."""
     caption: str
+    """One or two sentences that say what the numbers are."""
     data: pd.DataFrame
+    """Plain numbers, one row an observation; what the CSV file and W&B get."""
     columns: list[str]
+    """Headings of the table for people."""
     rows: list[list[Cell]]
+    """Its cells, one list a row."""
     notes: tuple[str, ...] = ()
+    """Sentences to stand under the table."""
 
 
 def write_table(table: Table, directory: Path, *, meaningful: bool) -> list[Path]:
@@ -151,13 +149,12 @@ def plus_minus(value: float, error: float) -> str:
     return text if MISSING in (text, number(error)) else f"{text} ± {number(error)}"
 
 
-def mean_and_error(name: str, scores: Sequence[Mapping | None]) -> dict[str, float]:
+def mean_and_error(name: str, scores: Sequence[Estimate | None]) -> dict[str, float]:
     """Columns ``name`` and ``name_stderr`` of a CSV file: scores of several seeds, or NaN."""
-    known = [score for score in scores if score is not None and score["value"] is not None]
+    known = [score for score in scores if score is not None]
     if not known:
         return {name: np.nan, f"{name}_stderr": np.nan}
-    values = [score["value"] for score in known]
-    errors = [score.get("stderr") or 0.0 for score in known]
+    values, errors = [score.value for score in known], [score.stderr for score in known]
     return {name: float(np.mean(values)), f"{name}_stderr": combined_error(values, errors)}
 
 

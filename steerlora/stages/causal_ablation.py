@@ -7,9 +7,17 @@ from itertools import product
 from typing import Any
 
 from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
-from steerlora.engine.artifacts import write_json
 from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.errors import UserError
+from steerlora.evaluation.records import (
+    INTACT,
+    SCHEMA,
+    Ablation,
+    Evaluation,
+    read_record,
+    write_record,
+)
+from steerlora.evaluation.scores import Score
 from steerlora.evaluation.scoring import Scorer
 from steerlora.methods.interventions import INTERVENTIONS
 from steerlora.methods.saving import load_adapter
@@ -17,7 +25,6 @@ from steerlora.stages import adapter_training, base, domains, evaluate
 from steerlora.stages.common import WHERE, load_base, run_log
 
 RESULT = "ablation.json"
-INTACT = "intact"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +104,10 @@ def build(context: Context) -> dict:
     method.configure(**settings.options)
     scorer = Scorer(context.inputs["domains"], model, tokenizer, settings.evaluation)
     names = scorer.domains.names
-    intact = context.inputs["intact"].json(evaluate.SCORES)
-    tasks = {name: intact["tasks"][scorer.domains.target_tasks[name]] for name in names}
-    scores = {INTACT: {name: _record(**task) for name, task in tasks.items()}}
+    intact = read_record(context.inputs["intact"] / evaluate.SCORES, Evaluation)
+    scores = {INTACT: {name: intact.tasks[scorer.domains.target_tasks[name]] for name in names}}
     strengths = (settings.intervention.strength, *settings.doses)
-    doses: dict[str, dict[str, dict]] = {}
+    doses: dict[str, dict[float, dict[str, Score]]] = {}
     total = len(settings.interventions) * len(strengths) * len(names)
     with context.progress.task(context.label, total, unit="score") as task:
         for intervention, strength in product(settings.interventions, strengths):
@@ -111,24 +117,24 @@ def build(context: Context) -> dict:
             found = {}
             for name in names:
                 with evaluate.intervened(method, changed, name):
-                    found[name] = _record(**scorer.targets([name])[name].as_dict())
+                    found |= scorer.targets([name])
                 task.advance(note=f"{intervention} {strength:g} {name}")
             if strength in settings.doses:
-                doses.setdefault(intervention, {})[f"{strength:g}"] = found
+                doses.setdefault(intervention, {})[strength] = found
             else:
                 scores[intervention] = found
-    record = {
-        "model": settings.model,
-        "adapter": settings.method,
-        "seed": settings.seed,
-        "fingerprint": context.fingerprint,
-        "domains": list(names),
-        "interventions": scores,
-        "doses": doses,
-    }
-    write_json(context.directory / RESULT, record)
+    record = Ablation(
+        model=settings.model,
+        method=settings.method,
+        seed=settings.seed,
+        fingerprint=context.fingerprint,
+        domains=names,
+        interventions=scores,
+        doses=doses,
+    )
+    write_record(context.directory / RESULT, record)
     means = {
-        name: sum(score["value"] for score in by_domain.values()) / len(by_domain)
+        name: sum(score.value for score in by_domain.values()) / len(by_domain)
         for name, by_domain in scores.items()
     }
     with run_log(context, settings.logger) as log:
@@ -137,7 +143,7 @@ def build(context: Context) -> dict:
             "ablation",
             ["intervention", "domain", "score", "stderr", "items"],
             [
-                [intervention, name, score["value"], score["stderr"], score["items"]]
+                [intervention, name, score.value, score.stderr, score.items]
                 for intervention, by_domain in scores.items()
                 for name, score in by_domain.items()
             ],
@@ -145,14 +151,10 @@ def build(context: Context) -> dict:
     return means
 
 
-def _record(*, value: float, stderr: float, items: int, per_item: list[float], **_) -> dict:
-    return {"value": value, "stderr": stderr, "items": items, "per_item": per_item}
-
-
 STAGE = register(
     Stage(
         "causal_ablation",
-        3,
+        f"3.{SCHEMA}",
         build,
         steps=from_config(step),
         skip=WHERE | {"logger", "evaluation.batch_size", "evaluation.files"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 
 from steerlora.config import LoggerConfig
 from steerlora.data.chat import EncodedChat, encode_chats
+from steerlora.data.jsonl import read_rows
 from steerlora.distributed import ranks
 from steerlora.engine.artifacts import Artifact
 from steerlora.engine.run import Context
@@ -138,13 +138,6 @@ def identity_of(path: str) -> str:
             name = file.relative_to(folder).as_posix() if folder.is_dir() else file.name
             digest.update(f"{name}{file.stat().st_size}".encode() + head)
     return digest.hexdigest()[:20]
-
-
-def read_rows(path: Path) -> list[tuple[str, str]]:
-    """(prompt, response) of every row of a jsonl file that we wrote."""
-    with path.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    return [(row["prompt"], row["response"]) for row in rows]
 
 
 def training_rows(

@@ -11,9 +11,18 @@ from torch import nn
 
 from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
 from steerlora.data.chat import collate, encode_chats
-from steerlora.engine.artifacts import Artifact, write_json
+from steerlora.data.jsonl import read_rows
+from steerlora.engine.artifacts import Artifact
 from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.evaluation import local_rows, registered
+from steerlora.evaluation.records import (
+    BASE,
+    SCHEMA,
+    Evaluation,
+    Routing,
+    RoutingAtStep,
+    write_record,
+)
 from steerlora.evaluation.scores import averages
 from steerlora.evaluation.scoring import Scorer
 from steerlora.evaluation.suite import OWN
@@ -22,7 +31,7 @@ from steerlora.methods.base import Method
 from steerlora.methods.interventions import INTERVENTIONS
 from steerlora.methods.saving import load_adapter
 from steerlora.stages import adapter_training, base, domains, method_training
-from steerlora.stages.common import WHERE, load_base, read_rows, run_log
+from steerlora.stages.common import WHERE, load_base, run_log
 
 SCORES = "scores.json"
 
@@ -35,7 +44,7 @@ class EvaluationSettings:
     intervention: InterventionConfig
     model: str
     method: str
-    """Its name, "none" for the base."""
+    """Its name, `BASE` for the base."""
     options: dict[str, Any]
     """Of the method, at evaluation."""
     files: str
@@ -60,7 +69,7 @@ def step(config: Config, *, adapted: bool = True, every_task: bool = False) -> S
         evaluation=evaluation,
         intervention=intervention,
         model=config.model.name,
-        method=config.method.name if adapted else "none",
+        method=config.method.name if adapted else BASE,
         options=config.method.at_evaluation if adapted else {},
         files=local_rows.digest(evaluation.files),
         seed=config.seed if adapted else 0,
@@ -112,26 +121,25 @@ def build(context: Context) -> dict:
     history = []
     if method is not None:
         history = context.inputs["adapter"].json(adapter_training.HISTORY).get("routing", [])
-    record = {
-        "model": settings.model,
-        "adapter": settings.method,
-        "intervention": settings.intervention.name,
-        "phase": settings.intervention.phase,
-        "seed": settings.seed,
-        "domains": list(scorer.domains.names),
-        "fingerprint": context.fingerprint,
-        "target_tasks": scorer.domains.target_tasks,
-        "groups": suite.groups,
-        "tasks": {name: score.as_dict() for name, score in scores.items()},
-        "averages": averages(scores, suite.averaged),
-        "routing": next(iter(routing.values()), None),
-        "routing_by_site": routing,
-        "routing_history": history,
-        "stand_ins": scorer.stand_ins,
-    }
-    write_json(context.directory / SCORES, record)
+    record = Evaluation(
+        model=settings.model,
+        method=settings.method,
+        seed=settings.seed,
+        fingerprint=context.fingerprint,
+        domains=scorer.domains.names,
+        tasks=scores,
+        averages=averages(scores, suite.averaged),
+        groups=suite.groups,
+        target_tasks=scorer.domains.target_tasks,
+        intervention=settings.intervention.name,
+        phase=settings.intervention.phase,
+        routing_by_site=routing,
+        routing_history=tuple(RoutingAtStep(**measured) for measured in history),
+        stand_ins=tuple(scorer.stand_ins),
+    )
+    write_record(context.directory / SCORES, record)
     figures = {f"score/{name}": score.value for name, score in scores.items()}
-    figures |= {f"average/{name}": group["value"] for name, group in record["averages"].items()}
+    figures |= {f"average/{name}": group.value for name, group in record.averages.items()}
     with run_log(context, settings.logger) as log:
         log.summary(figures)
         log.table(
@@ -171,7 +179,7 @@ def _health(
     method: Method | None,
     settings: EvaluationSettings,
     max_length: int,
-) -> dict[str, dict]:
+) -> dict[int, Routing]:
     """{site: what the method measures of itself} over the held-out rows of every domain."""
     names = source.json("domains.json")["names"]
     health = method.health(names, settings.seed) if method is not None else None
@@ -189,13 +197,13 @@ def _health(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             )
             health.update(batch, start)
-    return health.result()
+    return {int(site): Routing(**measured) for site, measured in health.result().items()}
 
 
 STAGE = register(
     Stage(
         "evaluate",
-        4,
+        f"4.{SCHEMA}",
         build,
         steps=from_config(step),
         # The files' place does not matter, their content does.

@@ -23,6 +23,7 @@ from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.errors import UserError
 from steerlora.lm.decoder import first_real_token, residual_streams
 from steerlora.lm.pretrained import open_model, open_tokenizer, shape_of
+from steerlora.reporting.tables import Cell, markdown_grid
 from steerlora.saes.autoencoder import SparseAutoencoder
 from steerlora.saes.saelens import load_sae
 from steerlora.saes.sparse import SparseFeatures
@@ -290,19 +291,12 @@ def _rows(listing: dict[str, list[dict]]) -> list[list]:
 
 def _table(listing: dict[str, list[dict]]) -> str:
     """The strongest features of each domain as Markdown."""
-    lines = [
-        "| Domain | Feature | Selectivity | Frequency | Tokens | Strongest context |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = ("Domain", "Feature", "Selectivity", "Frequency", "Tokens", "Strongest context")
+    rows = []
     for name, feature, selectivity, frequency, tokens, strongest in _rows(listing):
         cells = [name, str(feature), f"{selectivity:.3f}", f"{frequency:.3f}", tokens, strongest]
-        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    """Text that cannot break out of a table cell."""
-    return " ".join(text.replace("|", "\\|").split())
+        rows.append([Cell(" ".join(cell.split())) for cell in cells])  # a row is one line
+    return markdown_grid(columns, rows) + "\n"
 
 
 STAGE = register(Stage("features", 1, build, steps=from_config(requested), skip=WHERE | {"logger"}))

@@ -12,9 +12,17 @@ from steerlora.config import (
     TrainerConfig,
 )
 from steerlora.data.orders import sequence_of
-from steerlora.engine.artifacts import write_json
 from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.evaluation.forgetting import forgetting_metrics
+from steerlora.evaluation.records import (
+    SCHEMA,
+    DomainSequence,
+    Evaluation,
+    GeneralKnowledge,
+    MemoryEvent,
+    read_record,
+    write_record,
+)
 from steerlora.evaluation.scores import Score, averages
 from steerlora.methods.config import MethodConfig
 from steerlora.stages import evaluate, method_training
@@ -98,46 +106,54 @@ def build(context: Context) -> dict:
             if scorer is None:
                 return {}
             record = _record(context, names, state, scorer)
-        log.summary({f"forgetting/{name}": value for name, value in record["metrics"].items()})
-    write_json(context.directory / RESULT, record)
-    return record["metrics"]
+        log.summary({f"forgetting/{name}": value for name, value in record.metrics.items()})
+    write_record(context.directory / RESULT, record)
+    return record.metrics
 
 
 def _record(
     context: Context, names: list[str], state: SequenceState, scorer: SequenceScorer
-) -> dict:
+) -> DomainSequence:
     """What the sequence comes to."""
     settings: SequenceSettings = context.config
-    base = context.inputs["base_scores"].json(evaluate.SCORES)
+    base = _base_scores(context)
     groups = scorer.scorer.suite.groups
-    general = [task for task in groups.get(GENERAL, []) if task in base["tasks"]]
-    after = averages(scorer.scorer.tasks(general), groups).get(GENERAL) if general else None
+    tasks = [task for task in groups.get(GENERAL, []) if task in base.tasks]
+    general = None
+    if tasks:
+        after = averages(scorer.scorer.tasks(tasks), groups)[GENERAL]
+        general = GeneralKnowledge(before=base.averages[GENERAL], after=after)
     matrix = [row["values"] for row in state.rows]
-    return {
-        "model": settings.model,
-        "adapter": settings.method.name,
-        "seed": settings.seed,
-        "fingerprint": context.fingerprint,
-        "order": settings.order,
-        "sequence": list(settings.sequence),
-        "broad": settings.broad,
-        "domains": names,
-        "matrix": matrix,
-        "stderr": [row["stderr"] for row in state.rows],
-        "items": state.rows[0]["items"],
-        "metrics": forgetting_metrics(matrix, sequence=settings.sequence, domains=names),
-        "general": after and {"before": base["averages"][GENERAL], "after": after},
-        "drift": state.drift or None,
-        "events": scorer.attached.learner.history().get("events", []),
-        "replay": settings.method.replay.ratio,
-    }
+    events = scorer.attached.learner.history().get("events", [])
+    return DomainSequence(
+        model=settings.model,
+        method=settings.method.name,
+        seed=settings.seed,
+        fingerprint=context.fingerprint,
+        order=settings.order,
+        sequence=settings.sequence,
+        broad=settings.broad,
+        domains=tuple(names),
+        matrix=matrix,
+        stderr=[row["stderr"] for row in state.rows],
+        items=state.rows[0]["items"],
+        metrics=forgetting_metrics(matrix, sequence=settings.sequence, domains=names),
+        general=general,
+        drift=tuple(state.drift),
+        events=tuple(MemoryEvent(**event) for event in events),
+        replay=settings.method.replay.ratio,
+    )
+
+
+def _base_scores(context: Context) -> Evaluation:
+    return read_record(context.inputs["base_scores"] / evaluate.SCORES, Evaluation)
 
 
 def _base_row(context: Context, names: list[str]) -> dict:
     """The base's scores, which are row 0."""
     domains = context.inputs["domains"].json("domains.json")
-    base = context.inputs["base_scores"].json(evaluate.SCORES)["tasks"]
-    return _row({name: Score(**base[domains["target_tasks"][name]]) for name in names}, names)
+    tasks = _base_scores(context).tasks
+    return _row({name: tasks[domains["target_tasks"][name]] for name in names}, names)
 
 
 def _row(scores: dict[str, Score], names: list[str]) -> dict:
@@ -156,7 +172,7 @@ def _table(rows: list[dict]) -> list[list]:
 STAGE = register(
     Stage(
         "sequential_forgetting",
-        3,
+        f"3.{SCHEMA}",
         build,
         steps=from_config(step),
         skip=NOT_IDENTITY

@@ -20,7 +20,9 @@ from steerlora.engine.artifacts import Artifact, ArtifactStore
 from steerlora.engine.run import run
 from steerlora.errors import UserError
 from steerlora.evaluation.harness import TASKS, Harness
-from steerlora.evaluation.scores import Score, averages, standard_error
+from steerlora.evaluation.records import Evaluation, read_record
+from steerlora.evaluation.scores import Estimate, Score, averages
+from steerlora.evaluation.statistics import standard_error
 from steerlora.evaluation.suite import Domains, Suite
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.saes.saelens import load_sae, save_sae
@@ -201,9 +203,9 @@ def test_the_evaluate_stage_applies_its_intervention(trained, tmp_path, monkeypa
     step = evaluate.step(config)
     artifact = run([step], ArtifactStore(trained.base.path.parent.parent))[step]
     assert asked == ["shuffle"]
-    record = artifact.json(evaluate.SCORES)
-    assert record["intervention"] == "shuffle"
-    assert list(record["tasks"]) == ["micro_law"]
+    record = read_record(artifact / evaluate.SCORES, Evaluation)
+    assert record.intervention == "shuffle"
+    assert list(record.tasks) == ["micro_law"]
 
 
 def run_command(trained: Trained, **changes) -> list[str]:
@@ -272,10 +274,4 @@ def test_a_group_average_is_the_mean_of_its_tasks_with_its_error():
     }
     found = averages(scores, {"both": ["a", "b"], "absent": ["c"]})
     assert set(found) == {"both"}
-    assert found["both"] == {"value": pytest.approx(0.4), "stderr": pytest.approx(0.25)}
-
-
-def test_the_standard_error_is_the_sample_one():
-    assert standard_error([0.0, 1.0]) == pytest.approx(0.5)
-    assert standard_error([1.0]) == 0.0
-    assert standard_error([0.5] * 9) == 0.0
+    assert found["both"] == Estimate(pytest.approx(0.4), pytest.approx(0.25))

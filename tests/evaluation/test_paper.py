@@ -17,8 +17,10 @@ from steerlora.engine.artifacts import Artifact, ArtifactStore
 from steerlora.engine.run import run
 from steerlora.errors import UserError
 from steerlora.evaluation import registered
-from steerlora.evaluation.scores import averages, standard_error
+from steerlora.evaluation.records import DomainSequence, Evaluation, read_record
+from steerlora.evaluation.scores import averages
 from steerlora.evaluation.scoring import Scorer
+from steerlora.evaluation.statistics import standard_error
 from steerlora.stages import base, causal_ablation, evaluate, sequential_forgetting
 from steerlora.stages.common import load_base
 
@@ -147,10 +149,10 @@ def test_every_task_is_scored_as_by_hand(world, paper_files, paper_rows, fake):
     assert suite.stand_ins == ["ifeval: sentence splitter trained on local text"]
     found = averages(scores, suite.suite.averaged)
     general = ("mmlu", "arc_challenge", "hellaswag", "truthfulqa_mc2", "winogrande")
-    assert found["general_knowledge"]["value"] == pytest.approx(
+    assert found["general_knowledge"].value == pytest.approx(
         sum(by_hand[task] for task in general) / 5
     )
-    assert found["mmlu_pro"]["value"] == pytest.approx(by_hand["mmlu_pro"])
+    assert found["mmlu_pro"].value == pytest.approx(by_hand["mmlu_pro"])
 
 
 def test_a_groups_items_follow_each_other_and_its_error_is_pooled(
@@ -336,23 +338,25 @@ def test_the_stages_score_and_report_the_suite(world, paper_files):
     config = compose.load(overrides)
     store = ArtifactStore(root)
     given = compose.load([*overrides, "evaluation.tasks=[gsm8k,micro_law]"])
-    record = store.find("evaluate", evaluate.step(given).fingerprint).json(evaluate.SCORES)
-    assert list(record["tasks"]) == ["gsm8k", "micro_law"]
-    assert record["tasks"]["gsm8k"]["version"] == "3.0"
-    assert record["tasks"]["gsm8k"]["shots"] == 5
-    assert record["groups"] == config.evaluation.groups
-    assert set(record["averages"]) == {"gsm8k", "target"}
+    scored = store.find("evaluate", evaluate.step(given).fingerprint)
+    record = read_record(scored / evaluate.SCORES, Evaluation)
+    assert list(record.tasks) == ["gsm8k", "micro_law"]
+    assert record.tasks["gsm8k"].version == "3.0"
+    assert record.tasks["gsm8k"].shots == 5
+    assert record.groups == config.evaluation.groups
+    assert set(record.averages) == {"gsm8k", "target"}
     before = evaluate.step(config, adapted=False, every_task=True)
-    base_scores = store.find("evaluate", before.fingerprint).json(evaluate.SCORES)
-    assert base_scores["stand_ins"] == ["ifeval: sentence splitter trained on local text"]
-    assert {"micro_law", "mmlu_pro", "arc_challenge"} <= set(base_scores["tasks"])
-    assert "micro_mmlu" not in base_scores["tasks"]
+    scored = store.find("evaluate", before.fingerprint)
+    base_scores = read_record(scored / evaluate.SCORES, Evaluation)
+    assert base_scores.stand_ins == ("ifeval: sentence splitter trained on local text",)
+    assert {"micro_law", "mmlu_pro", "arc_challenge"} <= set(base_scores.tasks)
+    assert "micro_mmlu" not in base_scores.tasks
     step = sequential_forgetting.step(config)
     sequence = store.find("sequential_forgetting", step.fingerprint)
-    forgetting = sequence.json(sequential_forgetting.RESULT)
-    assert forgetting["general"]["before"] == base_scores["averages"]["general_knowledge"]
-    assert set(forgetting["general"]["after"]) == {"value", "stderr"}
-    assert forgetting["broad"] == "law" == forgetting["sequence"][0]
+    forgetting = read_record(sequence / sequential_forgetting.RESULT, DomainSequence)
+    assert forgetting.general.before == base_scores.averages["general_knowledge"]
+    assert forgetting.general.after.stderr >= 0
+    assert forgetting.broad == "law" == forgetting.sequence[0]
 
 
 # Mistakes

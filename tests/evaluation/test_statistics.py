@@ -29,7 +29,8 @@ def binary(rng, probability, shape):
 
 def test_standard_error_and_combined_error():
     assert standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / np.sqrt(3))
-    assert np.isnan(standard_error([1.0]))
+    assert standard_error([1.0]) == standard_error([]) == 0.0
+    assert standard_error([0.5] * 9) == 0.0
     assert combined_error([0.5], [0.1]) == pytest.approx(0.1)
     assert combined_error([1.0, 2.0, 3.0], [0.1, 0.2, 0.3]) == pytest.approx(
         np.hypot(1 / np.sqrt(3), 0.2)

@@ -12,11 +12,11 @@ import torch
 from steerlora.config import AdapterConfig, TrainerConfig
 from steerlora.data.chat import ChatBatch, ChatBatches, EncodedChat
 from steerlora.engine.progress import SilentProgress
+from steerlora.methods.module import AdapterModule
 from steerlora.methods.monitor import Monitor
 from steerlora.saes.taxonomy import Taxonomy
 from steerlora.training.language import next_token_loss
 from steerlora.training.loop import fit
-from steerlora.methods.module import AdapterModule
 
 ROUTING = {"gate_sparsity": 0.5, "rank_budget": 0.25, "load_balance": 2.0}
 WEIGHTS = {"diversity": 0.125, "orthogonality": 0.0625}

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from transformers import Qwen3ForCausalLM
 
 from steerlora.lm.decoder import EditedLayer, decoder_of, residual_streams
+from steerlora.methods.monitor import Monitor
 from steerlora.methods.routed_lora import losses
 from steerlora.methods.routed_lora.adapter import Adapter
-from steerlora.methods.monitor import Monitor
 from steerlora.saes.sparse import SparseFeatures
 from steerlora.saes.taxonomy import Taxonomy
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from steerlora.stages.adapting import PROBE_ROWS, shape_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen3ForCausalLM
@@ -23,15 +24,14 @@ from steerlora.data.chat import ChatBatch
 from steerlora.engine.progress import SilentProgress
 from steerlora.lm.pretrained import qwen3_config
 from steerlora.lm.shapes import model_shape
-from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.methods.module import AdapterModule
 from steerlora.methods.monitor import Monitor
+from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.watch import RoutingWatch
 from steerlora.saes.autoencoder import SparseAutoencoder
 from steerlora.saes.taxonomy import Taxonomy
 from steerlora.saes.training import SAEModule
-from steerlora.stages.adapting import PROBE_ROWS, shape_of
 from steerlora.training.loop import fit
-from steerlora.methods.module import AdapterModule
 
 STEPS = 2  # the second has the optimizer's moments from its beginning
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from steerlora.methods.routed_lora.shape import find_targets, size_of
 
 from steerlora.config import AdapterConfig
 from steerlora.lm.shapes import DecoderShape
 from steerlora.methods.routed_lora.adapter import RoutedLoRAConfig
-from steerlora.methods.routed_lora.shape import find_targets, size_of
 from steerlora.planning.parameters import adapted
 
 

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from steerlora.stages.adapting import shape_of
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -28,7 +29,6 @@ from steerlora.planning.parameters import (
     sae_parameters,
 )
 from steerlora.saes.autoencoder import SparseAutoencoder
-from steerlora.stages.adapting import shape_of
 
 QWEN3 = {  # layers, width, heads, MLP, tied; 8 heads of keys of width 128, vocabulary 151936
     "0.6B": (28, 1024, 16, 3072, True),

@@ -24,17 +24,17 @@ from steerlora.data.activations import ActivationStore, harvest
 from steerlora.data.chat import ChatBatches, EncodedChat
 from steerlora.distributed import ranks
 from steerlora.engine.progress import SilentProgress
+from steerlora.methods.module import AdapterModule
+from steerlora.methods.monitor import Monitor
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.memory import MemoryPolicy
-from steerlora.methods.monitor import Monitor
 from steerlora.methods.saving import save_adapter
 from steerlora.saes.autoencoder import SparseAutoencoder
 from steerlora.saes.taxonomy import Taxonomy
 from steerlora.saes.training import SAEModule
 from steerlora.training.language import PretrainingModule
 from steerlora.training.loop import fit
-from steerlora.methods.module import AdapterModule
 
 STEPS, BATCH, LATENTS = 8, 4, 64
 

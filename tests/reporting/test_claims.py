@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from steerlora.evaluation.scores import Estimate
 from steerlora.evaluation.statistics import Interval
+from steerlora.reporting.claim_measures import CONTROLS, measure_claims
 from steerlora.reporting.claims import (
     DIRECTION,
     IN_RANGE,
@@ -13,10 +16,9 @@ from steerlora.reporting.claims import (
     claims_json,
     claims_markdown,
     claims_terminal,
-    meets,
+    overlaps,
     verdict,
 )
-from steerlora.reporting.judging import CONTROLS, judge
 from steerlora.reporting.labels import BANNER
 
 NAN = float("nan")
@@ -26,11 +28,12 @@ def interval(low, high):
     return Interval((low + high) / 2, low, high, 2, 200)
 
 
-def judged(world, *, models=("micro_s", "micro_m", "micro_l")):
-    claims = judge(
+def measured(world, methods, *, models=("micro_s", "micro_m", "micro_l")):
+    claims = measure_claims(
         world.evaluations(models=models),
         [world.ablation(0), world.ablation(1)],
         world.sequentials(),
+        methods,
         main_model="micro_m",
     )
     return {claim.id: claim for claim in claims}
@@ -52,15 +55,15 @@ def test_verdict_rule(direction, agrees, expected):
     assert verdict(direction, agrees=agrees) == expected
 
 
-def test_meets():
-    assert meets(interval(0.0, 0.02), 0.016, 0.052)
-    assert meets(interval(12.0, 14.0), 13.1, 13.1)
-    assert not meets(interval(0.06, 0.08), 0.016, 0.052)
-    assert not meets(interval(0.0, 0.01), 0.016, 0.052)
+def test_overlaps():
+    assert overlaps(interval(0.0, 0.02), 0.016, 0.052)
+    assert overlaps(interval(12.0, 14.0), 13.1, 13.1)
+    assert not overlaps(interval(0.06, 0.08), 0.016, 0.052)
+    assert not overlaps(interval(0.0, 0.01), 0.016, 0.052)
 
 
-def test_a_world_like_the_papers(make_world):
-    claims = judged(make_world(forgetting={"lora": 0.4, "sc_lora": 0.4 * (1 - 0.131)}))
+def test_a_world_like_the_papers(make_world, methods):
+    claims = measured(make_world(forgetting={"lora": 0.4, "sc_lora": 0.4 * (1 - 0.131)}), methods)
     verdicts = {name: claim.verdict for name, claim in claims.items()}
     assert verdicts.pop("C7") == DIRECTION  # 13.1 % everywhere, not 38.3 % when broad comes first
     assert set(verdicts.values()) == {IN_RANGE}
@@ -71,122 +74,122 @@ def test_a_world_like_the_papers(make_world):
     assert claims["C5"].ours.startswith("12.0 % [")
 
 
-def test_c1_needs_every_model(world):
+def test_c1_needs_every_model(world, methods):
     records = world.evaluations()
     worse = world.evaluation("micro_l", "sc_lora", 0)
-    worse["tasks"]["world_ifeval"] |= world.cell(0.35, "world_ifeval")
-    records = [
-        worse if r["model"] == "micro_l" and r["adapter"] == "sc_lora" else r for r in records
-    ]
-    claim = judge(records, [], [], main_model="micro_m")[0]
+    worse = replace(worse, tasks=worse.tasks | {"world_ifeval": world.score(0.35, "world_ifeval")})
+    records = [worse if (r.model, r.method) == ("micro_l", "sc_lora") else r for r in records]
+    claim = measure_claims(records, [], [], methods, main_model="micro_m")[0]
     assert claim.verdict == NOT_REPRODUCED
 
 
-def test_c1_of_one_model_says_that_scale_was_not_tested(world):
-    claim = judged(world, models=("micro_m",))["C1"]
+def test_c1_of_one_model_says_that_scale_was_not_tested(world, methods):
+    claim = measured(world, methods, models=("micro_m",))["C1"]
     assert claim.verdict == IN_RANGE
     assert "scale was not tested" in claim.note
 
 
-def test_gains_beyond_the_range_are_the_direction_only(make_world):
+def test_gains_beyond_the_range_are_the_direction_only(make_world, methods):
     world = make_world()
     world.gains |= {"world_ifeval": 0.3, "world_mmlu": -0.1, "world_gsm8k": 0.3}
-    claims = judged(world)
+    claims = measured(world, methods)
     assert claims["C1"].verdict == DIRECTION
     assert claims["C2"].verdict == NOT_REPRODUCED
     assert claims["C3"].verdict == NOT_REPRODUCED
 
 
-def test_c3_between_the_yardsticks_is_the_direction(make_world):
+def test_c3_between_the_yardsticks_is_the_direction(make_world, methods):
     world = make_world()
     world.gains |= {"world_mmlu_pro": 0.03}
-    assert judged(world)["C3"].verdict == DIRECTION
+    assert measured(world, methods)["C3"].verdict == DIRECTION
 
 
-def test_a_set_on_which_nobody_scores_measures_nothing(make_world):
-    evaluations = make_world().evaluations()
-    for record in evaluations:
-        for group in ("mmlu_pro", "gsm8k"):
-            record["averages"][group]["value"] = 0.0
-    claims = {claim.id: claim for claim in judge(evaluations, [], [], main_model="micro_m")}
+def test_a_set_on_which_nobody_scores_measures_nothing(make_world, methods):
+    nothing = dict.fromkeys(("mmlu_pro", "gsm8k"), Estimate(0.0, 0.0))
+    evaluations = [
+        replace(record, averages=record.averages | nothing) for record in make_world().evaluations()
+    ]
+    claims = {
+        claim.id: claim
+        for claim in measure_claims(evaluations, [], [], methods, main_model="micro_m")
+    }
     assert claims["C3"].verdict == NOT_MEASURED
     assert claims["C1"].verdict != NOT_MEASURED
 
 
-def test_c4_needs_every_control(make_world):
+def test_c4_needs_every_control(make_world, methods):
     world = make_world()
     del world.kept["invert"]
-    claim = judged(world)["C4"]
+    claim = measured(world, methods)["C4"]
     assert claim.verdict == DIRECTION
     assert claim.note == "Not run: invert."
 
 
-def test_c4_and_c5_where_the_signal_does_not_matter(make_world):
+def test_c4_and_c5_where_the_signal_does_not_matter(make_world, methods):
     world = make_world(kept={name: 1.0 for name in make_world().kept})
     world.kept["fixed_rank"] = 0.5
-    claims = judged(world)
+    claims = measured(world, methods)
     assert claims["C4"].verdict == NOT_REPRODUCED
     assert claims["C5"].verdict == NOT_REPRODUCED  # rank matters more than the signal here
 
 
-def test_c7_uses_only_orders_that_begin_with_instruction(world):
+def test_c7_uses_only_orders_that_begin_with_instruction(world, methods):
     records = [
-        r if r["sequence"][0] == "instruction" or r["adapter"] == "lora"
-        else r | {"matrix": world.sequential("lora", r["order"], r["seed"])["matrix"]}
+        r if r.sequence[0] == "instruction" or r.method == "lora"
+        else replace(r, matrix=world.sequential("lora", r.order, r.seed).matrix)
         for r in world.sequentials()
     ]  # fmt: skip
-    claims = {c.id: c for c in judge([], [], records, main_model="micro_m")}
+    claims = {c.id: c for c in measure_claims([], [], records, methods, main_model="micro_m")}
     assert claims["C7"].measures[0].interval.value == pytest.approx(25.0)
     assert claims["C6"].measures[0].interval.value == pytest.approx(12.5)
     assert claims["C7"].fingerprints == tuple(
-        f"sequential-{adapter}-{order}-{seed}"
-        for adapter, order, seed in sorted(
+        f"sequential-{method}-{order}-{seed}"
+        for method, order, seed in sorted(
             {
-                (r["adapter"], r["order"], r["seed"])
+                (r.method, r.order, r.seed)
                 for r in records
-                if r["order"] in ("broad_first", "random_1")
+                if r.order in ("broad_first", "random_1")
             },
             key=lambda key: (key[2], key[0], key[1]),
         )
     )
 
 
-def test_c6_where_lora_does_not_forget(make_world):
-    claim = judged(make_world(forgetting={"lora": 0.0, "sc_lora": 0.0}))["C6"]
+def test_c6_where_lora_does_not_forget(make_world, methods):
+    claim = measured(make_world(forgetting={"lora": 0.0, "sc_lora": 0.0}), methods)["C6"]
     assert claim.verdict == NOT_MEASURED
     assert "next to nothing" in claim.note
 
 
-def test_c8_without_collapse_is_not_in_range(world):
-    records = world.evaluations()
-    for record in records:
-        if record["adapter"] == "moe_lora":
-            record["routing"] |= {"usage_entropy": 0.9, "dead_specialists": 0}
-    claim = judge(records, [], [], main_model="micro_m")[7]
+def test_c8_without_collapse_is_not_in_range(world, methods):
+    def records(**routing):
+        return [
+            world.rerouted(record, **routing) if record.method == "moe_lora" else record
+            for record in world.evaluations()
+        ]
+
+    uneven, even = (records(usage_entropy=entropy, dead_specialists=0) for entropy in (0.9, 1.0))
+    claim = c8(uneven, methods)
     assert claim.verdict == DIRECTION
-    for record in records:
-        if record["adapter"] == "moe_lora":
-            record["routing"] |= {"usage_entropy": 1.0}
-    assert judge(records, [], [], main_model="micro_m")[7].verdict == NOT_REPRODUCED
+    assert c8(even, methods).verdict == NOT_REPRODUCED
 
 
-def c8(records):
-    return judge(records, [], [], main_model="micro_m")[7]
+def c8(records, methods):
+    return measure_claims(records, [], [], methods, main_model="micro_m")[7]
 
 
-def test_c8_looks_at_the_whole_of_training(world):
-    at_the_end = c8(world.evaluations())
+def test_c8_looks_at_the_whole_of_training(world, methods):
+    at_the_end = c8(world.evaluations(), methods)
     records = [world.over_training(record) for record in world.evaluations()]
-    claim = c8(records)
+    claim = c8(records, methods)
     assert claim.verdict == IN_RANGE
     # moe_lora begins as evenly as sc_lora, so over training they are less far apart.
     assert 0.3 < claim.measures[0].interval.value < at_the_end.measures[0].interval.value - 0.2
     expected = [
-        (sum(at["usage_entropy"] for at in r["routing_history"]) + r["routing"]["usage_entropy"])
-        / 9
+        (sum(at.usage_entropy for at in r.routing_history) + r.routing.usage_entropy) / 9
         for name in ("sc_lora", "moe_lora")
         for r in records
-        if r["adapter"] == name
+        if r.method == name
     ]
     own, dense = expected[:4], expected[4:]
     assert claim.measures[0].interval.value == pytest.approx((sum(own) - sum(dense)) / 4)
@@ -194,45 +197,54 @@ def test_c8_looks_at_the_whole_of_training(world):
     assert "without a history" not in claim.note
 
 
-def test_c8_specialists_that_die_in_training_count_but_not_at_its_first_measurement(world):
+def test_c8_specialists_that_die_in_training_count_but_not_at_its_first_measurement(world, methods):
     records = [world.over_training(record) for record in world.evaluations()]
-    own = next(record for record in records if record["adapter"] == "sc_lora")
-    own["routing_history"][0]["dead_specialists"] = 2  # before routing has settled
-    assert c8(records).verdict == IN_RANGE
-    own["routing_history"][3]["dead_specialists"] = 1  # and alive again at the end
-    assert c8(records).verdict == DIRECTION
-    assert "Runs with a dead specialist, of 4: sc_lora 1, moe_lora 4." in c8(records).note
+    place = next(i for i, record in enumerate(records) if record.method == "sc_lora")
+
+    def with_dead(at, dead):
+        own, history = records[place], list(records[place].routing_history)
+        history[at] = replace(history[at], dead_specialists=dead)
+        changed = replace(own, routing_history=tuple(history))
+        return c8([*records[:place], changed, *records[place + 1 :]], methods)
+
+    assert with_dead(0, 2).verdict == IN_RANGE  # before routing has settled
+    claim = with_dead(3, 1)  # and alive again at the end
+    assert claim.verdict == DIRECTION
+    assert "Runs with a dead specialist, of 4: sc_lora 1, moe_lora 4." in claim.note
 
 
-def test_c8_never_compares_a_course_with_an_end(world):
-    """Where one side has no history, its pair is judged at evaluation alone, as are old records."""
+def test_c8_never_compares_a_course_with_an_end(world, methods):
+    """Where one side has no history, its pair is measured at evaluation alone."""
     records = [world.over_training(record) for record in world.evaluations(models=("micro_m",))]
-    for record in records:
-        if record["adapter"] == "moe_lora":
-            record["routing_history"] = []
-    claim = c8(records)
-    assert claim.measures == c8(world.evaluations(models=("micro_m",))).measures
+    records = [
+        replace(record, routing_history=()) if record.method == "moe_lora" else record
+        for record in records
+    ]
+    claim = c8(records, methods)
+    assert claim.measures == c8(world.evaluations(models=("micro_m",)), methods).measures
     assert "without a history of training, judged at evaluation alone: 2" in claim.note
 
 
-def test_c8_of_one_run_has_no_interval(world):
-    claim = judge(world.evaluations(models=("micro_s",)), [], [], main_model="micro_s")[7]
+def test_c8_of_one_run_has_no_interval(world, methods):
+    claim = measure_claims(
+        world.evaluations(models=("micro_s",)), [], [], methods, main_model="micro_s"
+    )[7]
     assert claim.verdict == NOT_MEASURED
     assert "no interval" in claim.note
 
 
-def test_nothing_measured_and_another_main_model(world):
+def test_nothing_measured_and_another_main_model(world, methods):
     for claims in (
-        judge([], [], [], main_model="micro_m"),
-        judge([], [world.ablation(0)], world.sequentials(), main_model="micro_l"),
+        measure_claims([], [], [], methods, main_model="micro_m"),
+        measure_claims([], [world.ablation(0)], world.sequentials(), methods, main_model="micro_l"),
     ):
         assert {claim.verdict for claim in claims} == {NOT_MEASURED}
         assert {claim.ours for claim in claims} == {"–"}
 
 
 @pytest.mark.parametrize("meaningful", [True, False])
-def test_shown_as_json_markdown_and_in_the_terminal(world, meaningful):
-    claims = tuple(judged(world).values())
+def test_shown_as_json_markdown_and_in_the_terminal(world, meaningful, methods):
+    claims = tuple(measured(world, methods).values())
     document = json.loads(claims_json(claims, name="demo", meaningful=meaningful))
     assert document["meaningful"] is meaningful
     assert (document.get("banner") == BANNER) is not meaningful
@@ -255,8 +267,10 @@ def test_shown_as_json_markdown_and_in_the_terminal(world, meaningful):
     assert (BANNER in table.title) is not meaningful
 
 
-def test_unknown_numbers_are_null_in_json(world):
-    claims = judge(world.evaluations(models=("micro_s",)), [], [], main_model="micro_s")
+def test_unknown_numbers_are_null_in_json(world, methods):
+    claims = measure_claims(
+        world.evaluations(models=("micro_s",)), [], [], methods, main_model="micro_s"
+    )
     document = json.loads(claims_json(claims, name="demo", meaningful=True))
     assert document["claims"][7]["ours"]["low"] is None
     assert document["claims"][3]["ours"]["value"] is None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from steerlora.evaluation.statistics import Interval
 from steerlora.reporting import figures, routing_figures, sequence_figures
-from steerlora.reporting.drawing import colour_of, marker_of
-from steerlora.reporting.labels import ADAPTERS, METHOD
 
-LOST = {"lora": 0.4, "sc_lora": 0.3, METHOD: 0.05, f"{METHOD}_soft": 0.1}
+OWN = "sc_lora_context"
+LOST = {"lora": 0.4, "sc_lora": 0.3, OWN: 0.05, f"{OWN}_soft": 0.1}
 
 
 @pytest.fixture
@@ -29,25 +30,24 @@ def lines(axis) -> dict[str, np.ndarray]:
     return found
 
 
-def test_no_records_no_figure(world):
+def test_no_records_no_figure(world, methods):
     plain = world.evaluations(models=("micro_m",))
     assert figures.dose_response([world.ablation(0)], "micro_m", "sc_lora") is None
-    assert routing_figures.rank_by_layer(plain, "micro_m") is None
-    assert routing_figures.routing_over_time(plain, "micro_m") is None
-    assert sequence_figures.general_drift(world.sequentials(), "micro_m") is None
-    assert sequence_figures.method(world.sequentials(), "micro_m") is None
+    assert routing_figures.rank_by_layer(plain, "micro_m", methods) is None
+    assert routing_figures.routing_over_time(plain, "micro_m", methods) is None
+    assert sequence_figures.general_drift(world.sequentials(), "micro_m", methods) is None
+    assert sequence_figures.method(world.sequentials(), "micro_m", methods) is None
     for draw in (sequence_figures.pareto, sequence_figures.method, sequence_figures.general_drift):
-        assert draw([], "micro_m") is None
+        assert draw([], "micro_m", methods) is None
     for draw in (routing_figures.gate_by_domain, routing_figures.rank_by_domain):
-        assert draw([], "micro_m") is None
+        assert draw([], "micro_m", methods) is None
 
 
-def test_methods_look_the_same_everywhere_and_differ_from_each_other():
-    methods = ADAPTERS[1:]
-    looks = {(colour_of(name), marker_of(name)["marker"]) for name in methods}
-    assert len(looks) == len(methods)
-    assert colour_of(f"{METHOD}_soft") == colour_of(METHOD)
-    marker_of(f"{METHOD}_unknown")
+def test_methods_look_the_same_everywhere_and_differ_from_each_other(methods):
+    looks = {(methods.colour(name), methods.marker(name)["marker"]) for name in methods.order}
+    assert len(looks) == len(methods.order)
+    assert methods.colour(f"{OWN}_soft") == methods.colour(OWN)
+    assert methods.colour("another") not in {methods.colour(name) for name in methods.order}
 
 
 def test_dose_response_runs_from_nothing_to_the_whole_drop(world):
@@ -72,30 +72,30 @@ def test_pareto_front():
     assert sequence_figures.pareto_front(points) == ["d", "a"]
 
 
-def test_pareto_shows_every_method_at_its_means(sequentials):
-    (axis,) = sequence_figures.pareto(sequentials, "micro_m").axes
+def test_pareto_shows_every_method_at_its_means(sequentials, methods):
+    (axis,) = sequence_figures.pareto(sequentials, "micro_m", methods).axes
     shown = lines(axis)
-    assert set(shown) == {"lora", "sc_lora", METHOD, "… soft gate", "Pareto front"}
+    assert set(shown) == {"lora", "sc_lora", OWN, "… soft gate", "Pareto front"}
     x, y = shown["lora"]
     assert x == pytest.approx(0.4)
     assert y == pytest.approx(0.8 - 0.8 * 0.4 + 0.002)  # the domain learnt last is not forgotten
     assert axis.get_xlim()[0] == 0
 
 
-def test_general_drift_by_stage(sequentials):
-    (axis,) = sequence_figures.general_drift(sequentials, "micro_m").axes
+def test_general_drift_by_stage(sequentials, methods):
+    (axis,) = sequence_figures.general_drift(sequentials, "micro_m", methods).axes
     shown = lines(axis)
-    assert set(shown) == {"lora", "sc_lora", METHOD}  # no switches
+    assert set(shown) == {"lora", "sc_lora", OWN}  # no switches
     assert np.round(shown["lora"][0]).tolist() == [1, 2, 3, 4, 5]
     assert shown["lora"][1] == pytest.approx([0.4 * (s + 1) / 5 + 0.005 for s in range(5)])
     assert axis.get_ylim()[0] == 0
 
 
-def test_method_has_a_panel_for_general_knowledge_only_where_it_was_measured(sequentials):
-    figure = sequence_figures.method(sequentials, "micro_m")
+def test_method_has_a_panel_for_general_knowledge_only_where_it_was_measured(sequentials, methods):
+    figure = sequence_figures.method(sequentials, "micro_m", methods)
     assert len(figure.axes) == 3
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert names == ["lora", "sc_lora", METHOD, "… soft gate"]
+    assert names == ["lora", "sc_lora", OWN, "… soft gate"]
     forgetting, score, general = figure.axes
     assert forgetting.get_xlim()[0] == 0
     dashed = [[line for line in axis.lines if line.get_linestyle() == "--"] for axis in figure.axes]
@@ -104,37 +104,37 @@ def test_method_has_a_panel_for_general_knowledge_only_where_it_was_measured(seq
     assert aims[2] == 0.95
     assert score.get_xlim()[1] > aims[1] > 0.9  # the aim is in view
     assert general.get_title().startswith("general knowledge")
-    bare = [{k: v for k, v in r.items() if k != "general"} for r in sequentials]
-    assert len(sequence_figures.method(bare, "micro_m").axes) == 2
-    without = [r for r in sequentials if r["adapter"] != "lora"]
-    assert len(sequence_figures.method(without, "micro_m").axes) == 3
+    bare = [replace(record, general=None) for record in sequentials]
+    assert len(sequence_figures.method(bare, "micro_m", methods).axes) == 2
+    without = [record for record in sequentials if record.method != "lora"]
+    assert len(sequence_figures.method(without, "micro_m", methods).axes) == 3
 
 
-def test_matrices_of_many_methods_are_those_that_matter(make_world):
-    world = make_world(forgetting=dict.fromkeys(ADAPTERS[1:], 0.3))
-    records = [world.sequential(adapter, "broad_first", 0) for adapter in world.forgetting]
-    figure = sequence_figures.forgetting_matrices(records, "micro_m")
+def test_matrices_of_many_methods_are_those_that_matter(make_world, methods):
+    world = make_world(forgetting=dict.fromkeys(methods.order, 0.3))
+    records = [world.sequential(name, "broad_first", 0) for name in world.forgetting]
+    figure = sequence_figures.forgetting_matrices(records, "micro_m", methods)
     titles = [axis.get_title().split("\n")[0] for axis in figure.axes if axis.get_title()]
-    assert titles == ["lora", "moe_lora", "sc_lora", METHOD]
+    assert titles == ["lora", "moe_lora", "sc_lora", OWN]
 
 
-def test_rank_by_layer_where_there_are_several_sites(world):
+def test_rank_by_layer_where_there_are_several_sites(world, methods):
     records = [world.over_training(record) for record in world.evaluations(models=("micro_m",))]
-    figure = routing_figures.rank_by_layer(records, "micro_m")
+    figure = routing_figures.rank_by_layer(records, "micro_m", methods)
     assert [axis.get_title() for axis in figure.axes if axis.get_title()] == ["sc_lora"]
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert len(texts) == 15
     assert texts[:3] == ["8.1", "6.6", "5.1"]  # instruction at sites 1, 3, 5; two seeds' mean
 
 
-def test_routing_over_time_shows_means_and_seeds(world):
+def test_routing_over_time_shows_means_and_seeds(world, methods):
     records = [world.over_training(record) for record in world.evaluations(models=("micro_m",))]
-    (axis,) = routing_figures.routing_over_time(records, "micro_m").axes
+    (axis,) = routing_figures.routing_over_time(records, "micro_m", methods).axes
     shown = lines(axis)
     assert set(shown) == {"moe_lora", "sc_lora"}
     assert shown["sc_lora"][0].tolist() == list(range(50, 401, 50))
     expected = np.mean(
-        [[at["usage_entropy"] for at in world.history("sc_lora", s)] for s in (0, 1)], 0
+        [[at.usage_entropy for at in world.history("sc_lora", s)] for s in (0, 1)], 0
     )
     assert shown["sc_lora"][1] == pytest.approx(expected)
     assert len(axis.lines) == 2 * (1 + 2)

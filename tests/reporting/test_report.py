@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -18,7 +19,7 @@ TABLES = {
 }
 
 
-def report(directory, world=None, *, meaningful=True, **parts):
+def report(directory, methods, world=None, *, meaningful=True, **parts):
     records = {"evaluations": [], "ablations": [], "sequentials": []}
     if world is not None:
         records = {
@@ -28,14 +29,15 @@ def report(directory, world=None, *, meaningful=True, **parts):
             ],
             "ablations": [world.doses(world.ablation(seed)) for seed in (0, 1)],
             "sequentials": [
-                world.general(world.sequential(adapter, order, 0))
-                for adapter in world.forgetting
+                world.general(world.sequential(method, order, 0))
+                for method in world.forgetting
                 for order in ("broad_first", "broad_last")
             ],
         }
     return write_report(
         directory,
         **(records | parts),
+        methods=methods,
         name="demo",
         meaningful=meaningful,
         provenance={"commit": "abc", "versions": {"cuda": "none"}},
@@ -44,14 +46,14 @@ def report(directory, world=None, *, meaningful=True, **parts):
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory, make_world):
-    return report(tmp_path_factory.mktemp("results") / "full", everything(make_world))
+def full(tmp_path_factory, make_world, methods):
+    return report(tmp_path_factory.mktemp("results") / "full", methods, everything(make_world))
 
 
 def everything(make_world):
     """A world in which every table and figure has records."""
-    methods = {"lora": 0.4, "sc_lora_context": 0.05, "sc_lora_context_soft": 0.1}
-    return make_world(items=20, forgetting=methods)
+    lost = {"lora": 0.4, "sc_lora_context": 0.05, "sc_lora_context_soft": 0.1}
+    return make_world(items=20, forgetting=lost)
 
 
 def test_everything_is_written_and_parses(full):
@@ -79,14 +81,14 @@ def test_everything_is_written_and_parses(full):
     assert full.terminal.row_count == 8
 
 
-def test_the_same_records_give_the_same_bytes(tmp_path, make_world, full):
-    again = report(tmp_path, everything(make_world))
+def test_the_same_records_give_the_same_bytes(tmp_path, make_world, full, methods):
+    again = report(tmp_path, methods, everything(make_world))
     for one, other in zip(full.files, again.files, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name
 
 
-def test_a_smoke_run_is_marked_everywhere(tmp_path, make_world, full):
-    smoke = report(tmp_path, everything(make_world), meaningful=False)
+def test_a_smoke_run_is_marked_everywhere(tmp_path, make_world, full, methods):
+    smoke = report(tmp_path, methods, everything(make_world), meaningful=False)
     for path in smoke.files:
         if path.suffix == ".png":
             assert path.read_bytes() != (full.directory / path.name).read_bytes()
@@ -101,14 +103,14 @@ def test_a_smoke_run_is_marked_everywhere(tmp_path, make_world, full):
     ("part", "tables"),
     [("evaluations", {"scale"}), ("ablations", {"ablation"}), ("sequentials", {"forgetting"})],
 )
-def test_a_report_of_one_part(tmp_path, make_world, part, tables):
+def test_a_report_of_one_part(tmp_path, make_world, part, tables, methods):
     world = make_world(items=20)
     records = {
         "evaluations": world.evaluations(models=("micro_m",), seeds=(0,)),
         "ablations": [world.ablation(0)],
         "sequentials": [world.sequential("lora", "broad_first", 0)],
     }
-    written = report(tmp_path, **{part: records[part]})
+    written = report(tmp_path, methods, **{part: records[part]})
     assert set(written.tables) == tables
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written.files}
 
@@ -120,17 +122,16 @@ def undrawn(monkeypatch):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_controls_are_no_results(tmp_path, make_world):
+def test_controls_are_no_results(tmp_path, make_world, methods):
     """Evaluations under an intervention, at either phase, change nothing but their own table."""
     world = make_world(items=20)
     plain = [world.over_training(record) for record in world.evaluations(models=("micro_m",))]
     controls = [world.retrained("shuffle", seed, 0.1) for seed in (0, 1)]
     for seed in (0, 1):
-        shuffled = world.retrained("shuffle", seed, 0.3) | {"fingerprint": f"shuffled-{seed}"}
-        shuffled["routing"] = shuffled["routing"] | {"usage_entropy": 0.0}
-        controls.append(shuffled | {"phase": "evaluation"})
-    alone = report(tmp_path / "alone", evaluations=plain)
-    mixed = report(tmp_path / "mixed", evaluations=[*controls, *plain])
+        shuffled = world.rerouted(world.retrained("shuffle", seed, 0.3), usage_entropy=0.0)
+        controls.append(replace(shuffled, phase="evaluation", fingerprint=f"shuffled-{seed}"))
+    alone = report(tmp_path / "alone", methods, evaluations=plain)
+    mixed = report(tmp_path / "mixed", methods, evaluations=[*controls, *plain])
     assert set(mixed.tables) == {"scale", "retrained"}
     assert mixed.tables["retrained"].retrained.tolist() == [pytest.approx(0.1005)]
     assert mixed.claims == alone.claims
@@ -142,45 +143,55 @@ def test_controls_are_no_results(tmp_path, make_world):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_runs_with_replay_are_not_averaged_with_those_without(tmp_path, make_world):
+def test_runs_with_replay_are_not_averaged_with_those_without(tmp_path, make_world, methods):
     world = make_world(items=20)
     orders = ("broad_first", "broad_last")
-    plain = [world.sequential(adapter, o, 0) for adapter in ("lora", "sc_lora") for o in orders]
+    plain = [world.sequential(name, o, 0) for name in ("lora", "sc_lora") for o in orders]
     replayed = [
-        world.sequential("sc_lora", o, 0) | {"replay": 0.2, "fingerprint": f"replayed-{o}"}
+        replace(world.sequential("sc_lora", o, 0), replay=0.2, fingerprint=f"replayed-{o}")
         for o in orders
     ]
-    data = report(tmp_path, sequentials=plain + replayed).tables["forgetting"]
-    rows = data[data.order == "all"].set_index("adapter").runs
+    data = report(tmp_path, methods, sequentials=plain + replayed).tables["forgetting"]
+    rows = data[data.order == "all"].set_index("method").runs
     assert rows.to_dict() == {"lora": 2, "sc_lora": 2, "sc_lora replay 0.2": 2}
 
 
-def test_nothing_of_an_earlier_report_stays(tmp_path, full):
+def test_nothing_of_an_earlier_report_stays(tmp_path, full, methods):
     shutil.copytree(full.directory, tmp_path, dirs_exist_ok=True)
     (tmp_path / "notes.txt").write_text("mine")
-    written = report(tmp_path)
+    written = report(tmp_path, methods)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == TEXTS | {"notes.txt"}
     assert {claim.verdict for claim in written.claims} == {"not measured"}
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_scores_that_are_no_accuracies(tmp_path, make_world):
+def test_scores_that_are_no_accuracies(tmp_path, make_world, methods):
     """Likelihoods above one, negative scores, no routing, no items: reported, not crashed on."""
     world = make_world(items=20)
-    ablation = world.ablation(0) | {"score_name": "log-likelihood", "score_unit": "nats"}
-    for scores in ablation["interventions"].values():
-        for cell in scores.values():
-            cell["value"] -= 3
-            cell["per_item"] = [score - 3 for score in cell["per_item"]]
-    evaluations = world.evaluations(models=("text",), seeds=(0,))
-    for record in evaluations:
-        record["routing"] = None
-        record["averages"] = {"target": record["averages"]["target"]}
-        for task in record["tasks"].values():
-            task["per_item"] = None
-    written = report(tmp_path, evaluations=evaluations, ablations=[ablation])
+    ablation = world.ablation(0)
+
+    def below_zero(score):
+        items = [item - 3 for item in score.per_item]
+        return replace(score, value=score.value - 3, per_item=items)
+
+    ablation = replace(
+        ablation,
+        interventions={
+            name: {domain: below_zero(score) for domain, score in scores.items()}
+            for name, scores in ablation.interventions.items()
+        },
+    )
+    evaluations = [
+        replace(
+            record,
+            routing_by_site={},
+            averages={"target": record.averages["target"]},
+            tasks={task: replace(score, per_item=[]) for task, score in record.tasks.items()},
+        )
+        for record in world.evaluations(models=("text",), seeds=(0,))
+    ]
+    written = report(tmp_path, methods, evaluations=evaluations, ablations=[ablation])
     verdicts = {claim.id: claim.verdict for claim in written.claims}
     assert verdicts["C4"] == "not measured"  # a percentage of a negative score means nothing
     assert verdicts["C1"] == "not measured"
-    assert "log-likelihood (nats)" in (tmp_path / "ablation.md").read_text()

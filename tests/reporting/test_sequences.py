@@ -1,13 +1,16 @@
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from steerlora.reporting.labels import METHOD, SWITCHES, switch_of
-from steerlora.reporting.method import aims, method_table
+from steerlora.cli import compose
+from steerlora.evaluation.forgetting import forgetting_metrics
+from steerlora.evaluation.records import DomainSequence, GeneralKnowledge
+from steerlora.evaluation.scores import Estimate
 from steerlora.reporting.orders import MAX_ORDERS, forgetting_table, order_effects_table
+from steerlora.reporting.own_method import aims, method_table
 from steerlora.reporting.sequences import (
     apart_by_replay,
     final,
@@ -19,30 +22,34 @@ from steerlora.reporting.sequences import (
     twins,
 )
 
-DOMAINS = ["instruction", "math", "code"]
+DOMAINS = ("instruction", "math", "code")
+OWN = "sc_lora_context"
 
 
-def record(adapter, sequence, seed, lost, *, order=None, general=None, **more):
+def record(method, sequence, seed, lost, *, order=None, general=None, replay=0.0):
     """Learns every domain to 0.8 and loses ``lost`` of it at once; the base scores 0."""
     matrix = np.zeros((len(sequence) + 1, len(DOMAINS)))
     for stage, domain in enumerate(sequence, start=1):
         matrix[stage:, DOMAINS.index(domain)] = 0.8 - lost
         matrix[stage, DOMAINS.index(domain)] = 0.8
-    after = None if general is None else {"value": general, "stderr": 0.0}
-    return {
-        "model": "m",
-        "adapter": adapter,
-        "seed": seed,
-        "fingerprint": f"{adapter}-{'-'.join(sequence)}-{seed}",
-        "order": order or "-".join(sequence),
-        "sequence": list(sequence),
-        "broad": "instruction",
-        "domains": DOMAINS,
-        "matrix": matrix.tolist(),
-        "stderr": np.zeros_like(matrix).tolist(),
-        "items": 50,
-        "general": {"before": {"value": 0.8, "stderr": 0.0}, "after": after},
-    } | more
+    if general is not None:
+        general = GeneralKnowledge(before=Estimate(0.8, 0.0), after=Estimate(general, 0.0))
+    return DomainSequence(
+        model="m",
+        method=method,
+        seed=seed,
+        fingerprint=f"{method}-{'-'.join(sequence)}-{seed}",
+        order=order or "-".join(sequence),
+        sequence=tuple(sequence),
+        broad="instruction",
+        domains=DOMAINS,
+        matrix=matrix.tolist(),
+        stderr=np.zeros_like(matrix).tolist(),
+        items=50,
+        metrics=forgetting_metrics(matrix, sequence=sequence, domains=DOMAINS),
+        general=general,
+        replay=replay,
+    )
 
 
 FIRST = ("instruction", "math", "code")
@@ -80,17 +87,17 @@ def test_one_twin_may_serve_several_orders():
     assert effect.difference.value == pytest.approx(-0.25)
 
 
-def test_order_effects_table_has_a_row_a_method_with_pairs():
+def test_order_effects_table_has_a_row_a_method_with_pairs(methods):
     records = [
         record(name, o, s, 0.3) for name in ("lora", "a") for o in (FIRST, LAST) for s in (0, 1)
     ]
     records += [record("alone", LAST, 0, 0.3)]
-    table = order_effects_table(records)
-    assert list(table.data.adapter) == ["lora", "a"]
+    table = order_effects_table(records, methods)
+    assert list(table.data.method) == ["lora", "a"]
     assert [row[2].text for row in table.rows] == ["2 (1)", "2 (1)"]
     assert table.rows[0][5].text == "+0.000 [+0.000, +0.000]"
     assert set(table.data.p_holm) == {1.0}
-    assert order_effects_table(records[-1:]) is None
+    assert order_effects_table(records[-1:], methods) is None
 
 
 def test_ratio_and_p_value_use_only_runs_that_both_have():
@@ -109,8 +116,7 @@ def test_general_knowledge_kept():
     records = [record("own", FIRST, seed, 0.1, general=0.6 + 0.1 * seed) for seed in range(2)]
     assert kept(records).value == pytest.approx(0.65 / 0.8)
     assert kept(records).low == pytest.approx(0.6 / 0.8)
-    unmeasured = [record("own", FIRST, 2, 0.1), record("own", FIRST, 3, 0.1, general=None)]
-    del unmeasured[0]["general"]
+    unmeasured = [record("own", FIRST, 2, 0.1)]
     assert kept([*records, *unmeasured]) == kept(records)
     assert kept(unmeasured) is None
     assert mean([], forgotten) is None
@@ -118,41 +124,42 @@ def test_general_knowledge_kept():
 
 def test_replay_has_a_name_of_its_own_only_where_there_is_need():
     plain, replayed = record("a", FIRST, 0, 0.1), record("a", FIRST, 0, 0.1, replay=0.2)
-    assert [r["adapter"] for r in apart_by_replay([plain, replayed])] == ["a", "a replay 0.2"]
-    assert [r["adapter"] for r in apart_by_replay([replayed, replayed])] == ["a", "a"]
-    assert switch_of(f"{METHOD} replay 0.2") is None
+    assert [r.method for r in apart_by_replay([plain, replayed])] == ["a", "a replay 0.2"]
+    assert [r.method for r in apart_by_replay([replayed, replayed])] == ["a", "a"]
 
 
-def test_every_switch_that_is_shipped_has_a_name():
-    folder = Path(__file__).parents[2] / "conf/adapter"
-    shipped = {path.stem for path in folder.glob(f"{METHOD}_*.yaml")}
-    assert shipped == {f"{METHOD}_{switch}" for switch in SWITCHES}
+def test_every_variant_of_our_own_method_that_is_shipped_is_named_in_the_study():
+    study = compose.load([]).study
+    options = {name for options in compose.groups().values() for name in options}
+    shipped = {name for name in options if name.startswith(f"{OWN}_")}
+    assert study.own_method == OWN
+    assert set(study.variants) == shipped
 
 
 def study(
     own_lost=0.02, general=0.8, orders=(FIRST, LAST, MIDDLE, ("code", "math", "instruction"))
 ):
     """Four orders and three seeds of LoRA, our method and two switches."""
-    lost = {"lora": 0.7, "sc_lora": 0.5, METHOD: own_lost}
-    lost |= {f"{METHOD}_soft": 0.3, f"{METHOD}_my_switch": 0.4}
+    lost = {"lora": 0.7, "sc_lora": 0.5, OWN: own_lost}
+    lost |= {f"{OWN}_soft": 0.3, f"{OWN}_free": 0.4}
     return [
-        record(name, order, seed, part + 0.005 * seed, general=general if name == METHOD else 0.3)
+        record(name, order, seed, part + 0.005 * seed, general=general if name == OWN else 0.3)
         for name, part in lost.items()
         for order in orders
         for seed in range(3)
     ]
 
 
-def test_method_table():
-    table = method_table(study(), "m", meaningful=True)
-    data = table.data.set_index("adapter")
-    assert list(data.index) == ["lora", "sc_lora", METHOD, f"{METHOD}_soft", f"{METHOD}_my_switch"]
+def test_method_table(methods):
+    table = method_table(study(), "m", methods, meaningful=True)
+    data = table.data.set_index("method")
+    assert list(data.index) == ["lora", "sc_lora", OWN, f"{OWN}_soft", f"{OWN}_free"]
     assert [row[0].text for row in table.rows][2:] == [
-        METHOD,
-        f"{METHOD}: soft gate",
-        f"{METHOD}: my switch",
+        OWN,
+        f"{OWN}: soft gate",
+        f"{OWN}: nothing frozen",
     ]
-    own = data.loc[METHOD]
+    own = data.loc[OWN]
     assert own.positive_forgetting == pytest.approx(0.025)
     assert own.forgetting_ratio == pytest.approx(0.025 / 0.705)
     assert own.final_average == pytest.approx(0.8 - 2 / 3 * 0.025)
@@ -166,9 +173,9 @@ def test_method_table():
     assert np.isnan(data.loc["lora"].forgetting_ratio)
 
 
-def test_a_method_with_missing_runs_says_how_many_it_has():
-    records = [r for r in study() if (r["adapter"], r["seed"], r["order"]) != ("lora", 0, FIRST)]
-    table = method_table(records[1:], "m", meaningful=True)
+def test_a_method_with_missing_runs_says_how_many_it_has(methods):
+    records = [r for r in study() if (r.method, r.seed, r.order) != ("lora", 0, FIRST)]
+    table = method_table(records[1:], "m", methods, meaningful=True)
     assert table.rows[0][1].text == "11 runs"
 
 
@@ -181,56 +188,60 @@ def test_a_method_with_missing_runs_says_how_many_it_has():
         ({"general": None}, ("met", "not measured", "met")),
     ],
 )
-def test_aims(changes, verdicts):
+def test_aims(changes, verdicts, methods):
     records = study(**changes)
-    assert tuple(aim.verdict for aim in aims(records)) == verdicts
-    notes = method_table(records, "m", meaningful=True).notes
+    assert tuple(aim.verdict for aim in aims(records, methods)) == verdicts
+    notes = method_table(records, "m", methods, meaningful=True).notes
     assert [note.split(": ")[1].split(" ")[0].rstrip(".") for note in notes[:3]] == [
         verdict.split(" ")[0] for verdict in verdicts
     ]
     assert "Orders: 4, seeds: 3." in notes[3]
 
 
-def test_an_aim_that_the_interval_only_touches_is_not_met():
+def test_an_aim_that_the_interval_only_touches_is_not_met(methods):
     records = study()
-    noisy = [r | {"stderr": np.full((4, 3), 0.1).tolist()} for r in records]
-    forgetting = aims(noisy)[0]
+    noisy = [replace(r, stderr=np.full((4, 3), 0.1).tolist()) for r in records]
+    forgetting = aims(noisy, methods)[0]
     assert forgetting.interval.value < 0.2 < forgetting.interval.high
     assert forgetting.verdict == "not met"
 
 
-def test_without_the_baseline_or_with_too_few_orders():
-    without = [r for r in study() if r["adapter"] != "lora"]
-    assert [aim.verdict for aim in aims(without)] == ["not measured", "met", "not measured"]
-    few = method_table(study(orders=(FIRST,)), "m", meaningful=True)
+def test_without_the_baseline_or_with_too_few_orders(methods):
+    without = [r for r in study() if r.method != "lora"]
+    assert [aim.verdict for aim in aims(without, methods)] == [
+        "not measured",
+        "met",
+        "not measured",
+    ]
+    few = method_table(study(orders=(FIRST,)), "m", methods, meaningful=True)
     assert few.notes[3].endswith("Orders: 1, seeds: 3; the aims ask for at least 4 and 3.")
     assert (
-        method_table([r for r in study() if r["adapter"] != METHOD], "m", meaningful=True) is None
+        method_table([r for r in study() if r.method != OWN], "m", methods, meaningful=True) is None
     )
-    assert method_table(study(), "another", meaningful=True) is None
+    assert method_table(study(), "another", methods, meaningful=True) is None
 
 
-def test_forgetting_table_has_general_knowledge_and_p_values():
-    table = forgetting_table(study(), meaningful=True)
-    rows = table.data[table.data.order == "all"].set_index("adapter")
-    assert rows.loc[METHOD].general == pytest.approx(1.0)
+def test_forgetting_table_has_general_knowledge_and_p_values(methods):
+    table = forgetting_table(study(), methods, meaningful=True)
+    rows = table.data[table.data.order == "all"].set_index("method")
+    assert rows.loc[OWN].general == pytest.approx(1.0)
     assert rows.loc["lora"].general == pytest.approx(0.375)
-    assert rows.loc[METHOD].p_holm == pytest.approx(4 * 0.001)
+    assert rows.loc[OWN].p_holm == pytest.approx(4 * 0.001)
     assert np.isnan(rows.loc["lora"].p_holm)
-    by_order = table.data[table.data.order == "-".join(LAST)].set_index("adapter")
-    assert by_order.loc[METHOD].p_holm == 1.0  # of three pairs, 0.25 by four comparisons
+    by_order = table.data[table.data.order == "-".join(LAST)].set_index("method")
+    assert by_order.loc[OWN].p_holm == 1.0  # of three pairs, 0.25 by four comparisons
     assert "General kept" in table.columns
     assert all(len(row) == len(table.columns) for row in table.rows)
-    bare = [{k: v for k, v in r.items() if k != "general"} for r in study()]
-    assert "General kept" not in forgetting_table(bare, meaningful=True).columns
+    bare = [replace(r, general=None) for r in study()]
+    assert "General kept" not in forgetting_table(bare, methods, meaningful=True).columns
 
 
-def test_many_orders_are_left_to_the_csv_file():
+def test_many_orders_are_left_to_the_csv_file(methods):
     records = [
         record("lora", FIRST, 0, 0.3, order=f"permutation_{index}")
         for index in range(MAX_ORDERS + 1)
     ]
-    table = forgetting_table(records, meaningful=True)
+    table = forgetting_table(records, methods, meaningful=True)
     assert [row[1].text for row in table.rows] == ["all orders", "broad domain first"]
     assert len(table.data) == 2 + MAX_ORDERS + 1
     assert "CSV" in table.caption

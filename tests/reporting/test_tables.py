@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -73,9 +75,9 @@ def test_latex_escapes_each_character_once():
     assert escape("a\\b_{c}") == r"a\textbackslash{}b\_\{c\}"
 
 
-def test_scale_table(world):
-    table = scale_table(world.evaluations(), meaningful=True)
-    data = table.data.set_index(["model", "adapter"])
+def test_scale_table(world, methods):
+    table = scale_table(world.evaluations(), methods, meaningful=True)
+    data = table.data.set_index(["model", "method"])
     row = data.loc["micro_m", "sc_lora"]
     assert row.seeds == 2
     assert row.instruction_following == pytest.approx(0.4355)
@@ -89,12 +91,17 @@ def test_scale_table(world):
     assert not any(cell.best for row in table.rows for cell in row)  # all adapters are equal
 
 
-def test_scale_table_without_the_optional_keys(world):
-    records = world.evaluations(models=("micro_m",))
-    for record in records:
-        del record["groups"], record["target_tasks"], record["averages"]["mmlu_pro"]
-    table = scale_table(records, meaningful=True)
-    row = table.data.set_index("adapter").loc["sc_lora"]
+def test_scale_table_where_not_every_task_was_asked_for(world, methods):
+    records = [
+        replace(
+            record,
+            tasks={},
+            averages={name: a for name, a in record.averages.items() if name != "mmlu_pro"},
+        )
+        for record in world.evaluations(models=("micro_m",))
+    ]
+    table = scale_table(records, methods, meaningful=True)
+    row = table.data.set_index("method").loc["sc_lora"]
     assert row.instruction_following_gain == pytest.approx(0.0355)
     # Without pairing, both models' errors count: 1.96 * sqrt(2) * 0.01 on either side.
     assert row.instruction_following_gain_high - 0.0355 > 0.02
@@ -102,7 +109,7 @@ def test_scale_table_without_the_optional_keys(world):
     assert "law" not in table.columns
 
 
-def test_ablation_table(world):
+def test_ablation_table(world, methods):
     table = ablation_table([world.ablation(0), world.ablation(1)])
     data = table.data.set_index(["intervention", "domain"])
     row = data.loc["invert", "average"]
@@ -113,9 +120,7 @@ def test_ablation_table(world):
     intact, inverted = (
         np.concatenate(
             [
-                np.mean(
-                    [world.ablation(s)["interventions"][name][d]["per_item"] for s in (0, 1)], 0
-                )
+                np.mean([world.ablation(s).interventions[name][d].per_item for s in (0, 1)], 0)
                 for d in DOMAINS
             ]
         )
@@ -133,18 +138,13 @@ def test_ablation_table(world):
     assert table.columns[:3] == ["Intervention", "average", "instruction"]
 
 
-def test_ablation_table_names_the_scores(world):
-    record = world.ablation(0) | {"score_name": "likelihood", "score_unit": "per token"}
-    assert "likelihood (per token)" in ablation_table([record]).caption
-
-
-def test_ablation_of_two_adapters_has_rows_for_both(world):
-    table = ablation_table([world.ablation(0), world.ablation(0, adapter="moe_lora")])
+def test_ablation_of_two_methods_has_rows_for_both(world, methods):
+    table = ablation_table([world.ablation(0), world.ablation(0, method="moe_lora")])
     assert table.columns[0] == "Model"
     assert {row[0].text for row in table.rows} == {"micro_m sc_lora", "micro_m moe_lora"}
 
 
-def test_retrained_table(world):
+def test_retrained_table(world, methods):
     evaluations = world.evaluations(models=("micro_m",))
     controls = [world.retrained("shuffle", seed, 0.45) for seed in (0, 1, 2)]  # 2 has no intact
     controls += [world.retrained("invert", 0, 0.3)]
@@ -178,28 +178,26 @@ def test_notes_stand_under_the_table(tmp_path):
     assert "\\end{tabular}\n\\par 5 \\% \\& more.\n\\end{table}" in tex
 
 
-def test_forgetting_table(world):
+def test_forgetting_table(world, methods):
     records = world.sequentials()
-    table = forgetting_table(records, meaningful=True)
-    data = table.data.set_index(["order", "adapter"])
+    table = forgetting_table(records, methods, meaningful=True)
+    data = table.data.set_index(["order", "method"])
     assert data.loc["all", "sc_lora"].runs == 8
     assert data.loc["all", "sc_lora"].reduction_percent == pytest.approx(25.0)
     assert data.loc["all", "sc_lora"].positive_forgetting == pytest.approx(0.3)
     # The order called broad_first and the class of orders that begin with instruction.
     in_class = data.loc["broad_first"].loc["sc_lora"]
     assert sorted(in_class.runs) == [2, 4]
-    record = next(r for r in records if r["order"] == "random_0" and r["adapter"] == "lora")
-    metrics = forgetting_metrics(
-        record["matrix"], sequence=record["sequence"], domains=record["domains"]
-    )
+    record = next(r for r in records if (r.order, r.method) == ("random_0", "lora"))
+    metrics = forgetting_metrics(record.matrix, sequence=record.sequence, domains=record.domains)
     for name, value in metrics.items():
         assert data.loc["random_0", "lora"][name] == pytest.approx(value, abs=0.01)
     best = [row for row in table.rows if row[4].best]
     assert {row[2].text for row in best} == {"sc_lora"}  # the lower forgetting is the better
 
 
-def test_no_records_no_table():
-    assert scale_table([], meaningful=True) is None
+def test_no_records_no_table(methods):
+    assert scale_table([], methods, meaningful=True) is None
     assert ablation_table([]) is None
-    assert forgetting_table([], meaningful=True) is None
+    assert forgetting_table([], methods, meaningful=True) is None
     assert retrained_table([], [], []) is None

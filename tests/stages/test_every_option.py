@@ -176,6 +176,11 @@ HOW_NOT_WHAT = {
     "study.name",
     "study.meaningful",
     "study.workers",
+    "study.paper_method",
+    "study.baseline_method",
+    "study.dense_method",
+    "study.own_method",
+    "study.variants",
     "artifacts.root",
     "results.dir",
 }

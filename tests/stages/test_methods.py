@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from steerlora.cli import compose
 from steerlora.data.orders import sequence_of
-from steerlora.engine.artifacts import ArtifactStore
+from steerlora.engine.artifacts import Artifact, ArtifactStore
 from steerlora.engine.run import STAGES, RunReport, run
 from steerlora.errors import UserError
+from steerlora.evaluation.records import Ablation, DomainSequence, Evaluation, read_record
 from steerlora.methods.routed_lora.prototypes import PrototypeRouter
 from steerlora.stages import (
     adapter_training,
@@ -38,10 +39,14 @@ def store(smoke, tmp_path_factory) -> ArtifactStore:
     return ArtifactStore(root)
 
 
-def sequence(smoke, store: ArtifactStore, *changes: str) -> tuple[dict, RunReport]:
+def sequence(smoke, store: ArtifactStore, *changes: str) -> tuple[DomainSequence, RunReport]:
     step = sequential_forgetting.step(smoke.config(*changes))
     report = run([step], store)
-    return report[step].json(sequential_forgetting.RESULT), report
+    return _record_of(report[step]), report
+
+
+def _record_of(artifact: Artifact) -> DomainSequence:
+    return read_record(artifact / sequential_forgetting.RESULT, DomainSequence)
 
 
 def trained(smoke, store: ArtifactStore, *changes: str) -> Path:
@@ -56,16 +61,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_is_scored_and_goes_through_a_sequence(name, smoke, store):
     step = evaluate.step(smoke.config(f"method={name}"))
-    scores = run([step], store)[step].json(evaluate.SCORES)
-    assert scores["adapter"] == name
-    assert len(scores["tasks"]) == 9
+    scores = read_record(run([step], store)[step] / evaluate.SCORES, Evaluation)
+    assert scores.method == name
+    assert len(scores.tasks) == 9
     sites = smoke.config(f"method={name}").method.sites
     routed = [] if smoke.config(f"method={name}").method.exports_to_peft else sites
-    assert list(scores["routing_by_site"]) == list(map(str, routed))
+    assert list(scores.routing_by_site) == routed
     record, _ = sequence(smoke, store, f"method={name}")
-    assert len(record["matrix"]) == 6
-    assert set(record["general"]) == {"before", "after"}
-    assert (record["drift"] is None) == (name != "sc_lora_reference")
+    assert len(record.matrix) == 6
+    assert record.general is not None
+    assert len(record.drift) == (5 if name == "sc_lora_reference" else 0)
 
 
 def test_reference_is_the_published_configuration(smoke):
@@ -167,7 +172,7 @@ def test_an_interrupted_sequence_ends_as_an_unbroken_one(kind, smoke, store, mon
     monkeypatch.setattr(SequenceState, "save", save)
     step = sequential_forgetting.step(smoke.config(*changes))
     unbroken = run([step], store)[step]
-    expected, whole = unbroken.json(sequential_forgetting.RESULT), ends[-1]
+    expected, whole = _record_of(unbroken), ends[-1]
     shutil.rmtree(unbroken.path)
 
     original, calls = sequence_stage.fit, []
@@ -188,13 +193,13 @@ def test_an_interrupted_sequence_ends_as_an_unbroken_one(kind, smoke, store, mon
     with pytest.raises(KeyboardInterrupt):
         run([step], store)
     ends.clear()
-    found = run([step], store)[step].json(sequential_forgetting.RESULT)
+    found = _record_of(run([step], store)[step])
     assert found == expected
     assert len(ends) == 3  # the first two domains were not trained again
     for name, value in whole.items():
         assert torch.equal(value, ends[-1][name]), name
     if kind == "memory and replay":
-        assert [event["event"] for event in found["events"]]
+        assert found.events
 
 
 def test_replay_repeats_earlier_domains(smoke, store, monkeypatch):
@@ -208,7 +213,7 @@ def test_replay_repeats_earlier_domains(smoke, store, monkeypatch):
     monkeypatch.setattr(sequence_stage, "fit", fit)
     changes = ("method=lora", "order.steps_per_domain=4", "method.replay.ratio=0.5")
     record, _ = sequence(smoke, store, *changes)
-    assert record["replay"] == 0.5
+    assert record.replay == 0.5
     assert owners[0] == [[0]] * 4
     for position in range(1, 5):
         assert [found == [position] for found in owners[position]] == [True, False, True, False]
@@ -229,8 +234,8 @@ def test_orders_by_index_are_all_there_is(smoke):
 def test_a_retrained_control_is_trained_and_scored_under_it(smoke, store):
     under = ("method=sc_lora", "intervention=shuffle", "intervention.phase=training")
     step = evaluate.step(smoke.config(*under))
-    scores = run([step], store)[step].json(evaluate.SCORES)
-    assert (scores["intervention"], scores["phase"]) == ("shuffle", "training")
+    scores = read_record(run([step], store)[step] / evaluate.SCORES, Evaluation)
+    assert (scores.intervention, scores.phase) == ("shuffle", "training")
     plain, retrained = (weights(trained(smoke, store, *c)) for c in (under[:1], under))
     assert any(not torch.equal(plain[name], retrained[name]) for name in plain)
 
@@ -259,23 +264,20 @@ def test_an_ablation_is_of_an_adapter_trained_intact(smoke):
 def test_doses_repeat_the_ablation_at_lesser_strength(smoke, store):
     changes = ("method=sc_lora", "study.interventions=[invert]", "study.doses=[0.001,0.5]")
     step = causal_ablation.step(smoke.config(*changes))
-    record = run([step], store)[step].json(causal_ablation.RESULT)
-    assert list(record["interventions"]) == ["intact", "invert"]
-    assert list(record["doses"]["invert"]) == ["0.001", "0.5"]
-    nearly_intact = record["doses"]["invert"]["0.001"]
-    assert nearly_intact == {
-        name: record["interventions"]["intact"][name] for name in nearly_intact
-    }
+    record = read_record(run([step], store)[step] / causal_ablation.RESULT, Ablation)
+    assert list(record.interventions) == ["intact", "invert"]
+    assert list(record.doses["invert"]) == [0.001, 0.5]
+    assert record.doses["invert"][0.001] == record.interventions["intact"]
 
 
 def test_what_compares_scores_needs_no_task_by_name(smoke, store):
     """``evaluation.tasks`` is what stage=evaluate reports, not what others may compare with."""
     changes = ("method=sc_lora", "evaluation.tasks=[micro_law]", "study.interventions=[invert]")
     record, _ = sequence(smoke, store, *changes)
-    assert len(record["matrix"][0]) == 5
+    assert len(record.matrix[0]) == 5
     step = causal_ablation.step(smoke.config(*changes))
-    record = run([step], store)[step].json(causal_ablation.RESULT)
-    assert len(record["interventions"]["intact"]) == 5
+    record = read_record(run([step], store)[step] / causal_ablation.RESULT, Ablation)
+    assert len(record.interventions["intact"]) == 5
 
 
 def test_the_monitors_own_artifacts_can_be_asked_for(smoke):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from steerlora.__main__ import main
+from steerlora.evaluation.records import Evaluation, read_record
 from steerlora.lm.pretrained import open_model, shape_of
 from steerlora.methods.saving import load_adapter
 
@@ -53,10 +52,10 @@ def test_a_gemma_of_the_user_s_is_adapted_and_scored(make_tokenizer, tmp_path):
     tokenizer.save_pretrained(folder)
     shape = [f"model.{key}={value}" for key, value in shape_of(config).items()]
     main([*TINY, *shape, "model.name=mine", f"model.path={folder}", f"artifacts.root={root}"])
-    scores = json.loads(next((root / "evaluate").glob("*/scores.json")).read_text())
-    assert scores["model"] == "mine"
-    assert set(scores["tasks"]) == {"micro_law", "micro_mmlu"}
-    assert set(scores["routing_by_site"]) == {"1", "2"}
+    scores = read_record(next((root / "evaluate").glob("*/scores.json")), Evaluation)
+    assert scores.model == "mine"
+    assert set(scores.tasks) == {"micro_law", "micro_mmlu"}
+    assert set(scores.routing_by_site) == {1, 2}
     # The default target modules are this family's: every linear layer from the first site on.
     adapter = load_adapter(
         open_model(str(folder)), next((root / "adapter_training").glob("*/adapter"))

@@ -12,6 +12,7 @@ from steerlora.cli import compose
 from steerlora.config import Config
 from steerlora.engine.artifacts import ArtifactStore
 from steerlora.engine.run import run
+from steerlora.evaluation.records import DomainSequence, read_record
 from steerlora.stages import adapter_training, base, sequential_forgetting
 
 ROWS = {
@@ -100,8 +101,9 @@ def test_packing_leaves_the_base_as_it_is(config):
 def test_a_sequence_of_domains_is_learnt_on_packed_rows_and_scored(config):
     made = config("method=lora", "domains.names=[instruction,law]", "method.replay.ratio=0.5")
     step = sequential_forgetting.step(made)
-    record = run([step], ArtifactStore(made.artifacts.root))[step].json("sequential.json")
-    matrix = torch.tensor(record["matrix"])
+    artifact = run([step], ArtifactStore(made.artifacts.root))[step]
+    record = read_record(artifact / sequential_forgetting.RESULT, DomainSequence)
+    matrix = torch.tensor(record.matrix)
     assert matrix.shape == (3, 2)
     assert ((matrix > 0) & (matrix < 1)).all()  # likelihoods of held-out responses
-    assert record["items"] == 4
+    assert record.items == 4

@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,21 @@ from wandb.proto import wandb_internal_pb2
 
 import steerlora
 from steerlora.config import Config
+from steerlora.engine import steps
 from steerlora.engine.artifacts import ArtifactStore
 from steerlora.engine.run import RunReport, Step, run
+from steerlora.evaluation.records import (
+    BASE,
+    SCHEMA,
+    Ablation,
+    DomainSequence,
+    Evaluation,
+    read_record,
+)
 from steerlora.stages import adapter_training, causal_ablation, evaluate, sequential_forgetting
 from steerlora.stages.common import load_base
 
-DOMAINS = ["instruction", "math", "code", "medicine", "law"]
+DOMAINS = ("instruction", "math", "code", "medicine", "law")
 AVERAGES = {"instruction_following", "general_knowledge", "mmlu_pro", "gsm8k", "target"}
 BUILT = {
     "domains": 1,
@@ -108,62 +118,61 @@ def test_every_artifact_holds_its_files(smoke, stage, files):
 def test_an_evaluation_has_every_score_with_error_items_and_version(smoke):
     names = set()
     for step in smoke.planned.evaluations:
-        record = smoke.report[step].json(evaluate.SCORES)
-        names.add(record["adapter"])
-        assert (record["model"], record["seed"]) == ("micro_xs", 0)
-        assert record["domains"] == DOMAINS
-        assert record["fingerprint"] == step.fingerprint
-        assert len(record["tasks"]) == 9
-        for task in record["tasks"].values():
-            assert {"metric", "value", "stderr", "items", "version"} <= set(task)
-            assert task["items"] == len(task["per_item"]) == 3
-            assert task["value"] == pytest.approx(sum(task["per_item"]) / 3)
-        assert set(record["averages"]) == AVERAGES
-        assert all(set(group) == {"value", "stderr"} for group in record["averages"].values())
+        record = read_record(smoke.report[step] / evaluate.SCORES, Evaluation)
+        names.add(record.method)
+        assert (record.model, record.seed) == ("micro_xs", 0)
+        assert record.domains == DOMAINS
+        assert record.fingerprint == step.fingerprint
+        assert len(record.tasks) == 9
+        for task in record.tasks.values():
+            assert task.metric
+            assert task.version
+            assert task.stderr >= 0
+            assert task.items == len(task.per_item) == 3
+            assert task.value == pytest.approx(sum(task.per_item) / 3)
+        assert set(record.averages) == AVERAGES
     assert names == {"none", "lora", "moe_lora", "sc_lora"}
 
 
 def test_routing_health_is_recorded_for_what_routes(smoke):
     for step in smoke.planned.evaluations:
-        record = smoke.report[step].json(evaluate.SCORES)
-        routing = record["routing"]
-        if record["adapter"] in ("none", "lora"):
+        record = read_record(smoke.report[step] / evaluate.SCORES, Evaluation)
+        routing = record.routing
+        if record.method in ("none", "lora"):
             assert routing is None
             continue
-        assert list(routing["gate_by_domain"]) == list(routing["rank_by_domain"]) == DOMAINS
-        for gate in routing["gate_by_domain"].values():
+        assert tuple(routing.gate_by_domain) == tuple(routing.rank_by_domain) == DOMAINS
+        for gate in routing.gate_by_domain.values():
             assert sum(gate) == pytest.approx(1, abs=1e-4)
-        assert 0 < routing["mean_rank"] <= 2 + 1e-6
-        assert routing["tokens"] > 0
-        assert 0 <= routing["usage_entropy"] <= 1 + 1e-6
+        assert 0 < routing.mean_rank <= 2 + 1e-6
+        assert routing.tokens > 0
+        assert 0 <= routing.usage_entropy <= 1 + 1e-6
 
 
 def test_an_ablation_scores_every_control_on_every_domain(smoke):
     (step,) = smoke.planned.ablations
-    record = smoke.report[step].json(causal_ablation.RESULT)
+    record = read_record(smoke.report[step] / causal_ablation.RESULT, Ablation)
     wanted = ["intact", "shuffle", "fixed_rank", "oracle_domain"]
-    assert list(record["interventions"]) == wanted
-    for scores in record["interventions"].values():
-        assert list(scores) == DOMAINS
-        assert all(len(score["per_item"]) == score["items"] == 3 for score in scores.values())
-    intact = smoke.report[step.inputs["intact"]].json(evaluate.SCORES)
-    assert (
-        record["interventions"]["intact"]["law"]["value"] == intact["tasks"]["micro_law"]["value"]
-    )
+    assert list(record.interventions) == wanted
+    for scores in record.interventions.values():
+        assert tuple(scores) == DOMAINS
+        assert all(len(score.per_item) == score.items == 3 for score in scores.values())
+    intact = read_record(smoke.report[step.inputs["intact"]] / evaluate.SCORES, Evaluation)
+    assert record.interventions["intact"]["law"] == intact.tasks["micro_law"]
 
 
 def test_a_sequence_has_a_row_before_and_after_every_domain(smoke):
     names = set()
     for step in smoke.planned.sequentials:
-        record = smoke.report[step].json(sequential_forgetting.RESULT)
-        names.add(record["adapter"])
-        assert record["order"] == "broad_first"
-        assert record["sequence"] == record["domains"] == DOMAINS
-        assert len(record["matrix"]) == len(record["stderr"]) == 6
-        assert all(len(row) == 5 for row in (*record["matrix"], *record["stderr"]))
-        assert record["items"] == 3
-        base = smoke.report[step.inputs["base_scores"]].json(evaluate.SCORES)
-        assert record["matrix"][0][4] == base["tasks"]["micro_law"]["value"]
+        record = read_record(smoke.report[step] / sequential_forgetting.RESULT, DomainSequence)
+        names.add(record.method)
+        assert record.order == "broad_first"
+        assert record.sequence == record.domains == DOMAINS
+        assert len(record.matrix) == len(record.stderr) == 6
+        assert all(len(row) == 5 for row in (*record.matrix, *record.stderr))
+        assert record.items == 3
+        base = read_record(smoke.report[step.inputs["base_scores"]] / evaluate.SCORES, Evaluation)
+        assert record.matrix[0][4] == base.tasks["micro_law"].value
     assert names == {"lora", "sc_lora"}
 
 
@@ -227,6 +236,22 @@ def test_a_second_run_builds_nothing(smoke):
     again = run(smoke.plan().steps, ArtifactStore(smoke.root))
     assert built(again) == {}
     assert len(again.steps) == sum(BUILT.values())
+
+
+def test_records_of_another_schema_are_built_again(smoke, tmp_path, monkeypatch):
+    """The schema is part of the version of every stage that writes records."""
+    shutil.copytree(smoke.root, tmp_path, dirs_exist_ok=True)
+    (step,) = [step for step in smoke.planned.evaluations if step.config.method == BASE]
+    assert run([step], ArtifactStore(tmp_path)).steps[-1].reused
+    for stage in (evaluate.STAGE, causal_ablation.STAGE, sequential_forgetting.STAGE):
+        version, _, schema = stage.version.partition(".")
+        assert schema == str(SCHEMA)
+        other = replace(stage, version=f"{version}.{SCHEMA - 1}")
+        monkeypatch.setitem(steps.STAGES._found, stage.name, other)
+    again = replace(step)  # whose fingerprint is not known yet
+    assert again.fingerprint != step.fingerprint
+    rebuilt = run([again], ArtifactStore(tmp_path))
+    assert [built.stage for built in rebuilt.steps if not built.reused] == ["evaluate"]
 
 
 def test_a_rank_changes_adapters_and_what_is_below_them(smoke, before):

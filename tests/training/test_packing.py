@@ -9,10 +9,10 @@ from steerlora.config import AdapterConfig, TrainerConfig
 from steerlora.data.chat import ChatBatch, EncodedChat, collate
 from steerlora.data.packing import collate_packed
 from steerlora.errors import UserError
+from steerlora.methods.module import AdapterModule
 from steerlora.methods.monitor import Monitor
 from steerlora.saes.taxonomy import Taxonomy
 from steerlora.training.language import next_token_loss
-from steerlora.methods.module import AdapterModule
 from tests.conftest import VOCABULARY
 
 LENGTHS, OWNERS = ((7, 4, 5), (9, 3)), (1, 0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from steerlora.methods.routed_lora.shape import find_targets
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 
 from steerlora.lm.decoder import (
@@ -23,7 +24,6 @@ from steerlora.lm.decoder import (
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.lowrank import AdaptedLinear
-from steerlora.methods.routed_lora.shape import find_targets
 
 WIDTH, LAYERS = 32, 3
 SIZES = {
@@ -223,7 +223,9 @@ def test_a_name_of_another_family_is_refused_with_what_there_is(make_adapter):
 def test_models_without_attention_or_decoder_are_refused(make_sae):
     mamba = AutoConfig.for_model("mamba", vocab_size=61, hidden_size=WIDTH, num_hidden_layers=3)
     with pytest.raises(ValueError, match=r"MambaModel keeps no keys and values .*cache_params"):
-        Adapter(AutoModelForCausalLM.from_config(mamba), RoutedLoRAConfig(sites=(1,)), {1: make_sae()})
+        Adapter(
+            AutoModelForCausalLM.from_config(mamba), RoutedLoRAConfig(sites=(1,)), {1: make_sae()}
+        )
     bert = BertConfig(**SIZES)
     with pytest.raises(ValueError, match=r"BertLMHeadModel has no decoder: .* bert \(BertModel\)"):
         decoder_of(AutoModelForCausalLM.from_config(bert))

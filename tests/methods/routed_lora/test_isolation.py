@@ -10,10 +10,10 @@ import torch
 from steerlora.config import AdapterConfig, TrainerConfig
 from steerlora.data.chat import ChatBatch, ChatBatches, EncodedChat
 from steerlora.engine.progress import SilentProgress
+from steerlora.methods.module import AdapterModule
 from steerlora.methods.routed_lora.isolation import train_only
 from steerlora.training.language import next_token_loss
 from steerlora.training.loop import fit
-from steerlora.methods.module import AdapterModule
 
 E, R, STEPS = 4, 3, 8
 

@@ -16,11 +16,11 @@ from lightning.pytorch.callbacks import Callback
 from steerlora.config import AdapterConfig, TrainerConfig
 from steerlora.data.chat import ChatBatch, ChatBatches, EncodedChat
 from steerlora.engine.progress import SilentProgress
+from steerlora.methods.module import AdapterModule
 from steerlora.methods.routed_lora.memory import MemoryPolicy
 from steerlora.methods.routed_lora.routing import Routing
 from steerlora.saes.autoencoder import SparseFeatures
 from steerlora.training.loop import fit
-from steerlora.methods.module import AdapterModule
 
 B, S, E, R, K, LATENTS = 2, 6, 4, 3, 5, 64
 EVERY = 10

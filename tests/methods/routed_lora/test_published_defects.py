@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
+from steerlora.stages.adapting import check_intervention, memory_policy
 from torch import Tensor, nn
 
 from steerlora.cli import compose
@@ -21,18 +22,17 @@ from steerlora.config import AdapterConfig, ContinualConfig, TrainerConfig
 from steerlora.data.chat import ChatBatch, EncodedChat, collate
 from steerlora.engine.progress import SilentProgress
 from steerlora.errors import UserError
+from steerlora.methods.module import AdapterModule
+from steerlora.methods.monitor import Monitor
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.context import CONTEXTS
 from steerlora.methods.routed_lora.memory import MemoryPolicy
-from steerlora.methods.monitor import Monitor
-from steerlora.methods.saving import save_adapter
 from steerlora.methods.routed_lora.watch import RoutingWatch
+from steerlora.methods.saving import save_adapter
 from steerlora.saes.taxonomy import Taxonomy
-from steerlora.stages.adapting import check_intervention, memory_policy
 from steerlora.training.checkpoints import Files, newest
 from steerlora.training.loop import fit
-from steerlora.methods.module import AdapterModule
 
 E, R, SITE, LAYERS, LATENTS, VOCABULARY = 4, 3, 1, 3, 64, 61
 LOSSES = ("preservation", "steering", "gate_sparsity", "rank_budget", "load_balance", "diversity")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.routers import (
     LinearRouter,
     MLPRouter,
@@ -13,7 +14,6 @@ from steerlora.methods.routed_lora.routers import (
     rank_bias,
     top_k_gate,
 )
-from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.saes.sparse import SparseFeatures
 
 B, S, E, R, N, K, M, H = 5, 6, 4, 16, 40, 5, 3, 7

@@ -12,10 +12,10 @@ from lightning.pytorch.callbacks import Callback
 from steerlora.config import AdapterConfig, TrainerConfig
 from steerlora.data.chat import ChatBatch, ChatBatches, EncodedChat
 from steerlora.engine.progress import SilentProgress
+from steerlora.methods.module import AdapterModule
 from steerlora.methods.routed_lora.interventions import Intervention
 from steerlora.methods.routed_lora.train_under import TrainUnder
 from steerlora.training.loop import fit
-from steerlora.methods.module import AdapterModule
 
 SETTINGS = TrainerConfig(batch_size=4, learning_rate=1e-2, checkpoint_seconds=1e-9)
 NAMES = ("law", "math")

@@ -29,7 +29,8 @@ from steerlora.data.domains.text.splits import (
     training_rows,
     uniform,
 )
-from steerlora.data.domains.text.tasks import describe, write_rows
+from steerlora.data.domains.text.tasks import describe
+from steerlora.data.jsonl import write_objects
 from steerlora.engine.progress import Progress
 from steerlora.errors import UserError
 
@@ -80,7 +81,7 @@ def write(directory: Path, config: DomainsConfig, progress: Progress, descriptio
         reserved = set().union(*(held.keys for held in heldout.values()))
         counts = {name: DomainCounts(held.origin, len(held.rows)) for name, held in heldout.items()}
         for name, held in heldout.items():
-            write_rows(directory / f"heldout/{name}.jsonl", map(_chat, held.rows))
+            write_objects(directory / f"heldout/{name}.jsonl", map(_chat, held.rows))
         with (directory / "pretrain.jsonl").open("w", encoding="ascii") as pretrain:
             for one in opened:
                 general = pretrain if one.name == config.broad else None

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from steerlora.data.domains.micro import instructions, items, words
 from steerlora.data.domains.micro.items import ChoiceItem, Fact, Item
 from steerlora.data.domains.micro.world import World, build_world
+from steerlora.data.jsonl import write_objects
 from steerlora.errors import UserError
 
 WORLD_VERSION = 1
@@ -100,14 +101,14 @@ def write(
 
     _write_json(directory / "domains.json", _description())
     _write_json(directory / "world.json", world.as_dict())
-    _write_rows(directory / "pretrain.jsonl", map(_row, pretraining))
+    write_objects(directory / "pretrain.jsonl", map(_row, pretraining))
     for domain in words.DOMAINS:
-        _write_rows(directory / "train" / f"{domain}.jsonl", map(_row, train[domain]))
+        write_objects(directory / "train" / f"{domain}.jsonl", map(_row, train[domain]))
         rows = evaluation[f"micro_{domain}"]
         heldout = ({"prompt": row["prompt"], "response": row["response"]} for row in rows)
-        _write_rows(directory / "heldout" / f"{domain}.jsonl", heldout)
+        write_objects(directory / "heldout" / f"{domain}.jsonl", heldout)
     for task, rows in evaluation.items():
-        _write_rows(directory / "evaluation" / f"{task}.jsonl", rows)
+        write_objects(directory / "evaluation" / f"{task}.jsonl", rows)
 
 
 def _evaluation(
@@ -256,8 +257,3 @@ def _description() -> dict:
 def _write_json(path: Path, value: Mapping) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _write_rows(path: Path, rows: Iterable[Mapping]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")

@@ -5,24 +5,14 @@ Everything here streams: a file is read once from top to bottom and only counter
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from steerlora.data.jsonl import read_objects, type_name
 from steerlora.errors import UserError
 
 SUFFIX = "_train.jsonl"
-
-_TYPE_NAMES = {
-    bool: "true or false",
-    dict: "an object",
-    float: "a number",
-    int: "a number",
-    list: "a list",
-    str: "text",
-    type(None): "null",
-}
 
 
 class SourceRow(NamedTuple):
@@ -77,39 +67,15 @@ def choose_domains(
     return names
 
 
-def read_objects(path: Path) -> Iterator[tuple[str, dict]]:
-    """Each JSON object of ``path`` with its place, ``file:line``; blank lines are passed over.
-
-    Raises:
-        UserError: naming file and line, for bad JSON, a line that is no object, or bad UTF-8.
-    """
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            place = f"{path}:{number}"
-            try:
-                line = raw.decode("utf-8-sig").strip()
-                if not line:
-                    continue
-                row = json.loads(line)
-            except UnicodeDecodeError:
-                raise UserError(f"{place}: not UTF-8 text; save the file as UTF-8") from None
-            except (json.JSONDecodeError, RecursionError) as error:
-                reason = getattr(error, "msg", "nested too deeply")
-                raise UserError(f"{place}: not valid JSON ({reason})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{place}: a row is a JSON object, this is {_kind(row)}")
-            yield place, row
-
-
-def read_rows(
+def usable_rows(
     path: Path, *, prompt_key: str = "prompt", response_key: str = "response"
 ) -> Iterator[SourceRow]:
     """The prompts and responses of ``path``; rows where either is blank are left out.
 
     Raises:
-        UserError: naming file and line, for whatever :func:`read_objects` refuses, for a missing
-            key (with the row's keys) and for a value that is not text; naming the file when it
-            has no usable row.
+        UserError: naming file and line, for whatever `read_objects` refuses, for a missing key
+            (with the row's keys) and for a value that is not text; naming the file when it has no
+            usable row.
     """
     empty = True
     for place, row in read_objects(path):
@@ -130,13 +96,9 @@ def text_of(row: dict, key: str, place: str) -> str:
         raise UserError(f"{place}: the row has no '{key}' (its keys: {keys})")
     value = row[key]
     if not isinstance(value, str):
-        raise UserError(f"{place}: '{key}' must be text, this is {_kind(value)}")
+        raise UserError(f"{place}: '{key}' must be text, this is {type_name(value)}")
     try:
         value.encode()
     except UnicodeEncodeError:
         raise UserError(f"{place}: '{key}' has half a surrogate pair, which is no text") from None
     return value
-
-
-def _kind(value: object) -> str:
-    return _TYPE_NAMES[type(value)]

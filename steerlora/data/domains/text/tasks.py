@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from steerlora.data.domains.text.rows import SourceRow, read_objects
+from steerlora.data.domains.text.rows import SourceRow
+from steerlora.data.jsonl import read_objects
 
 VERSION = 1
 SHORT_ANSWER_DOMAINS = ("medicine", "law")
@@ -66,12 +66,6 @@ def borrowed_items(source: Path, most: int) -> dict[str, list[dict]]:
         for task, path in paths.items()
         if path.exists()
     }
-
-
-def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    """One JSON object a line, in ASCII: text may hold characters that count as line ends."""
-    with path.open("w", encoding="ascii") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def describe(names: tuple[str, ...], tasks: list[str]) -> dict[str, object]:

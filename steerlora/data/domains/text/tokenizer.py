@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from steerlora.data.jsonl import read_objects
 from steerlora.errors import UserError
 
 PAD = "<|pad|>"
@@ -73,6 +73,5 @@ def build_tokenizer(directory: Path, *, vocabulary: int = 2048) -> PreTrainedTok
 
 
 def _texts(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield from json.loads(line).values()
+    for _, row in read_objects(path):
+        yield from row.values()

@@ -26,9 +26,8 @@ from steerlora.data.domains.text.rows import (
     SUFFIX,
     SourceRow,
     choose_domains,
-    read_objects,
-    read_rows,
     text_of,
+    usable_rows,
 )
 from steerlora.data.domains.text.splits import (
     DomainCounts,
@@ -43,8 +42,8 @@ from steerlora.data.domains.text.tasks import (
     ShortAnswers,
     borrowed_items,
     describe,
-    write_rows,
 )
+from steerlora.data.jsonl import read_objects, write_objects
 from steerlora.errors import UserError
 
 DOMAINS = ("instruction", "math", "code", "medicine", "law")
@@ -107,7 +106,7 @@ def write(
         chats[name] = [_chat(row, max_prompt_characters) for row in heldout[name].rows]
         reserved |= heldout[name].keys
         reserved |= {prompt_key(shown(row.prompt)) for row in heldout[name].rows}
-        write_rows(directory / "heldout" / f"{name}.jsonl", chats[name])
+        write_objects(directory / "heldout" / f"{name}.jsonl", chats[name])
 
     counts = {name: DomainCounts(held.origin, len(held.rows)) for name, held in heldout.items()}
     answers = {name: ShortAnswers() for name in names if name in SHORT_ANSWER_DOMAINS}
@@ -115,7 +114,7 @@ def write(
     with (directory / "pretrain.jsonl").open("w", encoding="ascii") as pretrain:
         for name in names:
             path = source / (name + SUFFIX)
-            rows = training_rows(read_rows(path), reserved, counts[name], shown)
+            rows = training_rows(usable_rows(path), reserved, counts[name], shown)
             with (directory / "train" / f"{name}.jsonl").open("w", encoding="ascii") as train:
                 for row in rows:
                     if name in answers:
@@ -137,7 +136,7 @@ def write(
     items |= borrowed_items(source, evaluation_items)
     tasks = [task for task, rows in items.items() if rows]
     for task in tasks:
-        write_rows(directory / "evaluation" / f"{task}.jsonl", items[task])
+        write_objects(directory / "evaluation" / f"{task}.jsonl", items[task])
     description = describe(names, tasks)
     description["counts"] = {name: asdict(count) for name, count in counts.items()}
     (directory / "domains.json").write_text(json.dumps(description, indent=2) + "\n")
@@ -167,13 +166,13 @@ def _hold_out(source: Path, name: str, seed: int, most: int, fraction: float) ->
     path, gsm8k = source / f"{name}_test.jsonl", source / "gsm8k_test.jsonl"
     has_test = True
     if path.exists():
-        rows = read_rows(path)
+        rows = usable_rows(path)
     elif name == "math" and gsm8k.exists():
         path = gsm8k
-        rows = read_rows(path, prompt_key="question", response_key="answer")
+        rows = usable_rows(path, prompt_key="question", response_key="answer")
     else:
         path, has_test = source / (name + SUFFIX), False
-        rows = read_rows(path)
+        rows = usable_rows(path)
         _log.info("no %s_test.jsonl: rows of %s are held out instead", name, path.name)
 
     keys: set[bytes] = set()

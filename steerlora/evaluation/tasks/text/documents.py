@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import datasets
 
+from steerlora.data.jsonl import read_objects
 from steerlora.errors import UserError
 
 
@@ -28,6 +28,5 @@ def _items(domains_dir: str | None, task: str) -> dict[str, datasets.Dataset]:
     path = Path(domains_dir) / "evaluation" / f"{task}.jsonl"
     if not path.exists():
         raise UserError(f"{path} is missing: these domains have no items for {task}")
-    with path.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+    rows = [row for _, row in read_objects(path)]
     return {"test": datasets.Dataset.from_list(rows)}

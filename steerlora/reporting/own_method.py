@@ -1,4 +1,4 @@
-"""The table of the project's own method: beside the others, and with each switch turned."""
+"""The table of the project's own method: beside the others, and its variants."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from steerlora.evaluation.records import DomainSequence
 from steerlora.evaluation.statistics import Interval
-from steerlora.reporting import labels
 from steerlora.reporting.effects import select
-from steerlora.reporting.labels import METHOD, in_order, score_label, switch_of
-from steerlora.reporting.orders import BASELINE, corrected
+from steerlora.reporting.methods import Methods
+from steerlora.reporting.orders import corrected
 from steerlora.reporting.sequences import final, forgotten, kept, p_value, ratio
 from steerlora.reporting.tables import (
     Cell,
@@ -27,44 +27,43 @@ from steerlora.reporting.tables import (
 MOST_FORGETTING, LEAST_GENERAL, LEAST_FINAL = 0.2, 0.95, 2.0
 """The aims: forgetting as a share of LoRA's, general knowledge of the base's, score of LoRA's."""
 LEAST_ORDERS, LEAST_SEEDS = 4, 3
-"""What the aims are to be judged over."""
+"""Over how much the aims ask to be measured."""
 
 
 class Aim(NamedTuple):
-    """One thing that the method is meant to reach.
-
-    Attributes:
-        text: what.
-        interval: what it reached; None where it was not measured.
-        verdict: "met" where the whole interval is, else "not met"; or "not measured".
-    """
+    """One thing that the method is meant to reach."""
 
     text: str
+    """What, in words."""
     interval: Interval | None
+    """What it reached; None where it was not measured."""
     verdict: str
+    """"met" where the whole interval is, else "not met"; or "not measured"."""
 
 
-def shown_methods(sequentials: list[dict]) -> list[str]:
-    """The adapters of some records in the order of a report."""
-    return in_order((record["adapter"] for record in sequentials), labels.ADAPTERS)
-
-
-def method_table(sequentials: list[dict], model: str, *, meaningful: bool) -> Table | None:
+def method_table(
+    sequentials: list[DomainSequence], model: str, methods: Methods, *, meaningful: bool
+) -> Table | None:
     """Forgetting, final average and general knowledge of all methods, against our own.
 
     Args:
         model: whose sequences are compared.
     """
     records = select(sequentials, model=model)
-    methods = shown_methods(records)
-    if METHOD not in methods:
+    names = methods.sorted(record.method for record in records)
+    if methods.own not in names:
         return None
-    others = [name for name in methods if name != METHOD]
-    p_values = corrected({name: p_value(records, METHOD, name, forgotten) for name in others})
+    p_values = corrected(
+        {
+            name: p_value(records, methods.own, name, forgotten)
+            for name in names
+            if name != methods.own
+        }
+    )
     data = pd.DataFrame(
         [
-            {"model": model} | _row(records, name) | {"p_holm": p_values.get(name)}
-            for name in methods
+            {"model": model} | _row(records, name, methods) | {"p_holm": p_values.get(name)}
+            for name in names
         ]
     )
     lowest, highest = (
@@ -75,7 +74,7 @@ def method_table(sequentials: list[dict], model: str, *, meaningful: bool) -> Ta
     )
     cells = [
         [
-            Cell(f"{METHOD}: {switch_of(row.adapter)}" if switch_of(row.adapter) else row.adapter),
+            Cell(methods.long_label(row.method)),
             Cell(f"{row.orders} × {row.seeds}" if row.full else f"{row.runs} runs"),
             Cell(
                 plus_minus(row.positive_forgetting, row.positive_forgetting_stderr),
@@ -85,28 +84,36 @@ def method_table(sequentials: list[dict], model: str, *, meaningful: bool) -> Ta
             Cell(plus_minus(row.final_average, row.final_average_stderr), highest[row.Index]),
             Cell(_bounds(row, "final_ratio")),
             Cell(_bounds(row, "general")),
-            Cell("" if row.adapter == METHOD else number(row.p_holm)),
+            Cell("" if row.method == methods.own else number(row.p_holm)),
         ]
         for row in data.itertuples()
     ]
-    headings = ["Method", "Orders × seeds", "Positive forgetting", f"Of {BASELINE}'s"]
-    headings += ["Final average", f"Of {BASELINE}'s", "General kept", "p (Holm)"]
+    headings = ["Method", "Orders × seeds", "Positive forgetting", f"Of {methods.baseline}'s"]
+    headings += ["Final average", f"Of {methods.baseline}'s", "General kept", "p (Holm)"]
     caption = (
-        f"The project's own method on {model}, {score_label(records)}: mean over orders and seeds "
-        f"± standard error from runs and items; ratios to {BASELINE}'s, and general knowledge "
-        "after the sequence as a share of the base model's [95 % bootstrap intervals over orders, "
-        f"seeds and items]; p: paired permutation test of positive forgetting against {METHOD} "
-        "over runs, Holm-corrected over methods. The lower rows have one switch of it turned."
+        f"The project's own method on {model}, score: mean over orders and seeds "
+        f"± standard error from runs and items; ratios to {methods.baseline}'s, and general "
+        "knowledge after the sequence as a share of the base model's [95 % bootstrap intervals "
+        "over orders, seeds and items]; p: paired permutation test of positive forgetting against "
+        f"{methods.own} over runs, Holm-corrected over methods. The lower rows have one switch of "
+        "it turned."
     )
-    notes = tuple(_sentence(aim) for aim in aims(records))
-    return Table("method", caption, data, headings, cells, (*notes, _breadth(records)))
+    notes = tuple(_sentence(aim) for aim in aims(records, methods))
+    return Table(
+        "method",
+        caption,
+        data,
+        headings,
+        cells,
+        (*notes, _breadth(select(records, method=methods.own))),
+    )
 
 
-def _row(records: list[dict], adapter: str) -> dict:
-    own = select(records, adapter=adapter)
-    orders, seeds = (len({record[key] for record in own}) for key in ("order", "seed"))
+def _row(records: list[DomainSequence], method: str, methods: Methods) -> dict:
+    own = select(records, method=method)
+    orders, seeds = len({record.order for record in own}), len({record.seed for record in own})
     row = {
-        "adapter": adapter,
+        "method": method,
         "runs": len(own),
         "orders": orders,
         "seeds": seeds,
@@ -116,8 +123,9 @@ def _row(records: list[dict], adapter: str) -> dict:
         ("positive_forgetting", "forgetting", forgotten),
         ("final_average", "final", final),
     ):
-        row |= mean_and_error(name, [read(record)._asdict() for record in own])
-        measure = ratio(records, adapter, BASELINE, read) if adapter != BASELINE else None
+        row |= mean_and_error(name, [read(record) for record in own])
+        compared = method != methods.baseline
+        measure = ratio(records, method, methods.baseline, read) if compared else None
         row |= interval_fields(f"{short}_ratio", measure and measure.interval)
     return row | interval_fields("general", kept(own))
 
@@ -126,36 +134,38 @@ def _bounds(row, name: str) -> str:
     return interval_text([getattr(row, f"{name}{end}") for end in ("", "_low", "_high")], 2)
 
 
-def aims(records: list[dict]) -> tuple[Aim, ...]:
-    """The three aims of the method, judged by intervals.
+def aims(records: list[DomainSequence], methods: Methods) -> tuple[Aim, ...]:
+    """The three aims of the project's own method, and whether its intervals reach them.
 
     Args:
         records: sequences of one model.
     """
-    forgetting, score = (ratio(records, METHOD, BASELINE, read) for read in (forgotten, final))
+    forgetting, score = (
+        ratio(records, methods.own, methods.baseline, read) for read in (forgotten, final)
+    )
     return (
-        _judged(
-            f"Positive forgetting at most {MOST_FORGETTING} of {BASELINE}'s",
+        _aim(
+            f"Positive forgetting at most {MOST_FORGETTING} of {methods.baseline}'s",
             forgetting and forgetting.interval,
             lambda interval: interval.high <= MOST_FORGETTING,
         ),
-        _judged(
+        _aim(
             f"General knowledge after the sequence at least {LEAST_GENERAL} of the base model's",
-            kept(select(records, adapter=METHOD)),
+            kept(select(records, method=methods.own)),
             lambda interval: interval.low >= LEAST_GENERAL,
         ),
-        _judged(
-            f"Final target average at least {LEAST_FINAL:g} times {BASELINE}'s",
+        _aim(
+            f"Final target average at least {LEAST_FINAL:g} times {methods.baseline}'s",
             score and score.interval,
             lambda interval: interval.low >= LEAST_FINAL,
         ),
     )
 
 
-def _judged(text: str, interval: Interval | None, met: Callable[[Interval], bool]) -> Aim:
+def _aim(text: str, interval: Interval | None, reached: Callable[[Interval], bool]) -> Aim:
     if interval is None or not interval.known:
         return Aim(text, interval, "not measured")
-    return Aim(text, interval, "met" if met(interval) else "not met")
+    return Aim(text, interval, "met" if reached(interval) else "not met")
 
 
 def _sentence(aim: Aim) -> str:
@@ -164,9 +174,8 @@ def _sentence(aim: Aim) -> str:
     return f"{aim.text}: {aim.verdict}{measured}."
 
 
-def _breadth(records: list[dict]) -> str:
-    own = select(records, adapter=METHOD)
-    orders, seeds = (len({record[key] for record in own}) for key in ("order", "seed"))
+def _breadth(own: list[DomainSequence]) -> str:
+    orders, seeds = len({record.order for record in own}), len({record.seed for record in own})
     text = f"An aim is met where its whole interval is. Orders: {orders}, seeds: {seeds}"
     if orders < LEAST_ORDERS or seeds < LEAST_SEEDS:
         text += f"; the aims ask for at least {LEAST_ORDERS} and {LEAST_SEEDS}"

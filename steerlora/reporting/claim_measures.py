@@ -1,11 +1,12 @@
-"""How each of the paper's eight claims is measured from score records."""
+"""How each of the paper's eight claims is measured from records."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from steerlora.evaluation.records import Ablation, DomainSequence, Evaluation
 from steerlora.evaluation.statistics import Interval, run_difference
-from steerlora.reporting.claims import Claim, meets, verdict
+from steerlora.reporting.claims import Claim, overlaps, verdict
 from steerlora.reporting.effects import (
     Measure,
     drop,
@@ -15,31 +16,37 @@ from steerlora.reporting.effects import (
     select,
 )
 from steerlora.reporting.health import OverTraining, over_training
+from steerlora.reporting.methods import Methods
 from steerlora.reporting.sequences import broad_first, reduction
 from steerlora.reporting.tables import interval_text, number
 
-METHOD, DENSE, PLAIN = "sc_lora", "moe_lora", "lora"
 CONTROLS = ("replace_dense", "replace_random_sae", "randomize", "shuffle", "invert")
 SMALLEST_GAIN, LARGEST_GAIN = 0.016, 0.052
 """The range of C1, which also says what C3's "marginal" can mean."""
 
 
-def judge(
-    evaluations: list[dict], ablations: list[dict], sequentials: list[dict], *, main_model: str
+def measure_claims(
+    evaluations: list[Evaluation],
+    ablations: list[Ablation],
+    sequentials: list[DomainSequence],
+    methods: Methods,
+    *,
+    main_model: str,
 ) -> tuple[Claim, ...]:
     """All eight claims, C1 to C8.
 
     Args:
-        evaluations: score records of models without any intervention; may be empty, like the rest.
-        ablations, sequentials: score records.
-        main_model: the model that ablations and sequences are judged on.
+        evaluations: of models without any intervention; may be empty, like the rest.
+        methods: whose claims they are, and against which methods.
+        main_model: the model of the ablations and sequences that count.
     """
-    own = select(ablations, model=main_model, adapter=METHOD)
+    own = select(ablations, model=main_model, method=methods.paper)
     orders = select(sequentials, model=main_model)
     first = [record for record in orders if broad_first(record)]
     return (
         _gain(
             evaluations,
+            methods.paper,
             "instruction_following",
             id="C1",
             text="Instruction following improves over the base model at every scale",
@@ -48,37 +55,47 @@ def judge(
         ),
         _gain(
             evaluations,
+            methods.paper,
             "general_knowledge",
             id="C2",
             text="General knowledge improves over the base model",
             low=0.017,
             high=0.023,
         ),
-        _marginal(evaluations),
-        _controls(own),
-        _fixed_rank(own),
+        _marginal(evaluations, methods.paper),
+        _controls(own, methods.paper),
+        _fixed_rank(own, methods.paper),
         _reduction(
-            reduction(orders, METHOD, PLAIN),
+            reduction(orders, methods.paper, methods.baseline),
+            methods,
             id="C6",
             text="Less positive forgetting in sequential adaptation",
             figure=13.1,
             which="all orders",
         ),
         _reduction(
-            reduction(first, METHOD, PLAIN),
+            reduction(first, methods.paper, methods.baseline),
+            methods,
             id="C7",
             text="Much less when broad instruction data comes first",
             figure=38.3,
             which="the orders that begin with the broad domain",
         ),
-        _collapse(evaluations),
+        _collapse(evaluations, methods),
     )
 
 
 def _gain(
-    evaluations: list[dict], group: str, *, id: str, text: str, low: float, high: float
+    evaluations: list[Evaluation],
+    method: str,
+    group: str,
+    *,
+    id: str,
+    text: str,
+    low: float,
+    high: float,
 ) -> Claim:
-    measures = _gains(evaluations, group)
+    measures = _gains(evaluations, method, group)
     intervals = [measure.interval for measure in measures]
     return Claim(
         id=id,
@@ -88,26 +105,26 @@ def _gain(
         high=high,
         unit="score",
         definition=(
-            f"Average of the {group.replace('_', ' ')} tasks with {METHOD}, less the base model's; "
+            f"Average of the {group.replace('_', ' ')} tasks with {method}, less the base model's; "
             "mean over seeds, for every model, paired by item."
         ),
         measures=measures,
-        verdict=verdict(intervals, agrees=all(meets(i, low, high) for i in intervals)),
+        verdict=verdict(intervals, agrees=all(overlaps(i, low, high) for i in intervals)),
         note="One model only: scale was not tested." if len(measures) == 1 else "",
     )
 
 
-def _gains(evaluations: list[dict], group: str) -> tuple[Measure, ...]:
-    models = dict.fromkeys(record["model"] for record in evaluations)
-    measures = (gain(evaluations, model, METHOD, group) for model in models)
+def _gains(evaluations: list[Evaluation], method: str, group: str) -> tuple[Measure, ...]:
+    models = dict.fromkeys(record.model for record in evaluations)
+    measures = (gain(evaluations, model, method, group) for model in models)
     return tuple(measure for measure in measures if measure is not None)
 
 
-def _marginal(evaluations: list[dict]) -> Claim:
+def _marginal(evaluations: list[Evaluation], method: str) -> Claim:
     measures = tuple(
         measure._replace(label=f"{measure.label}, {name}")
         for group, name in (("mmlu_pro", "MMLU-Pro"), ("gsm8k", "GSM8K"))
-        for measure in _gains(evaluations, group)
+        for measure in _gains(evaluations, method, group)
     )
     below = [
         Interval(LARGEST_GAIN - value, LARGEST_GAIN - high, LARGEST_GAIN - low, seeds, items)
@@ -121,7 +138,7 @@ def _marginal(evaluations: list[dict]) -> Claim:
         high=SMALLEST_GAIN,
         unit="score",
         definition=(
-            f"Gain of {METHOD} over the base model on each set, for every model. The paper gives "
+            f"Gain of {method} over the base model on each set, for every model. The paper gives "
             f"no figure, so C1's are the yardstick: in range if every interval lies wholly below "
             f"its smallest gain ({number(SMALLEST_GAIN, sign=True)}), direction reproduced if "
             f"wholly below its largest ({number(LARGEST_GAIN, sign=True)})."
@@ -131,9 +148,9 @@ def _marginal(evaluations: list[dict]) -> Claim:
     )
 
 
-def _controls(ablations: list[dict]) -> Claim:
+def _controls(ablations: list[Ablation], method: str) -> Claim:
     low, high = 33.6, 65.6
-    domains = ablations[0]["domains"] if ablations else []
+    domains = ablations[0].domains if ablations else []
     found = [drop(ablations, name, domains) for name in CONTROLS] if ablations else []
     measures = tuple(measure for measure in found if measure is not None)
     intervals = [measure.interval for measure in measures]
@@ -146,21 +163,21 @@ def _controls(ablations: list[dict]) -> Claim:
         high=high,
         unit="percent",
         definition=(
-            f"Drop of {METHOD}'s mean target-domain score under {', '.join(CONTROLS)} at "
+            f"Drop of {method}'s mean target-domain score under {', '.join(CONTROLS)} at "
             "evaluation time, in percent of the intact adapter's; ratio of means over domains "
             "and seeds."
         ),
         measures=measures,
         verdict=verdict(
-            intervals, agrees=not missing and all(meets(i, low, high) for i in intervals)
+            intervals, agrees=not missing and all(overlaps(i, low, high) for i in intervals)
         ),
         note=f"Not run: {', '.join(missing)}." if measures and missing else "",
     )
 
 
-def _fixed_rank(ablations: list[dict]) -> Claim:
+def _fixed_rank(ablations: list[Ablation], method: str) -> Claim:
     figure = 11.8
-    domains = ablations[0]["domains"] if ablations else []
+    domains = ablations[0].domains if ablations else []
     measure = drop(ablations, "fixed_rank", domains) if ablations else None
     advantage = drop_advantage(ablations, CONTROLS, "fixed_rank", domains) if ablations else None
     note = ""
@@ -177,23 +194,25 @@ def _fixed_rank(ablations: list[dict]) -> Claim:
         high=figure,
         unit="percent",
         definition=(
-            f"Drop of {METHOD}'s mean target-domain score under fixed_rank, as in C4. Direction: "
+            f"Drop of {method}'s mean target-domain score under fixed_rank, as in C4. Direction: "
             "C4's controls cut more than fixed_rank does, paired by item. In range: the interval "
             "of the drop also holds the paper's figure."
         ),
         measures=(measure,) if measure is not None else (),
         verdict=verdict(
             [advantage.interval] if advantage is not None else [],
-            agrees=measure is not None and meets(measure.interval, figure, figure),
+            agrees=measure is not None and overlaps(measure.interval, figure, figure),
         ),
         note=note,
     )
 
 
-def _reduction(measure: Measure | None, *, id: str, text: str, figure: float, which: str) -> Claim:
+def _reduction(
+    measure: Measure | None, methods: Methods, *, id: str, text: str, figure: float, which: str
+) -> Claim:
     note = ""
     if measure is not None and not measure.interval.known:
-        note = f"{PLAIN} forgot next to nothing, so a percentage of it means nothing."
+        note = f"{methods.baseline} forgot next to nothing, so a percentage of it means nothing."
     return Claim(
         id=id,
         text=text,
@@ -202,39 +221,41 @@ def _reduction(measure: Measure | None, *, id: str, text: str, figure: float, wh
         high=figure,
         unit="percent",
         definition=(
-            f"Percentage by which {METHOD}'s mean positive forgetting is below that of {PLAIN} "
-            f"with as many parameters, over {which} and seeds; items: those of one domain's score."
+            f"Percentage by which {methods.paper}'s mean positive forgetting is below that of "
+            f"{methods.baseline} with as many parameters, over {which} and seeds; items: those of "
+            "one domain's score."
         ),
         measures=(measure,) if measure is not None else (),
         verdict=verdict(
             [measure.interval] if measure is not None else [],
-            agrees=measure is not None and meets(measure.interval, figure, figure),
+            agrees=measure is not None and overlaps(measure.interval, figure, figure),
         ),
         note=note,
     )
 
 
-def _collapse(evaluations: list[dict]) -> Claim:
+def _collapse(evaluations: list[Evaluation], methods: Methods) -> Claim:
+    paper, dense_routing = methods.paper, methods.dense
     runs = {
         name: {
-            (record["model"], record["seed"]): record
-            for record in select(evaluations, adapter=name)
-            if record.get("routing")
+            (record.model, record.seed): record
+            for record in select(evaluations, method=name)
+            if record.routing
         }
-        for name in (METHOD, DENSE)
+        for name in (paper, dense_routing)
     }
-    shared = [key for key in runs[METHOD] if key in runs[DENSE]]
+    shared = [key for key in runs[paper] if key in runs[dense_routing]]
     measures, note, agrees, interval = (), "", False, []
     if shared:
-        pairs = [over_training(runs[METHOD][key], runs[DENSE][key]) for key in shared]
+        pairs = [over_training(runs[paper][key], runs[dense_routing][key]) for key in shared]
         own, dense = zip(*pairs, strict=True)
         entropy = run_difference(
             [run.usage_entropy for run in dense], [run.usage_entropy for run in own]
         )._replace(seeds=len({seed for _, seed in shared}))
         used = fingerprints(runs[name][key] for name in runs for key in shared)
-        measures, interval = (Measure(f"{METHOD} less {DENSE}", entropy, used),), [entropy]
+        measures, interval = (Measure(f"{paper} less {dense_routing}", entropy, used),), [entropy]
         agrees = not any(run.died for run in own) and 2 * sum(r.died for r in dense) >= len(shared)
-        note = _collapse_note(own, dense)
+        note = _collapse_note(methods, own, dense)
     return Claim(
         id="C8",
         text="SAE routing prevents the expert collapse of dense-state routing",
@@ -243,11 +264,11 @@ def _collapse(evaluations: list[dict]) -> Claim:
         high=None,
         unit="usage entropy / log E",
         definition=(
-            f"Usage entropy of {METHOD}'s gates less that of {DENSE}'s, in units of log E, mean "
-            "over the training's measurements (a batch each) and the final evaluation's tokens, "
-            "over all runs (model, seed) that both have. In range: also no run of "
-            f"{METHOD} has a dead specialist at any measurement after the first, and at least "
-            f"half of {DENSE}'s do."
+            f"Usage entropy of {paper}'s gates less that of {dense_routing}'s, in units of log E, "
+            "mean over the training's measurements (a batch each) and the final evaluation's "
+            "tokens, over all runs (model, seed) that both have. In range: also no run of "
+            f"{paper} has a dead specialist at any measurement after the first, and at least "
+            f"half of {dense_routing}'s do."
         ),
         measures=measures,
         verdict=verdict(interval, agrees=agrees),
@@ -255,7 +276,9 @@ def _collapse(evaluations: list[dict]) -> Claim:
     )
 
 
-def _collapse_note(own: Sequence[OverTraining], dense: Sequence[OverTraining]) -> str:
+def _collapse_note(
+    methods: Methods, own: Sequence[OverTraining], dense: Sequence[OverTraining]
+) -> str:
     def ends(which: str) -> str:
         """Means over runs of one point of training."""
         return " and ".join(
@@ -264,16 +287,17 @@ def _collapse_note(own: Sequence[OverTraining], dense: Sequence[OverTraining]) -
 
     count = len(own)
     parts = [
-        f"Runs with a dead specialist, of {count}: {METHOD} {sum(r.died for r in own)}, {DENSE} "
-        f"{sum(r.died for r in dense)}.",
-        f"Largest load: {METHOD} {number(max(r.max_load for r in own), 2)}, {DENSE} "
+        f"Runs with a dead specialist, of {count}: {methods.paper} {sum(r.died for r in own)}, "
+        f"{methods.dense} {sum(r.died for r in dense)}.",
+        f"Largest load: {methods.paper} {number(max(r.max_load for r in own), 2)}, {methods.dense} "
         f"{number(max(r.max_load for r in dense), 2)}.",
     ]
     measured = [run.measurements for run in own]
     if max(measured) > 1:
         parts.append(
-            f"Usage entropy of {METHOD} and {DENSE}: at first {ends('first_entropy')}, lowest "
-            f"{ends('lowest_entropy')}, at evaluation {ends('last_entropy')}."
+            f"Usage entropy of {methods.paper} and {methods.dense}: at first "
+            f"{ends('first_entropy')}, lowest {ends('lowest_entropy')}, at evaluation "
+            f"{ends('last_entropy')}."
         )
     if min(measured) == 1:
         late = sum(times == 1 for times in measured)
