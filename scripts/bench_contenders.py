@@ -16,8 +16,9 @@ from steerlora.config import QWEN3_LINEAR, AdapterConfig, TrainerConfig
 from steerlora.data.chat import ChatBatch
 from steerlora.methods.routed_lora.adapter import Adapter, AdapterShape, total_rank
 from steerlora.methods.routed_lora.monitor import Monitor
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.taxonomy import Taxonomy
+from steerlora.saes.topk import TopK
 from steerlora.training.language import next_token_loss
 from steerlora.training.module import AdapterModule
 
@@ -196,7 +197,4 @@ def _site(options: Namespace) -> int:
 
 
 def _saes(options: Namespace, sites: Sequence[int]) -> dict[int, SparseAutoencoder]:
-    return {
-        site: SparseAutoencoder(options.width, options.latents, k=options.k, seed=site)
-        for site in sites
-    }
+    return {site: TopK(options.width, options.latents, k=options.k, seed=site) for site in sites}

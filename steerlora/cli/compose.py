@@ -54,9 +54,11 @@ RENAMED = {
 }
 """What keys of earlier versions are called now."""
 
-# YAML may write ${every_layer:${model.layers}} for a site at every layer. Registered on import, so
-# that the processes of a sweep have it too.
+# YAML may write ${every_layer:${model.layers}} for a site at every layer, and
+# ${times:4,${model.width}} for four times the width. Registered on import, so that the processes of
+# a sweep have them too.
 OmegaConf.register_new_resolver("every_layer", lambda count: [*range(count)], replace=True)
+OmegaConf.register_new_resolver("times", lambda factor, number: factor * number, replace=True)
 
 Compose = Callable[..., Config]
 """``compose("model=micro_s", ...)``: this run's configuration with some options changed."""

@@ -41,7 +41,7 @@ from steerlora.methods.routed_lora.shape import (
     total_rank,
 )
 from steerlora.methods.routed_lora.site import CurrentForward, ModuleScale, Site
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.base import SparseAutoencoder
 
 __all__ = ["Adapter", "AdapterShape", "Site", "total_rank"]
 

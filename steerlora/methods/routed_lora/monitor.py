@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from steerlora.lm.decoder import continued, decoder_of, edited, layers_of
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.losses import squared_change
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.sparse import SparseFeatures
 from steerlora.saes.taxonomy import Taxonomy
 

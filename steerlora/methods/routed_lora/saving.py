@@ -14,7 +14,7 @@ from torch import nn
 from steerlora.errors import UserError
 from steerlora.lm.identity import model_fingerprint
 from steerlora.methods.routed_lora.adapter import Adapter, AdapterShape
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.saelens import load_sae, sae_fingerprint
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from steerlora.lm.decoder import EditedLayer, layers_of
 from steerlora.methods.routed_lora.lowrank import AdaptedLinear
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.base import SparseAutoencoder
 
 ROUTINGS = ("none", "dense", "sae")
 ROUTERS = ("linear", "mlp", "prototype")

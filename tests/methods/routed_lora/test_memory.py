@@ -18,7 +18,7 @@ from steerlora.data.chat import ChatBatch, ChatBatches, EncodedChat
 from steerlora.engine.progress import SilentProgress
 from steerlora.methods.routed_lora.memory import MemoryPolicy
 from steerlora.methods.routed_lora.routing import Routing
-from steerlora.saes.autoencoder import SparseFeatures
+from steerlora.saes.sparse import SparseFeatures
 from steerlora.training.loop import fit
 from steerlora.training.module import AdapterModule
 
