@@ -292,6 +292,10 @@ def _nearest_key(key: str, schema: type | None = None) -> str:
     section, _, name = key.partition(".")
     of_section = {s: schema if schema and s == section else _schemas(s) for s in GROUPS}
     keys = {s: _keys(s, types) for s, types in of_section.items()}
+    if section in KINDS and key in keys[section]:
+        naming, kinds, _ = KINDS[section]
+        having = [kind for kind, known in kinds.known() if key in _keys(section, known)]
+        return f"it is a key of {section}.{naming}={' or '.join(having)}"
     if section in keys and name:
         return (
             nearest(key, keys[section])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from steerlora.data.activations import ActivationBatches, ActivationStore, harvest
+from steerlora.data.activations import ActivationBatches, ActivationStore
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.relu import ReLU
 from steerlora.saes.topk import TopK
@@ -20,24 +20,6 @@ from steerlora.saes.training import SAEModule
 from steerlora.training.loop import StepBatches
 
 WIDTH, LATENTS, K = 16, 64, 3
-
-
-@pytest.fixture
-def store(tmp_path, monkeypatch) -> ActivationStore:
-    """2000 tokens that are sparse sums of 32 directions, plus an offset."""
-    generator = torch.Generator().manual_seed(0)
-    directions = F.normalize(torch.randn(32, WIDTH, generator=generator), dim=1)
-    codes = torch.rand(20, 100, 32, generator=generator)
-    codes = codes * (codes >= codes.topk(2, dim=-1).values[..., -1:])
-    rows = 3 + codes @ directions
-    streams = iter(rows)
-    monkeypatch.setattr(
-        "steerlora.data.activations.residual_streams",
-        lambda model, ids, mask, sites: dict.fromkeys(sites, next(streams)[None]),
-    )
-    ones = torch.ones(1, 100, dtype=torch.long)
-    model = torch.nn.Linear(1, 1)
-    return harvest(model, [(ones, ones)] * 20, [1], tmp_path / "store", drop_first_token=False)
 
 
 def fit(
