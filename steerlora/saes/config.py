@@ -37,7 +37,8 @@ class SAEConfig:
     path: str | None = None
     """Trained SAEs to use: a folder in SAELens' layout, or a folder of such folders called by their
     hook names (``blocks.<site>.hook_resid_pre``); a Qwen-Scope folder or hub id, which has one for
-    every site but 0. Null trains one a site."""
+    every site but 0. Their files say what they are, and no other key counts. Null trains one a
+    site."""
     latents: int = 512
     """N, from 1."""
     normalize: str = "none"

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
 from torch import Tensor, nn
 
+from steerlora.cli import compose
 from steerlora.config import TrainerConfig
 from steerlora.data.activations import ActivationBatches
 from steerlora.engine.progress import SilentProgress
@@ -67,6 +69,28 @@ class Threshold(SparseAutoencoder):
         residual = x - self.b_dec - self.directions(features, unit_rows=True)
         penalty = self.sparsity * features.values.sum() / len(x)
         return TrainingErrors(residual.square().sum(), penalty, self.times_fired(features))
+
+
+ConfigStore.instance().store(
+    group="sae",
+    name="toy_threshold",
+    node={
+        "defaults": ["_schema", "_self_"],
+        "architecture": "toy_threshold",
+        "latents": "${model.sae_latents}",
+        "threshold": 0.05,
+        "sparsity": 0.001,
+    },
+)
+"""What ``conf/sae/toy_threshold.yaml`` would say."""
+
+
+def test_it_is_chosen_by_configuration():
+    chosen = compose.load(["model=micro_s", "sae=toy_threshold", "sae.threshold=0.2"])
+    assert type(chosen.sae) is ThresholdConfig
+    assert (chosen.sae.threshold, chosen.sae.latents) == (0.2, chosen.model.sae_latents)
+    with pytest.raises(UserError, match=r"no such key: sae\.treshold; .*'sae\.threshold'"):
+        compose.load(["sae=toy_threshold", "sae.treshold=0.2"])
 
 
 @pytest.fixture
