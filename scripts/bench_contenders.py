@@ -17,8 +17,9 @@ from steerlora.data.chat import ChatBatch
 from steerlora.methods.module import AdapterModule
 from steerlora.methods.monitor import Monitor
 from steerlora.methods.routed_lora.adapter import Adapter, AdapterShape, total_rank
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.taxonomy import Taxonomy
+from steerlora.saes.topk import TopK
 from steerlora.training.language import next_token_loss
 
 DOMAINS = 5
@@ -196,7 +197,4 @@ def _site(options: Namespace) -> int:
 
 
 def _saes(options: Namespace, sites: Sequence[int]) -> dict[int, SparseAutoencoder]:
-    return {
-        site: SparseAutoencoder(options.width, options.latents, k=options.k, seed=site)
-        for site in sites
-    }
+    return {site: TopK(options.width, options.latents, k=options.k, seed=site) for site in sites}

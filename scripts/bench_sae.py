@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.topk import TopK
 from steerlora.saes.training import SAEModule
 
 Step = Callable[[Tensor], None]
@@ -65,7 +65,7 @@ def contenders(a: argparse.Namespace) -> dict[str, Step]:
 
 
 def ours(a: argparse.Namespace) -> Step:
-    sae = SparseAutoencoder(a.width, a.latents, k=a.k).to(a.device)
+    sae = TopK(a.width, a.latents, k=a.k).to(a.device)
     module = SAEModule(sae, total_steps=1)
     optimizer = module.configure_optimizers()["optimizer"]
 
@@ -82,7 +82,7 @@ def ours(a: argparse.Namespace) -> Step:
 
 def dense(a: argparse.Namespace) -> Step:
     """The same mathematics by plain autograd, with dense latents."""
-    sae = SparseAutoencoder(a.width, a.latents, k=a.k).to(a.device)
+    sae = TopK(a.width, a.latents, k=a.k).to(a.device)
 
     def reconstruct(x: Tensor) -> Tensor:
         scores = (x - sae.b_dec) @ sae.W_enc + sae.b_enc

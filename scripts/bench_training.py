@@ -48,7 +48,7 @@ from steerlora.methods.module import AdapterModule, scheduled_adamw
 from steerlora.methods.routed_lora.adapter import Adapter, total_rank
 from steerlora.planning import memory
 from steerlora.planning.plan import part_of
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.topk import TopK
 from steerlora.training.language import next_token_loss
 from steerlora.training.loop import begins_step, ends_step, fit
 
@@ -201,7 +201,7 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 def ours(model: nn.Module, config: Config) -> L.LightningModule:
     """The configured adapter, with untrained SAEs: they cost what trained ones do."""
     saes = {
-        site: SparseAutoencoder(config.model.width, config.sae.latents, k=config.sae.k, seed=site)
+        site: TopK(config.model.width, config.sae.latents, k=config.sae.k, seed=site)
         for site in config.control.sites
         if config.adapter.routing == "sae"
     }

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.topk import TopK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class PublishedArrangement(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        saes: Mapping[int, SparseAutoencoder],
+        saes: Mapping[int, TopK],
         setting: Setting,
         scales: Mapping[int, float] | None = None,
     ) -> None:
@@ -144,9 +144,8 @@ class PublishedArrangement(nn.Module):
             signal.z = dense_features(self.saes[index], streams[index]) / self.scales.get(index, 1)
 
 
-def dense_features(sae: SparseAutoencoder, stream: Tensor) -> Tensor:
+def dense_features(sae: TopK, stream: Tensor) -> Tensor:
     """ReLU(TopK((x - b_dec) W_enc + b_enc)), [..., D] -> [..., N]."""
-    assert sae.activation == "topk"
     assert sae.normalize == "none"
     assert sae.apply_b_dec_to_input
     scores = (stream - sae.b_dec) @ sae.W_enc + sae.b_enc

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.config import RoutedLoRAConfig
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.topk import TopK
 
 LAYERS, WIDTH, VOCABULARY, LATENTS, K = 3, 32, 61, 64, 5
 
@@ -55,11 +55,11 @@ def make_model() -> Callable[..., Qwen3ForCausalLM]:
 
 
 @pytest.fixture
-def make_sae() -> Callable[..., SparseAutoencoder]:
+def make_sae() -> Callable[..., TopK]:
     """``make_sae(seed=0, width=WIDTH)``: random directions and a random bias."""
 
-    def make(seed: int = 0, width: int = WIDTH) -> SparseAutoencoder:
-        sae = SparseAutoencoder(width, LATENTS, k=K, seed=seed)
+    def make(seed: int = 0, width: int = WIDTH) -> TopK:
+        sae = TopK(width, LATENTS, k=K, seed=seed)
         with torch.no_grad():
             sae.b_enc.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
         return sae

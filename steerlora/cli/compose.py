@@ -59,9 +59,11 @@ RENAMED = {
 }
 """What keys of earlier versions are called now."""
 
-# YAML may write ${every_layer:${model.layers}} for a site at every layer. Registered on import, so
-# that the processes of a sweep have it too.
+# YAML may write ${every_layer:${model.layers}} for a site at every layer, and
+# ${times:4,${model.width}} for four times the width. Registered on import, so that the processes of
+# a sweep have them too.
 OmegaConf.register_new_resolver("every_layer", lambda count: [*range(count)], replace=True)
+OmegaConf.register_new_resolver("times", lambda factor, number: factor * number, replace=True)
 
 Compose = Callable[..., Config]
 """``compose("model=micro_s", ...)``: this run's configuration with some options changed."""
@@ -309,6 +311,10 @@ def _nearest_key(key: str, schema: type | None = None) -> str:
     section, _, name = key.partition(".")
     of_section = {s: schema if schema and s == section else _schemas(s) for s in GROUPS}
     keys = {s: _keys(s, types) for s, types in of_section.items()}
+    if section in KINDS and key in keys[section]:
+        naming, kinds, _ = KINDS[section]
+        having = [kind for kind, known in kinds.known() if key in _keys(section, known)]
+        return f"it is a key of {section}.{naming}={' or '.join(having)}"
     if section in keys and name:
         return (
             nearest(key, keys[section])

@@ -1,6 +1,6 @@
 """Floating-point operations a token, counted as the methods here really spend them.
 
-D model width, N latents, K active latents, S sequence, r total rank.
+D model width, N latents, S sequence, r total rank.
 
 A multiplication and its addition are two operations. Matrix products are counted, elementwise work
 is not, and attention is counted over the whole sequence, without the causal half: the conventions
@@ -70,13 +70,3 @@ def training_flops_per_token(
 
 _FIRST_INPUTS = ("q_proj", "k_proj", "v_proj")
 """Modules whose input, in the first adapted layer, comes from the frozen layers below."""
-
-
-def sae_training_flops_per_token(width: int, latents: int, k: int) -> float:
-    """Of a TopK SAE's step: the encoder's product, and K rows of a table four times over.
-
-    These are the reconstruction, the gradient of the active values, and the gradients of both
-    weight matrices, which touch active latents only (``saes/sparse.py``). The auxiliary loss on
-    dead latents is not counted: there are none in a good training.
-    """
-    return 2 * width * latents + 4 * 2 * k * width

@@ -31,7 +31,7 @@ from steerlora.lm.targets import (
     refuse_replaced,
 )
 from steerlora.methods.config import MethodConfig
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.taxonomy import Taxonomy
 from steerlora.training.language import next_token_loss
 

@@ -24,7 +24,7 @@ from steerlora.lm.decoder import (
     layers_of,
 )
 from steerlora.methods.base import Method
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.sparse import SparseFeatures
 from steerlora.saes.taxonomy import Taxonomy
 

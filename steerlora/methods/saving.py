@@ -17,7 +17,7 @@ from steerlora.errors import UserError
 from steerlora.lm.identity import model_fingerprint
 from steerlora.methods.base import Method, SiteSAE, Sources
 from steerlora.methods.config import METHODS
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.saelens import load_sae, sae_fingerprint
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

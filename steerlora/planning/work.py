@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from steerlora.config import Config
 from steerlora.distributed.devices import Gpu, rate
 from steerlora.lm import flops
@@ -79,8 +81,9 @@ def works(config: Config, shape: DecoderShape) -> tuple[Work, ...]:
         each = flops.harvesting_flops_per_token(shape, highest, row)
         found.append(Work(HARVEST, sae.max_tokens, each))
     if trained_saes(config):
-        each = flops.sae_training_flops_per_token(shape.width, sae.latents, sae.k)
-        tokens = trained_saes(config) * sae.steps * sae.batch_size
+        with torch.device("meta"):
+            each = sae.build(shape.width).training_flops_per_token()
+        tokens = trained_saes(config) * sae.steps_over(sae.max_tokens) * sae.batch_size
         found.append(Work(SAE, tokens, 0, 0, each))
     one = adapter_work(config, shape, row)
     sequence = len(config.domains.names) * config.order.steps_per_domain

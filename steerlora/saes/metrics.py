@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from steerlora.lm.decoder import first_real_token, spliced_logits
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.base import SparseAutoencoder
 
 
 @torch.inference_mode()

@@ -17,7 +17,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
 from steerlora.errors import UserError
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.base import SparseAutoencoder
+from steerlora.saes.topk import TopK
 
 FILE = "layer{}.sae.pt"
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -54,7 +55,7 @@ def load_qwen_scope(path: str, site: int) -> SparseAutoencoder:
             "leaves a layer: set control.sites to layers from 1"
         )
     tensors = _read(_file(path, site))
-    sae = SparseAutoencoder(
+    sae = TopK(
         tensors["b_dec"].numel(),
         tensors["b_enc"].numel(),
         k=int(found[1]),

@@ -17,14 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from steerlora.errors import UserError, nearest
-from steerlora.saes.autoencoder import NORMALIZATIONS, SparseAutoencoder
+from steerlora.saes.base import SparseAutoencoder
+from steerlora.saes.config import NORMALIZATIONS, SAES
 from steerlora.saes.qwen_scope import is_qwen_scope, load_qwen_scope
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 
-# SAELens's name of an architecture -> the activation it means here.
-_ACTIVATIONS = {"topk": "topk", "standard": "relu"}
+SAELENS_NAMES = {"relu": "standard"}
+"""{architecture: SAELens's name of it}, where it is another."""
 
 
 def save_sae(sae: SparseAutoencoder, directory: Path, metadata: dict[str, Any]) -> None:
@@ -38,7 +39,7 @@ def save_sae(sae: SparseAutoencoder, directory: Path, metadata: dict[str, Any]) 
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = {
-        "architecture": {ours: theirs for theirs, ours in _ACTIVATIONS.items()}[sae.activation],
+        "architecture": SAELENS_NAMES.get(sae.architecture, sae.architecture),
         "d_in": sae.width,
         "d_sae": sae.latents,
         "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
@@ -47,9 +48,8 @@ def save_sae(sae: SparseAutoencoder, directory: Path, metadata: dict[str, Any]) 
         "normalize_activations": sae.normalize,
         "reshape_activations": "none",
         "metadata": metadata,
+        **sae.saelens_keys(),
     }
-    if sae.activation == "topk":
-        config |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     save_file(_tensors(sae), directory / WEIGHTS_FILE)
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -110,7 +110,7 @@ def sae_fingerprint(sae: SparseAutoencoder) -> str:
     Independent of device and memory layout.
     """
     digest = hashlib.sha256()
-    settings = [sae.activation, sae.k, sae.normalize, sae.apply_b_dec_to_input]
+    settings = [sae.architecture, *sae.settings().values()]
     digest.update(json.dumps(settings).encode())
     for name, tensor in sorted(_tensors(sae).items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
@@ -119,7 +119,7 @@ def sae_fingerprint(sae: SparseAutoencoder) -> str:
 
 
 def _tensors(sae: SparseAutoencoder) -> dict[str, Tensor]:
-    """The four parameters, row-major on the CPU."""
+    """The parameters, row-major on the CPU."""
     return {name: value.cpu().contiguous() for name, value in sae.state_dict().items()}
 
 
@@ -150,18 +150,17 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _read_saelens(weights: Path) -> SparseAutoencoder:
-    """``topk`` and ``standard`` SAEs of SAELens v6."""
+    """SAEs of SAELens v6 whose architecture is registered here."""
     path = weights.parent / CONFIG_FILE
     config = _read_config(weights.parent)
     absent = [key for key in ("architecture", "d_in", "d_sae") if key not in config]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}")
-    architecture = config["architecture"]
-    if architecture not in _ACTIVATIONS:
-        hint = nearest(architecture, _ACTIVATIONS)
-        raise UserError(f"{path}: cannot read architecture '{architecture}'; {hint}")
-    if architecture == "topk" and "k" not in config:
-        raise UserError(f"{path}: a topk SAE needs k, the number of active latents")
+    architecture = str(config["architecture"])
+    module = _module_called(architecture, path)
+    absent = [key for key in module.own_settings if key not in config]
+    if absent:
+        raise UserError(f"{path}: an SAE of architecture {architecture} needs {', '.join(absent)}")
     normalize = config.get("normalize_activations", "none")
     if normalize not in NORMALIZATIONS:
         hint = nearest(normalize, NORMALIZATIONS)
@@ -172,21 +171,34 @@ def _read_saelens(weights: Path) -> SparseAutoencoder:
             "not the residual stream; use an SAE with 'none'"
         )
     try:
-        sae = SparseAutoencoder(
+        sae = module(
             config["d_in"],
             config["d_sae"],
-            k=config.get("k") if architecture == "topk" else None,
-            activation=_ACTIVATIONS[architecture],
             normalize=normalize,
             apply_b_dec_to_input=config.get("apply_b_dec_to_input", True),
+            **{name: config[name] for name in module.own_settings},
         )
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    tensors = _read_tensors(weights, {name: p.shape for name, p in sae.named_parameters()})
+    tensors = _read_tensors(weights, {name: p.shape for name, p in sae.state_dict().items()})
     if config.get("rescale_acts_by_decoder_norm", False):
         tensors = _fold_decoder_norm(tensors)
     sae.to(tensors["W_dec"].dtype).load_state_dict(tensors)
     return sae
+
+
+def _module_called(architecture: str, path: Path) -> type[SparseAutoencoder]:
+    """The SAE's class by SAELens's name of its architecture.
+
+    Raises:
+        UserError: there is none here.
+    """
+    ours = {theirs: ours for ours, theirs in SAELENS_NAMES.items()}
+    name = ours.get(architecture, architecture)
+    if architecture in SAELENS_NAMES or name not in SAES:
+        hint = nearest(architecture, [SAELENS_NAMES.get(known, known) for known in SAES])
+        raise UserError(f"{path}: cannot read architecture '{architecture}'; {hint}")
+    return SAES[name].module()
 
 
 def _read_tensors(weights: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:

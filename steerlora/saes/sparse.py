@@ -106,7 +106,7 @@ class _Encode(torch.autograd.Function):
         for tokens in x.split(block_tokens):
             scores = torch.addmm(b_enc, tokens - shift, table.t(), out=buffer[: len(tokens)])
             # Without a k every positive latent is kept, up to the busiest token of the block.
-            width = k or max(1, int((scores > 0).sum(1).max()))
+            width = k or (max(1, int((scores > 0).sum(1).max())) if len(scores) else 1)
             chosen = top_k(scores, width)
             if extra_latents is not None:
                 extra = scores[:, extra_latents].topk(extra_k, dim=1, sorted=False)

@@ -24,7 +24,7 @@ from steerlora.errors import UserError
 from steerlora.lm.decoder import first_real_token, residual_streams
 from steerlora.lm.pretrained import open_model, open_tokenizer, shape_of
 from steerlora.reporting.tables import Cell, markdown_grid
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.saelens import load_sae
 from steerlora.saes.sparse import SparseFeatures
 from steerlora.saes.taxonomy import FeatureStatistics, Taxonomy, classify

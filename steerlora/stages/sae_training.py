@@ -18,7 +18,7 @@ from steerlora.engine.artifacts import Artifact, write_json
 from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.errors import UserError
 from steerlora.lm.decoder import first_real_token, residual_streams
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.config import SAEConfig
 from steerlora.saes.metrics import ce_recovered, sae_metrics
 from steerlora.saes.saelens import open_sae, sae_fingerprint, save_sae
@@ -152,20 +152,20 @@ def _check_fit(settings: SAESettings, sae: SparseAutoencoder, said: dict, base: 
 def _train(context: Context, settings: SAESettings, logger) -> tuple[SparseAutoencoder, dict]:
     config, store = settings.sae, ActivationStore(context.inputs["activations"] / "activations")
     batches = ActivationBatches(store, settings.site, config.batch_size, config.seed)
-    sae = SparseAutoencoder(store.width, config.latents, k=config.k, seed=config.seed)
+    steps = config.steps_over(store.tokens(settings.site))
+    sae = config.build(store.width)
     sae.center_on(batches(0))
     module = SAEModule(
         sae,
         lr=config.learning_rate,
-        total_steps=config.steps,
-        warmup_steps=config.steps // 20,
-        aux_coefficient=config.auxiliary,
-        dead_after_tokens=round(config.dead_fraction * config.steps * config.batch_size),
+        total_steps=steps,
+        warmup_steps=steps // 20,
+        dead_after_tokens=round(config.dead_fraction * steps * config.batch_size),
     )
     figures = fit(
         module,
         batches,
-        config.steps,
+        steps,
         # In full precision, whole batches: accumulation and mixed precision are the adapter's.
         trainer=replace(settings.trainer, precision="32-true", accumulate=1),
         checkpoints=context.directory / "checkpoints",

@@ -28,8 +28,8 @@ from steerlora.methods.module import AdapterModule
 from steerlora.methods.monitor import Monitor
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.watch import RoutingWatch
-from steerlora.saes.autoencoder import SparseAutoencoder
 from steerlora.saes.taxonomy import Taxonomy
+from steerlora.saes.topk import TopK
 from steerlora.saes.training import SAEModule
 from steerlora.training.loop import fit
 
@@ -145,7 +145,7 @@ def built(config: Config) -> AdapterModule:
     shape, latents, k = model_shape(config.model), config.sae.latents, config.sae.k
     model = Qwen3ForCausalLM(qwen3_config(shape, max_position_embeddings=4096))
     model.train().to(torch.bfloat16 if "bf16" in config.trainer.precision else torch.float32)
-    saes = {site: SparseAutoencoder(shape.width, latents, k=k) for site in config.method.sites}
+    saes = {site: TopK(shape.width, latents, k=k) for site in config.method.sites}
     adapter = Adapter(model, shape_of(config.adapter, config.control), saes).attach(model)
     if config.adapter.router == "prototype":
         for router in adapter.routers.values():
@@ -155,7 +155,7 @@ def built(config: Config) -> AdapterModule:
     if config.adapter.monitored:
         own = torch.rand(1, latents)
         taxonomy = Taxonomy(own[0] < 0.5, own > 0.5, own, own, own[0])
-        sae = SparseAutoencoder(shape.width, latents, k=k)
+        sae = TopK(shape.width, latents, k=k)
         monitor = Monitor(model, adapter, sae, config.method.monitor, taxonomy)
     return AdapterModule(
         model,
@@ -183,7 +183,7 @@ def measured_sae_training(tmp_path: Path) -> Callable[[Config], Measured]:
     """Two steps of an SAE's training on random activations."""
 
     def measure(config: Config) -> Measured:
-        sae = SparseAutoencoder(config.model.width, config.sae.latents, k=config.sae.k)
+        sae = TopK(config.model.width, config.sae.latents, k=config.sae.k)
         module = SAEModule(sae, total_steps=STEPS)
         batch = torch.randn(config.sae.batch_size, config.model.width)
         with LiveMemory([*module.parameters(), batch]) as live:

@@ -28,7 +28,7 @@ from steerlora.planning.parameters import (
     base_sizes,
     sae_parameters,
 )
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.topk import TopK
 
 QWEN3 = {  # layers, width, heads, MLP, tied; 8 heads of keys of width 128, vocabulary 151936
     "0.6B": (28, 1024, 16, 3072, True),
@@ -87,10 +87,7 @@ def test_an_adapter_has_as_many_as_it_says(changes):
     shape, latents = model_shape(config.model), config.sae.latents
     with torch.device("meta"):
         model = Qwen3ForCausalLM(qwen3_config(shape))
-    saes = {
-        site: SparseAutoencoder(shape.width, latents, k=config.sae.k)
-        for site in config.method.sites
-    }
+    saes = {site: TopK(shape.width, latents, k=config.sae.k) for site in config.method.sites}
     adapter = Adapter(model, shape_of(config.adapter, config.control), saes)
     found = adapter_parameters(shape, config.adapter, config.control, latents)
     assert found.total == adapter.parameter_count()
@@ -101,7 +98,7 @@ def test_an_adapter_has_as_many_as_it_says(changes):
 
 
 def test_an_sae_has_as_many_as_its_tensors():
-    sae = SparseAutoencoder(24, 96, k=4)
+    sae = TopK(24, 96, k=4)
     assert sae_parameters(24, 96) == sum(p.numel() for p in sae.parameters())
 
 

@@ -30,8 +30,9 @@ from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.memory import MemoryPolicy
 from steerlora.methods.saving import save_adapter
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.relu import ReLU
 from steerlora.saes.taxonomy import Taxonomy
+from steerlora.saes.topk import TopK
 from steerlora.saes.training import SAEModule
 from steerlora.training.language import PretrainingModule
 from steerlora.training.loop import fit
@@ -110,7 +111,7 @@ def chats() -> ChatBatches:
 
 
 def adapted(base, **shape: Any) -> Adapter:
-    sae = SparseAutoencoder(32, LATENTS, k=5, seed=1)
+    sae = TopK(32, LATENTS, k=5, seed=1)
     shape = {"specialists": 4, "rank": 3, "alpha": 6.0, "top_k": 2} | shape
     adapter = Adapter(
         base, RoutedLoRAConfig(signal="sae", sites=(1,), **shape), {1: sae}, feature_scales={1: 2.5}
@@ -166,7 +167,7 @@ def adapter_training(folder: Path, trainer: TrainerConfig, **weights: float) -> 
     domain = torch.stack([~general & (torch.arange(LATENTS) % 3 == d) for d in range(2)])
     prototypes = torch.rand(2, LATENTS, generator=torch.Generator().manual_seed(3)) * domain
     taxonomy = Taxonomy(general, domain, prototypes, prototypes, torch.zeros(LATENTS))
-    monitor = Monitor(base, adapter, SparseAutoencoder(32, LATENTS, k=5, seed=7), 3, taxonomy)
+    monitor = Monitor(base, adapter, TopK(32, LATENTS, k=5, seed=7), 3, taxonomy)
     module = AdapterModule(
         base,
         adapter,
@@ -213,7 +214,7 @@ def pretraining(folder: Path, trainer: TrainerConfig) -> None:
     note(folder, facts, dict(base.named_parameters()))
 
 
-def sae_training(folder: Path, trainer: TrainerConfig, activation: str = "topk") -> None:
+def sae_training(folder: Path, trainer: TrainerConfig, architecture: str = "topk") -> None:
     """Some latents die and are revived."""
     source = folder.parent / "activations"
     if ranks.is_main() and not source.exists():
@@ -221,12 +222,13 @@ def sae_training(folder: Path, trainer: TrainerConfig, activation: str = "topk")
         harvest(model(), [(ids, torch.ones_like(ids))], [1], source)
     ranks.barrier()
     store = ActivationStore(source)
-    sae = SparseAutoencoder(
-        32, LATENTS, k=5 if activation == "topk" else None, activation=activation
-    )
+    sae = {
+        "topk": lambda: TopK(32, LATENTS, k=5, auxiliary=0.5),
+        "relu": lambda: ReLU(32, LATENTS),
+    }[architecture]()
     batches = activations(store)
     sae.center_on(batches(0))
-    module = SAEModule(sae, total_steps=STEPS, lr=1e-2, aux_coefficient=0.5, dead_after_tokens=100)
+    module = SAEModule(sae, total_steps=STEPS, lr=1e-2, dead_after_tokens=100)
     facts = train(module, batches, folder, trainer)
     note(folder, facts, {**sae.state_dict(), "idle": module.tokens_since_fired})
 
@@ -245,7 +247,7 @@ def runs(strategies: dict[str, dict]) -> dict[str, tuple]:
         found[f"memory {name}"] = (memory_training, options, {})
         found[f"base {name}"] = (pretraining, options, {})
         found[f"sae {name}"] = (sae_training, options, {})
-        found[f"relu {name}"] = (sae_training, options, {"activation": "relu"})
+        found[f"relu {name}"] = (sae_training, options, {"architecture": "relu"})
         # Of parts that a rank takes in turn, load balance sees one at a time.
         parts = {**options, "accumulate": 2}
         found[f"accumulated {name}"] = (adapter_training, parts, {"load_balance": 0.0})

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.metrics import ce_recovered, sae_metrics
+from steerlora.saes.relu import ReLU
+from steerlora.saes.topk import TopK
 
 WIDTH, LATENTS, K = 16, 48, 4
 
@@ -31,15 +33,16 @@ def model() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config).eval()
 
 
-def make_sae(**settings) -> SparseAutoencoder:
-    sae = SparseAutoencoder(WIDTH, LATENTS, **({"k": K} | settings)).double()
+def make_sae(architecture: type = TopK, **settings) -> SparseAutoencoder:
+    settings = ({"k": K} if architecture is TopK else {}) | settings
+    sae = architecture(WIDTH, LATENTS, **settings).double()
     with torch.no_grad():
         sae.b_dec.normal_(generator=torch.Generator().manual_seed(2))
     return sae
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"normalize": "layer_norm"}, {"activation": "relu", "k": None}], ids=str
+    "settings", [{}, {"normalize": "layer_norm"}, {"architecture": ReLU}], ids=str
 )
 def test_every_metric_equals_its_formula(settings):
     sae = make_sae(**settings)
@@ -67,7 +70,7 @@ def test_every_metric_equals_its_formula(settings):
 
 
 def test_a_perfect_autoencoder_scores_perfectly():
-    sae = SparseAutoencoder(4, 8, activation="relu").double()
+    sae = ReLU(4, 8).double()
     identity = torch.eye(4, dtype=torch.float64)
     with torch.no_grad():
         sae.W_dec.copy_(torch.cat([identity, -identity]))

@@ -10,15 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from steerlora.errors import UserError
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.base import SparseAutoencoder
+from steerlora.saes.relu import ReLU
 from steerlora.saes.saelens import load_sae, open_sae, sae_fingerprint, sae_metadata, save_sae
+from steerlora.saes.topk import TopK
 
 WIDTH, LATENTS, K = 6, 20, 3
 METADATA = {"model_name": "micro_s", "hook_name": "blocks.2.hook_resid_pre", "context_size": 64}
 
 
-def make(**settings) -> SparseAutoencoder:
-    sae = SparseAutoencoder(WIDTH, LATENTS, **({"k": K} | settings))
+def make(architecture: type = TopK, **settings) -> SparseAutoencoder:
+    settings = ({"k": K} if architecture is TopK else {}) | settings
+    sae = architecture(WIDTH, LATENTS, **settings)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -40,7 +43,7 @@ def write(directory: Path, config: dict, sae: SparseAutoencoder | None = None) -
     [
         {},
         {"normalize": "layer_norm", "apply_b_dec_to_input": False},
-        {"activation": "relu", "k": None},
+        {"architecture": ReLU},
     ],
     ids=str,
 )
@@ -53,6 +56,7 @@ def test_round_trip(settings, dtype, tmp_path):
         assert sae_metadata(path) == METADATA
     x = torch.randn(5, WIDTH)
     assert torch.equal(loaded(x), sae(x))
+    assert type(loaded) is type(sae)
     assert loaded.extra_repr() == sae.extra_repr()
     assert sae_fingerprint(loaded) == sae_fingerprint(sae)
     assert loaded.W_enc.t().is_contiguous()
@@ -111,7 +115,8 @@ def test_fingerprint_sees_every_tensor_and_setting_but_not_the_layout():
         seen.add(sae_fingerprint(changed))
     for settings in ({"k": 4}, {"normalize": "layer_norm"}, {"apply_b_dec_to_input": False}):
         seen.add(sae_fingerprint(make(**settings)))
-    assert len(seen) == 8
+    seen.add(sae_fingerprint(make(ReLU)))
+    assert len(seen) == 9
     row_major = make()
     row_major.W_enc = torch.nn.Parameter(row_major.W_enc.detach().contiguous())
     assert sae_fingerprint(row_major) == reference
@@ -122,6 +127,7 @@ def test_fingerprint_sees_every_tensor_and_setting_but_not_the_layout():
     [
         ({"architecture": "jumprelu"}, "architecture 'jumprelu'; choose from standard, topk"),
         ({"architecture": "top_k"}, "did you mean 'topk'"),
+        ({"architecture": "relu"}, "cannot read architecture 'relu'; choose from standard, topk"),
         ({"architecture": None}, "lacks architecture"),
         ({"k": None}, "needs k"),
         ({"k": 21}, "1 <= k <= 20"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning
@@ -11,30 +12,14 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from steerlora.data.activations import ActivationBatches, ActivationStore, harvest
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.data.activations import ActivationBatches, ActivationStore
+from steerlora.saes.base import SparseAutoencoder
+from steerlora.saes.relu import ReLU
+from steerlora.saes.topk import TopK
 from steerlora.saes.training import SAEModule
 from steerlora.training.loop import StepBatches
 
 WIDTH, LATENTS, K = 16, 64, 3
-
-
-@pytest.fixture
-def store(tmp_path, monkeypatch) -> ActivationStore:
-    """2000 tokens that are sparse sums of 32 directions, plus an offset."""
-    generator = torch.Generator().manual_seed(0)
-    directions = F.normalize(torch.randn(32, WIDTH, generator=generator), dim=1)
-    codes = torch.rand(20, 100, 32, generator=generator)
-    codes = codes * (codes >= codes.topk(2, dim=-1).values[..., -1:])
-    rows = 3 + codes @ directions
-    streams = iter(rows)
-    monkeypatch.setattr(
-        "steerlora.data.activations.residual_streams",
-        lambda model, ids, mask, sites: dict.fromkeys(sites, next(streams)[None]),
-    )
-    ones = torch.ones(1, 100, dtype=torch.long)
-    model = torch.nn.Linear(1, 1)
-    return harvest(model, [(ones, ones)] * 20, [1], tmp_path / "store", drop_first_token=False)
 
 
 def fit(
@@ -84,11 +69,9 @@ class Recorder(lightning.Callback):
 @pytest.mark.parametrize("normalize", ["none", "layer_norm"])
 def test_steps_equal_a_dense_reference(dead_after, normalize, store, tmp_path):
     steps, size = 6, 40
-    sae = SparseAutoencoder(WIDTH, LATENTS, k=K, normalize=normalize).double()
-    module = SAEModule(
-        sae, total_steps=steps, lr=1e-2, aux_coefficient=0.5, dead_after_tokens=dead_after
-    )
-    twin = SparseAutoencoder(WIDTH, LATENTS, k=K, normalize=normalize).double()
+    sae = TopK(WIDTH, LATENTS, k=K, auxiliary=0.5, normalize=normalize).double()
+    module = SAEModule(sae, total_steps=steps, lr=1e-2, dead_after_tokens=dead_after)
+    twin = TopK(WIDTH, LATENTS, k=K, normalize=normalize).double()
     losses, dead_seen = [], 0
     optimizer = torch.optim.Adam(twin.parameters(), lr=1e-2)
     idle = torch.zeros(LATENTS)
@@ -132,7 +115,7 @@ def test_steps_equal_a_dense_reference(dead_after, normalize, store, tmp_path):
 
 def test_topk_training_explains_the_data_and_logs_the_contract_s_names(store, tmp_path):
     module = SAEModule(
-        SparseAutoencoder(WIDTH, LATENTS, k=K),
+        TopK(WIDTH, LATENTS, k=K),
         total_steps=150,
         lr=5e-3,
         warmup_steps=10,
@@ -156,10 +139,9 @@ def test_relu_training_explains_the_data_and_l1_shrinks_its_features(store, tmp_
     norm = {}
     for l1 in (0.0, 0.1):
         module = SAEModule(
-            SparseAutoencoder(WIDTH, LATENTS, activation="relu"),
+            ReLU(WIDTH, LATENTS, l1=l1),
             total_steps=150,
             lr=5e-3,
-            l1_coefficient=l1,
         )
         recorder = Recorder()
         fit(module, store, tmp_path / str(l1), callbacks=(recorder,))
@@ -172,11 +154,16 @@ def test_relu_training_explains_the_data_and_l1_shrinks_its_features(store, tmp_
     assert norm[0.1] < 0.7 * norm[0.0]
 
 
-@pytest.mark.parametrize("activation", ["topk", "relu"])
-def test_a_resumed_run_has_the_losses_and_weights_of_a_whole_one(activation, store, tmp_path):
+MAKE: dict[str, Callable[[], SparseAutoencoder]] = {
+    "topk": lambda: TopK(WIDTH, LATENTS, k=K),
+    "relu": lambda: ReLU(WIDTH, LATENTS),
+}
+
+
+@pytest.mark.parametrize("architecture", MAKE)
+def test_a_resumed_run_has_the_losses_and_weights_of_a_whole_one(architecture, store, tmp_path):
     def module() -> SAEModule:
-        k = K if activation == "topk" else None
-        sae = SparseAutoencoder(WIDTH, LATENTS, k=k, activation=activation)
+        sae = MAKE[architecture]()
         return SAEModule(sae, total_steps=12, lr=1e-2, warmup_steps=2, dead_after_tokens=300)
 
     whole, expected = module(), Recorder()
@@ -201,7 +188,7 @@ def test_a_resumed_run_has_the_losses_and_weights_of_a_whole_one(activation, sto
 
 def test_learning_rate_rises_holds_and_falls():
     module = SAEModule(
-        SparseAutoencoder(WIDTH, LATENTS, k=K), total_steps=20, warmup_steps=4, decay_fraction=0.25
+        TopK(WIDTH, LATENTS, k=K), total_steps=20, warmup_steps=4, decay_fraction=0.25
     )
     factors = [module.lr_factor(step) for step in range(21)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -212,12 +199,12 @@ def test_learning_rate_rises_holds_and_falls():
 
 
 def test_dead_latents_are_those_idle_for_long_enough(store):
-    module = SAEModule(SparseAutoencoder(WIDTH, LATENTS, k=K), total_steps=1, dead_after_tokens=20)
+    module = SAEModule(TopK(WIDTH, LATENTS, k=K), total_steps=1, dead_after_tokens=20)
     fired = torch.zeros(LATENTS)
     fired[:40] = 1
     module.count_idle_tokens(fired, 10)
-    assert module._dead_latents().tolist() == []
+    assert not module.dead().any()
     fired[:] = 0
     fired[50] = 1
     module.count_idle_tokens(fired, 10)
-    assert module._dead_latents().tolist() == [*range(40, 50), *range(51, 64)]
+    assert module.dead().nonzero()[:, 0].tolist() == [*range(40, 50), *range(51, 64)]

@@ -41,11 +41,14 @@ CHANGES = {
     "domains.pretrain_items": 17,
     "domains.evaluation_items": 7,
     "domains.seed": 4,
+    "sae.architecture": None,  # a group of its own: sae=topk, relu
     "sae.path": "elsewhere",
     "sae.latents": 80,
     "sae.k": 3,
+    "sae.normalize": "layer_norm",
     "sae.max_tokens": 99,
     "sae.steps": 7,
+    "sae.epochs": None,  # in place of steps: tests/saes/test_config.py
     "sae.batch_size": 33,
     "sae.learning_rate": 0.1,
     "sae.auxiliary": 0.5,

@@ -37,7 +37,7 @@ from steerlora.methods.routed_lora.lowrank import AdaptedLinear, LowRank
 from steerlora.methods.routed_lora.peft import export_peft
 from steerlora.methods.routed_lora.routing import ROUTERS, Routing
 from steerlora.methods.routed_lora.site import CurrentForward, ModuleScale, Site
-from steerlora.saes.autoencoder import SparseAutoencoder
+from steerlora.saes.base import SparseAutoencoder
 
 __all__ = ["Adapter"]
 

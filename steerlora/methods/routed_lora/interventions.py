@@ -17,7 +17,8 @@ from torch import Tensor
 
 from steerlora.methods.interventions import intervention
 from steerlora.methods.routed_lora.routing import Routing
-from steerlora.saes.autoencoder import SparseAutoencoder, SparseFeatures, untrained_like
+from steerlora.saes.base import SparseAutoencoder
+from steerlora.saes.sparse import SparseFeatures
 
 
 @dataclass
@@ -183,20 +184,22 @@ def _by_row(share: list[float], like: Tensor) -> Tensor:
 class ReplaceDense(Intervention):
     """Top-k (by magnitude) of a fixed random projection of the hidden state: no SAE at all.
 
-    Each token keeps the norm of its intact signal, so that only the directions differ.
+    Each token keeps the norm of its intact signal, and where an SAE has no fixed k the number of
+    its active latents, so that only the directions differ.
     """
 
     def features(self, features, stream, real, site):
         projection = self._cache.get(id(site))
         if projection is None:
-            shape = site.sae.W_enc.shape
-            projection = torch.empty(shape, device=stream.device).normal_(
-                generator=self.fixed(stream.device)
-            )
+            projection = torch.empty(site.sae.width, site.sae.latents, device=stream.device)
+            projection.normal_(generator=self.fixed(stream.device))
             self._cache[id(site)] = projection
         dense = stream.float() @ projection
         indices = dense.abs().topk(features.values.shape[-1], dim=-1).indices
         values = dense.gather(-1, indices)
+        if site.sae.k is None:
+            active = (features.values > 0).sum(-1, keepdim=True)
+            values = values * (torch.arange(values.shape[-1], device=values.device) < active)
         norm = features.values.norm(dim=-1, keepdim=True)
         values = values * norm / values.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         return SparseFeatures(values, indices)
@@ -208,7 +211,7 @@ class ReplaceRandomSAE(Intervention):
 
     def features(self, features, stream, real, site):
         if id(site) not in self._cache:
-            self._cache[id(site)] = untrained_like(site.sae, self.seed).to(stream.device)
+            self._cache[id(site)] = site.sae.untrained_like(self.seed).to(stream.device)
         return self._cache[id(site)].encode(stream)
 
 
@@ -219,8 +222,9 @@ class Randomize(Intervention):
     def features(self, features, stream, real, site):
         active = features.values.shape[-1]
         tokens = int(real.sum())
-        latents = site.sae.W_enc.shape[1]
-        draw = torch.rand(tokens, latents, generator=self.draws(real.device), device=real.device)
+        draw = torch.rand(
+            tokens, site.sae.latents, generator=self.draws(real.device), device=real.device
+        )
         indices = features.indices.clone()
         indices[real] = draw.topk(active, dim=-1).indices
         return SparseFeatures(features.values, indices)
@@ -251,10 +255,9 @@ class PermuteLatents(Intervention):
 
     def features(self, features, stream, real, site):
         if id(site) not in self._cache:
-            latents = site.sae.W_enc.shape[1]
             device = features.indices.device
             self._cache[id(site)] = torch.randperm(
-                latents, generator=self.fixed(device), device=device
+                site.sae.latents, generator=self.fixed(device), device=device
             )
         return SparseFeatures(features.values, self._cache[id(site)][features.indices])
 

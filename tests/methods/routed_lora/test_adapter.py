@@ -399,7 +399,7 @@ def test_dense_routing_ignores_saes(make_model, make_sae):
 
 
 def test_parameters_of_the_three_methods_are_equal_within_five_percent(make_model):
-    from steerlora.saes.autoencoder import SparseAutoencoder
+    from steerlora.saes.topk import TopK
 
     counts = {}
     for routing, dynamic in (("none", False), ("dense", False), ("sae", True)):
@@ -407,7 +407,7 @@ def test_parameters_of_the_three_methods_are_equal_within_five_percent(make_mode
             hidden_size=128, intermediate_size=384, num_hidden_layers=4, head_dim=32, vocab_size=239
         )
         shape = RoutedLoRAConfig(signal=routing, sites=(1,), dynamic_rank=dynamic)
-        adapter = Adapter(model, shape, {1: SparseAutoencoder(128, 512, k=16)})
+        adapter = Adapter(model, shape, {1: TopK(128, 512, k=16)})
         counts[routing] = adapter.parameter_count()
     assert counts["none"] == 3 * 64 * (2 * 256 + 2 * 192 + 3 * 512)
     assert max(counts.values()) / min(counts.values()) < 1.05, counts

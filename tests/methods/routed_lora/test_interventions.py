@@ -9,7 +9,7 @@ import torch
 
 from steerlora.methods.routed_lora.interventions import INTERVENTIONS, SiteFacts, check_phase
 from steerlora.methods.routed_lora.routing import Routing
-from steerlora.saes.autoencoder import SparseFeatures
+from steerlora.saes.sparse import SparseFeatures
 
 B, S, E, R = 3, 6, 4, 5
 ON_SIGNAL = [

@@ -19,7 +19,7 @@ from steerlora.engine.progress import SilentProgress
 from steerlora.methods.module import AdapterModule
 from steerlora.methods.routed_lora.memory import MemoryPolicy
 from steerlora.methods.routed_lora.routing import Routing
-from steerlora.saes.autoencoder import SparseFeatures
+from steerlora.saes.sparse import SparseFeatures
 from steerlora.training.loop import fit
 
 B, S, E, R, K, LATENTS = 2, 6, 4, 3, 5, 64

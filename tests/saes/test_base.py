@@ -1,4 +1,4 @@
-"""The SAE against a dense float64 reference: features, reconstruction, and every gradient."""
+"""SAEs against a dense float64 reference: features, reconstruction, and every gradient."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from steerlora.saes.autoencoder import SparseAutoencoder, SparseFeatures, untrained_like
-from steerlora.saes.sparse import sparse_decode, top_k
+from steerlora.saes.base import SparseAutoencoder
+from steerlora.saes.relu import ReLU
+from steerlora.saes.sparse import SparseFeatures, sparse_decode, top_k
+from steerlora.saes.topk import TopK
 
 WIDTH, LATENTS, K = 12, 96, 5
 
@@ -37,9 +39,11 @@ def reference_forward(sae: SparseAutoencoder, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def make(width: int = WIDTH, latents: int = LATENTS, **settings) -> SparseAutoencoder:
-    settings = {"k": None if settings.get("activation") == "relu" else K} | settings
-    sae = SparseAutoencoder(width, latents, **settings).double()
+def make(
+    width: int = WIDTH, latents: int = LATENTS, architecture: type = TopK, **settings
+) -> SparseAutoencoder:
+    settings = ({"k": K} if architecture is TopK else {}) | settings
+    sae = architecture(width, latents, **settings).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -52,8 +56,8 @@ SETTINGS = [
     {},
     {"apply_b_dec_to_input": False},
     {"normalize": "layer_norm"},
-    {"activation": "relu"},
-    {"activation": "relu", "normalize": "layer_norm", "apply_b_dec_to_input": False},
+    {"architecture": ReLU},
+    {"architecture": ReLU, "normalize": "layer_norm", "apply_b_dec_to_input": False},
 ]
 
 
@@ -136,7 +140,7 @@ def test_ties_keep_exactly_k_distinct_latents_with_the_right_values(count, k, rn
 
 
 def test_bfloat16_input_is_encoded_in_float32(rng):
-    sae = SparseAutoencoder(WIDTH, LATENTS, k=K)
+    sae = TopK(WIDTH, LATENTS, k=K)
     x = torch.randn(7, WIDTH, generator=rng).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         features, reconstruction = sae.encode(x), sae(x)
@@ -146,24 +150,26 @@ def test_bfloat16_input_is_encoded_in_float32(rng):
 
 
 def test_bfloat16_weights_still_compute_in_float32(rng):
-    sae = SparseAutoencoder(WIDTH, LATENTS, k=K).bfloat16()
+    sae = TopK(WIDTH, LATENTS, k=K).bfloat16()
     x = torch.randn(7, WIDTH, generator=rng).bfloat16()
     assert torch.equal(sae(x), sae.float()(x.float()))
 
 
-@pytest.mark.parametrize("batch", [(), (1,), (4,), (2, 3), (2, 1, 3)], ids=str)
-def test_batch_shapes(batch, rng):
-    sae = make()
+@pytest.mark.parametrize("architecture", [TopK, ReLU])
+@pytest.mark.parametrize("batch", [(), (1,), (4,), (2, 3), (2, 1, 3), (0,), (2, 0)], ids=str)
+def test_batch_shapes(batch, architecture, rng):
+    sae = make(architecture=architecture)
     x = torch.randn(*batch, WIDTH, generator=rng, dtype=torch.float64)
     features = sae.encode(x)
-    assert features.values.shape == features.indices.shape == (*batch, K)
+    active = K if architecture is TopK else features.values.shape[-1]
+    assert features.values.shape == features.indices.shape == (*batch, active)
     assert sae.decode(features).shape == sae(x).shape == x.shape
     flat = sae(x.reshape(-1, WIDTH))
     torch.testing.assert_close(sae(x).reshape(-1, WIDTH), flat)
 
 
 def test_relu_features_cover_every_active_latent_whatever_their_number(rng):
-    sae = make(activation="relu")
+    sae = make(architecture=ReLU)
     x = torch.randn(400, WIDTH, generator=rng, dtype=torch.float64)
     x[200:] *= 0.01  # other blocks, other numbers of active latents
     features = sae.encode(x)
@@ -175,7 +181,7 @@ def test_relu_features_cover_every_active_latent_whatever_their_number(rng):
 def test_a_slice_of_the_features_can_be_decoded_and_differentiated(part, rng):
     sae = make()
     x = torch.randn(9, WIDTH, generator=rng, dtype=torch.float64)
-    values, indices = sae.encode_normalized(x, torch.arange(3), 1)
+    values, indices = sae.positive_latents(x, K, torch.arange(3), 1)
     features = SparseFeatures(values[:, part], indices[:, part])
     expected = dense(features, LATENTS) @ sae.W_dec
     ours = sae.directions(features)
@@ -189,7 +195,7 @@ def test_a_slice_of_the_features_can_be_decoded_and_differentiated(part, rng):
 
 
 def test_nothing_dense_in_tokens_by_latents_is_saved_for_backward(rng):
-    sae = SparseAutoencoder(16, 4096, k=4)
+    sae = TopK(16, 4096, k=4)
     x = torch.randn(1000, 16, generator=rng, requires_grad=True)
     largest = []
     with torch.autograd.graph.saved_tensors_hooks(
@@ -220,7 +226,7 @@ def _largest_tensor_made(function) -> int:
 
 
 def test_gradients_share_the_layout_of_their_parameters(rng):
-    sae = SparseAutoencoder(WIDTH, LATENTS, k=K)
+    sae = TopK(WIDTH, LATENTS, k=K)
     sae(torch.randn(9, WIDTH, generator=rng)).sum().backward()
     for parameter in sae.parameters():
         assert parameter.grad.stride() == parameter.stride()
@@ -231,7 +237,7 @@ def test_extra_latents_are_the_best_of_the_given_ones(rng):
     sae = make(apply_b_dec_to_input=False)
     x = torch.randn(300, WIDTH, generator=rng, dtype=torch.float64)
     dead = torch.tensor([3, 40, 41, 77, 95])
-    features = sae.encode_normalized(x, dead, 2)
+    features = sae.positive_latents(x, K, dead, 2)
     extra = SparseFeatures(features.values[:, K:], features.indices[:, K:])
     scores = torch.full((300, LATENTS), -torch.inf, dtype=torch.float64)
     scores[:, dead] = (x @ sae.W_enc + sae.b_enc)[:, dead]
@@ -246,9 +252,9 @@ def test_extra_latents_are_the_best_of_the_given_ones(rng):
 
 def test_initial_weights_depend_on_the_seed_alone():
     torch.manual_seed(5)
-    first = SparseAutoencoder(WIDTH, LATENTS, k=K, seed=3)
+    first = TopK(WIDTH, LATENTS, k=K, seed=3)
     torch.manual_seed(6)
-    same, other = (SparseAutoencoder(WIDTH, LATENTS, k=K, seed=seed) for seed in (3, 4))
+    same, other = (TopK(WIDTH, LATENTS, k=K, seed=seed) for seed in (3, 4))
     assert torch.equal(first.W_enc, same.W_enc)
     assert not torch.equal(first.W_enc, other.W_enc)
     assert torch.equal(first.W_enc, first.W_dec.t())
@@ -256,38 +262,39 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 
 def test_geometric_median_resists_outliers(rng):
-    sae = SparseAutoencoder(WIDTH, LATENTS, k=K)
+    sae = TopK(WIDTH, LATENTS, k=K)
     x = 2 + 0.1 * torch.randn(500, WIDTH, generator=rng)
     x[:50] += 1000
     sae.center_on(x)
     assert (sae.b_dec - 2).abs().max() < 0.1
 
 
-def test_untrained_twin_has_the_shape_and_bias_but_other_directions():
-    sae = make(normalize="layer_norm").requires_grad_(False)
-    twin = untrained_like(sae, seed=9)
+@pytest.mark.parametrize("architecture", [TopK, ReLU])
+def test_untrained_twin_has_the_shape_and_bias_but_other_directions(architecture):
+    sae = make(architecture=architecture, normalize="layer_norm").requires_grad_(False)
+    twin = sae.untrained_like(seed=9)
+    assert type(twin) is architecture
     assert twin.extra_repr() == sae.extra_repr()
     assert twin.W_enc.dtype == torch.float64
     assert torch.equal(twin.b_dec, sae.b_dec)
     assert not any(parameter.requires_grad for parameter in twin.parameters())
     cosine = F.cosine_similarity(twin.W_dec, sae.W_dec).abs().mean()
     assert cosine < 0.4
-    assert torch.equal(untrained_like(sae, seed=9).W_enc, twin.W_enc)
+    assert torch.equal(sae.untrained_like(seed=9).W_enc, twin.W_enc)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"activation": "gelu"}, "choose from topk, relu"),
-        ({"normalize": "batch"}, "choose from none, layer_norm"),
+        ({"normalize": "batch"}, "choose from layer_norm, none"),
+        ({"normalize": "layernorm"}, "did you mean 'layer_norm'"),
         ({"k": LATENTS + 1}, f"1 <= k <= {LATENTS}"),
         ({"k": 0}, f"1 <= k <= {LATENTS}"),
-        ({"activation": "relu", "k": 3}, "a relu SAE has no k"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        SparseAutoencoder(WIDTH, LATENTS, **settings)
+        TopK(WIDTH, LATENTS, **{"k": K} | settings)
 
 
 @pytest.fixture

@@ -1,0 +1,77 @@
+"""TopK: the k largest pre-activations of every token.
+
+Shapes: T tokens, D model width, N latents, K active latents per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerlora.saes.base import SparseAutoencoder, TrainingErrors, squared_deviation
+from steerlora.saes.sparse import SparseFeatures
+
+
+class TopK(SparseAutoencoder):
+    """z = ReLU(TopK((u - b_dec) W_enc + b_enc)), [..., D] -> [..., K], with K = k.
+
+    Gao et al., "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093). Trained on the
+    fraction of variance unexplained plus ``auxiliary`` times AuxK (their A.2): the fraction of the
+    residual unexplained by the best D / 2 dead latents, scaled down while fewer are dead. It
+    decodes a residual, so without ``b_dec``.
+
+    Args:
+        width, latents: D and N.
+        k: active latents per token, from 1 to N.
+        auxiliary: weight of AuxK in training; 0 turns it off.
+        settings: of every SAE (:class:`SparseAutoencoder`).
+
+    Raises:
+        ValueError: k out of range.
+    """
+
+    architecture = "topk"
+    own_settings = ("k",)
+
+    def __init__(
+        self, width: int, latents: int, *, k: int, auxiliary: float = 1 / 32, **settings: Any
+    ) -> None:
+        super().__init__(width, latents, **settings)
+        if not 1 <= k <= latents:
+            raise ValueError(f"k is {k}: a topk SAE of {latents} latents needs 1 <= k <= {latents}")
+        self.k = k
+        self.auxiliary = auxiliary
+
+    def encode_normalized(self, x: Tensor) -> SparseFeatures:
+        return self.positive_latents(x, self.k)
+
+    def training_errors(self, x: Tensor, dead: Tensor) -> TrainingErrors:
+        k, half = self.k, self.width // 2
+        # With AuxK off, the search for the dead latents is spared: an accelerator waits for it.
+        dead = dead.nonzero()[:, 0] if self.auxiliary else x.new_zeros(0, dtype=torch.long)
+        aux_k = min(half, len(dead))
+        values, indices = self.positive_latents(x, k, dead if aux_k else None, aux_k)
+        main = SparseFeatures(values[:, :k], indices[:, :k])
+        residual = x - self.b_dec - self.directions(main, unit_rows=True)
+        penalty = x.new_zeros(())
+        if aux_k:
+            target = residual.detach()
+            aux = SparseFeatures(values[:, k:], indices[:, k:])
+            error = (target - self.directions(aux, unit_rows=True)).square().sum()
+            scale = min(1.0, len(dead) / half)
+            penalty = self.auxiliary * scale * error / squared_deviation(target)
+        return TrainingErrors(residual.square().sum(), penalty, self.times_fired(main))
+
+    def training_flops_per_token(self) -> float:
+        """The encoder's product, and k rows of a table four times over.
+
+        These are the reconstruction, the gradient of the active values, and the gradients of both
+        weight matrices, which touch active latents only (``saes/sparse.py``). AuxK is not counted:
+        there are no dead latents in a good training.
+        """
+        return 2 * self.width * self.latents + 4 * 2 * self.k * self.width
+
+    def saelens_keys(self) -> dict[str, Any]:
+        return super().saelens_keys() | {"rescale_acts_by_decoder_norm": False}

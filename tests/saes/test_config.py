@@ -1,0 +1,94 @@
+"""SAE configurations: what each shipped one builds, and that every key has a say."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+from steerlora.cli import compose
+from steerlora.errors import UserError
+from steerlora.saes import config as sae_config
+from steerlora.saes.config import SAES, TopKConfig
+from steerlora.saes.relu import ReLU
+from steerlora.saes.topk import TopK
+
+
+def test_every_architecture_ships_a_file_and_knows_its_name():
+    shipped = compose.groups()["sae"]
+    assert shipped == ["relu", "topk"]
+    for name in shipped:
+        assert compose.load([f"sae={name}"]).sae.architecture == name
+        assert SAES[name].module().architecture == name
+
+
+def test_the_published_recipe_can_be_chosen():
+    config = compose.load(["model=micro_s", "sae=relu"])
+    sae = config.sae
+    assert (sae.normalize, sae.l1, sae.latents) == ("layer_norm", 1e-3, 4 * config.model.width)
+    assert (sae.batch_size, sae.learning_rate, sae.epochs, sae.steps) == (1024, 1e-3, 5, None)
+    assert sae.path is None
+    assert compose.load(["sae=relu", "sae.latents=100"]).sae.latents == 100
+
+
+def test_epochs_are_passes_over_what_was_harvested():
+    assert TopKConfig(steps=7).steps_over(10_000) == 7
+    epochs = TopKConfig(steps=None, epochs=3, batch_size=1000)
+    assert epochs.steps_over(10_000) == 30
+    assert epochs.steps_over(10_999) == 32
+    assert epochs.steps_over(10) == 1
+
+
+def test_a_configuration_builds_what_it_says():
+    topk = compose.load(["sae=topk", "sae.k=3", "sae.auxiliary=0.5", "sae.normalize=layer_norm"])
+    built = topk.sae.build(8)
+    assert type(built) is TopK
+    assert (built.width, built.latents, built.k, built.auxiliary) == (8, 512, 3, 0.5)
+    assert built.normalize == "layer_norm"
+    relu = compose.load(["sae=relu", "sae.l1=0.5", "sae.normalize=none", "sae.seed=3"]).sae.build(8)
+    assert type(relu) is ReLU
+    assert (relu.l1, relu.normalize) == (0.5, "none")
+    assert relu.W_dec.equal(ReLU(8, relu.latents, seed=3).W_dec)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ("sae=relu sae.steps=10", "sae.steps=10 and sae.epochs=5: give one of them, and null"),
+        ("sae.steps=null", "sae.steps=None and sae.epochs=None: give one of them"),
+        ("sae=relu sae.epochs=0", "sae.epochs=0: must be greater than 0"),
+        ("sae=relu sae.ll=1", "no such key: sae.ll; did you mean 'sae.l1'"),
+        ("sae=relu sae.l1=-1", "sae.l1=-1.0: must not be negative"),
+        ("sae=relu sae.k=3", "no such key: sae.k; it is a key of sae.architecture=topk"),
+        ("sae.l1=3", "no such key: sae.l1; it is a key of sae.architecture=relu"),
+        ("sae.auxiliary=-1", "sae.auxiliary=-1.0: must not be negative"),
+        ("sae.dead_fraction=2", "sae.dead_fraction=2.0: must be from 0 to 1"),
+        ("sae.normalize=layernorm", "sae.normalize=layernorm: did you mean 'layer_norm'"),
+        ("sae.k=600", "sae.k=600 is more than sae.latents=512"),
+        ("sae.architecture=tokp", "sae.architecture=tokp: did you mean 'topk'"),
+        ("sae=rleu", "sae=rleu: did you mean 'relu'"),
+    ],
+)
+def test_a_mistake_is_named_with_its_fix(overrides, says):
+    with pytest.raises(UserError) as caught:
+        compose.load(overrides.split())
+    assert says in str(caught.value)
+
+
+def test_every_field_is_documented_under_itself():
+    for node in ast.parse(inspect.getsource(sae_config)).body:
+        if isinstance(node, ast.ClassDef):
+            for field, after in zip(node.body, node.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign) and field.target.id != "architecture":
+                    assert isinstance(getattr(after, "value", None), ast.Constant), field.target.id
+
+
+def test_composing_needs_no_torch():
+    code = (
+        "import sys; from steerlora.cli import compose; compose.load(['sae=relu']); "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
