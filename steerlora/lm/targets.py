@@ -113,9 +113,9 @@ def put_back(targets: dict[str, Target]) -> None:
         setattr(parent, child, replaced.base)
 
 
-def refuse_replaced(model: nn.Module) -> None:
-    """ValueError where ``model`` carries replaced layers, and so a method, already."""
-    if any(isinstance(module, ReplacedLinear) for module in model.modules()):
+def refuse_changed(model: nn.Module) -> None:
+    """ValueError where ``model`` carries replaced or edited layers, and so a method, already."""
+    if any(isinstance(module, ReplacedLinear | EditedLayer) for module in model.modules()):
         raise ValueError("the model already carries an adapter: call its remove() first")
 
 

@@ -28,7 +28,7 @@ from steerlora.lm.targets import (
     Target,
     find_targets,
     put_back,
-    refuse_replaced,
+    refuse_changed,
 )
 from steerlora.methods.config import MethodConfig
 from steerlora.saes.base import SparseAutoencoder
@@ -99,7 +99,7 @@ class Method(nn.Module):
 
     def __init__(self, config: MethodConfig, model: nn.Module) -> None:
         super().__init__()
-        refuse_replaced(model)
+        refuse_changed(model)
         parameters_of_forward(decoder_of(model))
         self.config, self.saes, self.forward_state = config, {}, ForwardState()
         # What undoes the attachment; a list, so that the model is no part of this module.
@@ -138,7 +138,7 @@ class Method(nn.Module):
         Raises:
             ValueError: the model carries a method already.
         """
-        refuse_replaced(model)
+        refuse_changed(model)
         self.to(next(model.parameters()).device)
         targets = self.targets(model)
         replaced = {}
