@@ -19,8 +19,15 @@ from steerlora.lm.pretrained import shape_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line]
+FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+"""(language, text) of every block of code."""
+COMMANDS = [
+    line.split("#")[0].strip()
+    for language, block in FENCES
+    if language == "bash"
+    for line in block.splitlines()
+    if line
+]
 
 TINY = {
     "model.layers": 2,
@@ -55,13 +62,54 @@ TINY = {
 }
 
 
-def test_it_counts_its_commands():
-    steerlora = [command for command in COMMANDS if command.startswith("steerlora")]
-    make = [command for command in COMMANDS if command.startswith("make")]
-    assert len(steerlora) == 18
-    assert make == ["make reproduce", "make test"]
-    # And two of torchrun's, one of sbatch's, the download and lm-eval's own command line.
-    assert len(COMMANDS) == 25
+RUN_BY = ("steerlora ", "make ", "torchrun ", "sbatch ", "python scripts/", "python -m steerlora")
+"""Beginnings of commands; a test below, or one of tests/scripts, runs each of them."""
+
+
+def test_every_command_is_of_a_kind_that_a_test_runs():
+    assert COMMANDS
+    assert [command for command in COMMANDS if not command.startswith(RUN_BY)] == []
+
+
+def tree_of(folder: Path) -> list[str]:
+    """Folders that hold code or settings, as git has them, by path from the root."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    found = {parent.as_posix() for name in listed for parent in Path(name).parents}
+    deep = {path for path in found if path.startswith("steerlora/")}
+    return sorted((found & {path.split("/")[0] for path in found}) - {".", ".ci"} | deep)
+
+
+def test_the_tree_is_the_tree():
+    if not (ROOT / ".git").exists():
+        pytest.skip("the tree is compared with what git lists: there is no checkout here")
+    (block,) = [block for language, block in FENCES if not language]
+    paths, above = [], []
+    for line in block.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name, *said = line.split(maxsplit=1)
+        assert said, f"{name} is not described"
+        above[depth:] = [name.rstrip("/")]
+        paths.append("/".join(above))
+    assert sorted(paths) == tree_of(ROOT)
+
+
+EXTENSION = ROOT / "tests/extension"
+SHOWN = sorted(
+    path.relative_to(EXTENSION).as_posix()
+    for path in (*EXTENSION.glob("*.py"), *EXTENSION.rglob("*.yaml"))
+    if not path.name.startswith("test_")
+)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_adding_to_it_shows_what_the_tests_run(name):
+    language = {"py": "python", "yaml": "yaml"}[name.rpartition(".")[2]]
+    assert (language, (EXTENSION / name).read_text()) in FENCES
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +236,7 @@ def test_the_python_of_the_readme_runs(root, pretrained, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     main(shrunk("steerlora stage=adapter_training", root, root, pretrained))
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (code,) = [block for _, block in FENCES if "load_adapter" in block]
     routed = str(adapter_of(root, pretrained))
     tokenizer = AutoTokenizer.from_pretrained(pretrained)
     inputs = tokenizer("law", return_tensors="pt", add_special_tokens=False)
@@ -207,7 +255,7 @@ def test_the_lm_eval_command_runs(root, pretrained):
     adapter = adapter_of(root, pretrained)
     domains = next(p.parent for p in (root / "domains").glob("*/world.json"))
     command = command.replace("pretrained=BASE", f"pretrained={pretrained}")
-    command = command.replace("adapter=ADAPTER", f"method={adapter}")
+    command = command.replace("adapter=ADAPTER", f"adapter={adapter}")
     command = command.replace('"DOMAINS"', f'"{domains}"')
     words = [sys.executable, *shlex.split(command)[1:], "--limit", "2", "--device", "cpu"]
     said = subprocess.run(words, cwd=root, capture_output=True, text=True)

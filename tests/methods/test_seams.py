@@ -161,7 +161,9 @@ def test_a_loss_may_be_another_than_the_next_tokens(spliced, tokens):
     assert all(gain.grad.abs() > 0 for gain in method.gains.values())
     for site in SITES:  # what rebuilds nothing loses nothing
         method.saes[site] = nn.Identity()
-    assert float(learner.losses(batch_of(ids, mask))["kl"][1].detach()) == pytest.approx(0, abs=1e-6)
+    assert float(learner.losses(batch_of(ids, mask))["kl"][1].detach()) == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
