@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from steerlora.errors import UserError, nearest
 
 
-def positive(owner: str, **values: float | None) -> None:
-    """UserError unless every value that is set is greater than 0."""
-    for name, value in values.items():
+def positive(owner: str, section: Any, names: str) -> None:
+    """UserError unless each value that is set is greater than 0.
+
+    Args:
+        owner: what the configuration calls the section.
+        section: the dataclass.
+        names: its fields that are checked, with spaces between them.
+    """
+    for name in names.split():
+        value = getattr(section, name)
         if value is not None and not value > 0:
             raise UserError(f"{owner}.{name}={value}: must be greater than 0")
 
@@ -20,16 +28,18 @@ def one_of(key: str, value: str, choices: Collection[str]) -> None:
         raise UserError(f"{key}={value}: {nearest(value, choices)}")
 
 
-def not_negative(owner: str, **values: float) -> None:
-    """UserError for a value below 0."""
-    for name, value in values.items():
+def not_negative(owner: str, section: Any, names: str) -> None:
+    """UserError for a value below 0; arguments as for `positive`."""
+    for name in names.split():
+        value = getattr(section, name)
         if value < 0:
             raise UserError(f"{owner}.{name}={value}: must not be negative")
 
 
-def share(owner: str, **values: float) -> None:
-    """UserError for a value outside [0, 1]."""
-    for name, value in values.items():
+def share(owner: str, section: Any, names: str) -> None:
+    """UserError for a value outside [0, 1]; arguments as for `positive`."""
+    for name in names.split():
+        value = getattr(section, name)
         if not 0 <= value <= 1:
             raise UserError(f"{owner}.{name}={value}: must be from 0 to 1")
 

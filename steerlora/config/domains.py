@@ -95,8 +95,7 @@ class DomainsConfig:
 
     def __post_init__(self) -> None:
         one_of("domains.kind", self.kind, ("micro", "text", "hub"))
-        counts = ("train_items", "pretrain_items", "evaluation_items")
-        positive("domains", **{name: getattr(self, name) for name in counts})
+        positive("domains", self, "train_items pretrain_items evaluation_items")
         if len(set(self.names)) != len(self.names) or not self.names:
             raise UserError(f"domains.names={self.names}: name each domain once")
         one_of("domains.broad", self.broad, self.names)

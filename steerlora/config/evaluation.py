@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from steerlora.config.checks import not_negative, positive
+from steerlora.config.checks import positive
 from steerlora.errors import UserError
 
 
@@ -58,14 +58,11 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         positive(
-            "evaluation",
-            batch_size=self.batch_size,
-            limit=self.limit,
-            generation_items=self.generation_items,
-            max_length=self.max_length,
-            max_generated_tokens=self.max_generated_tokens,
+            "evaluation", self, "batch_size limit generation_items max_length max_generated_tokens"
         )
-        not_negative("evaluation.shots", **self.shots)
+        for task, shots in self.shots.items():
+            if shots < 0:
+                raise UserError(f"evaluation.shots.{task}={shots}: must not be negative")
         if "target" in self.groups:
             raise UserError(
                 "evaluation.groups.target: the domains' own tasks have that name; choose another"

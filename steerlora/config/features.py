@@ -30,11 +30,6 @@ class FeaturesConfig:
     """Tokens in context listed for each of them, from 1."""
 
     def __post_init__(self) -> None:
-        share(
-            "features",
-            general_quantile=self.general_quantile,
-            domain_quantile=self.domain_quantile,
-            drift_quantile=self.drift_quantile,
-        )
-        positive("features", shown=self.shown, examples=self.examples)
-        not_negative("features", least=self.least, largest_variation=self.largest_variation)
+        share("features", self, "general_quantile domain_quantile drift_quantile")
+        positive("features", self, "shown examples")
+        not_negative("features", self, "least largest_variation")

@@ -31,5 +31,5 @@ class InterventionConfig:
         return self.name != "none" and self.phase == "training"
 
     def __post_init__(self) -> None:
-        share("intervention", strength=self.strength)
+        share("intervention", self, "strength")
         one_of("intervention.phase", self.phase, ("evaluation", "training"))

@@ -86,17 +86,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         positive(
             "model",
-            layers=self.layers,
-            width=self.width,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_width=self.head_width,
-            ffn_width=self.ffn_width,
-            vocabulary=self.vocabulary,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            prompt_weight=self.prompt_weight,
+            self,
+            "layers width heads kv_heads head_width ffn_width vocabulary steps batch_size "
+            "learning_rate prompt_weight",
         )
         if self.thinking is not None and self.path is None:
             raise UserError(

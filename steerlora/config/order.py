@@ -38,5 +38,5 @@ class OrderConfig:
             self.kind,
             ("broad_first", "broad_last", "random", "permutation", "given"),
         )
-        positive("order", steps_per_domain=self.steps_per_domain)
-        not_negative("order", index=self.index)
+        positive("order", self, "steps_per_domain")
+        not_negative("order", self, "index")

@@ -42,14 +42,8 @@ class PlanConfig:
     responses with hardly a prompt. Greater than 0, at most 1."""
 
     def __post_init__(self) -> None:
-        positive(
-            "plan",
-            gpus=self.gpus,
-            mfu=self.mfu,
-            tokens_per_row=self.tokens_per_row,
-            labelled=self.labelled,
-        )
-        share("plan", mfu=self.mfu, labelled=self.labelled)
+        positive("plan", self, "gpus mfu tokens_per_row labelled")
+        share("plan", self, "mfu labelled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +148,7 @@ class StudyConfig:
     1."""
 
     def __post_init__(self) -> None:
-        positive("study", workers=self.workers)
+        positive("study", self, "workers")
         for name in ("seeds", "scale_seeds"):
             if not getattr(self, name):
                 raise UserError(f"study.{name}=[]: give at least one seed")

@@ -89,15 +89,11 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         positive(
             "trainer",
-            max_steps=self.max_steps,
-            batch_size=self.batch_size,
-            max_length=self.max_length,
-            learning_rate=self.learning_rate,
-            gradient_clip=self.gradient_clip,
-            accumulate=self.accumulate,
-            checkpoint_seconds=self.checkpoint_seconds,
+            self,
+            "max_steps batch_size max_length learning_rate gradient_clip accumulate "
+            "checkpoint_seconds",
         )
-        not_negative("trainer", persistent_elements=self.persistent_elements)
+        not_negative("trainer", self, "persistent_elements")
         one_of("trainer.accelerator", self.accelerator, ACCELERATORS)
         one_of("trainer.precision", self.precision, PRECISIONS)
         one_of("trainer.strategy", self.strategy, STRATEGIES)
@@ -106,4 +102,4 @@ class TrainerConfig:
                 f"trainer.offload=true: strategy {self.strategy} shards nothing that could be "
                 "offloaded: use trainer=zero3_offload"
             )
-        share("trainer", warmup_fraction=self.warmup_fraction, decay_fraction=self.decay_fraction)
+        share("trainer", self, "warmup_fraction decay_fraction")

@@ -50,8 +50,8 @@ class ReplayConfig:
     """Batches of each domain that are kept for it, from 1."""
 
     def __post_init__(self) -> None:
-        share("method.replay", ratio=self.ratio)
-        positive("method.replay", batches=self.batches)
+        share("method.replay", self, "ratio")
+        positive("method.replay", self, "batches")
 
 
 @dataclass(frozen=True, kw_only=True)

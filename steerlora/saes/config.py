@@ -62,16 +62,9 @@ class SAEConfig:
 
     def __post_init__(self) -> None:
         positive(
-            "sae",
-            latents=self.latents,
-            max_tokens=self.max_tokens,
-            steps=self.steps,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            dead_fraction=self.dead_fraction,
+            "sae", self, "latents max_tokens steps epochs batch_size learning_rate dead_fraction"
         )
-        share("sae", dead_fraction=self.dead_fraction)
+        share("sae", self, "dead_fraction")
         one_of("sae.normalize", self.normalize, NORMALIZATIONS)
         if (self.steps is None) == (self.epochs is None):
             raise UserError(
@@ -110,8 +103,8 @@ class TopKConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("sae", k=self.k)
-        not_negative("sae", auxiliary=self.auxiliary)
+        positive("sae", self, "k")
+        not_negative("sae", self, "auxiliary")
         if self.k > self.latents:
             raise UserError(
                 f"sae.k={self.k} is more than sae.latents={self.latents}: "
@@ -137,7 +130,7 @@ class ReLUConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        not_negative("sae", l1=self.l1)
+        not_negative("sae", self, "l1")
 
     @classmethod
     def module(cls) -> type[SparseAutoencoder]:

@@ -45,7 +45,7 @@ class LossWeights:
     needs ``method.isolation=own``."""
 
     def __post_init__(self) -> None:
-        not_negative("method.losses", **vars(self))
+        not_negative("method.losses", self, " ".join(vars(self)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +69,9 @@ class MemoryConfig:
     """A specialist is dropped whose usage is below this part of the even share, from 0 to 1."""
 
     def __post_init__(self) -> None:
-        positive("method.memory", every=self.every)
+        positive("method.memory", self, "every")
         share(
-            "method.memory",
-            spawn_confidence=self.spawn_confidence,
-            spawn_similarity=self.spawn_similarity,
-            merge_similarity=self.merge_similarity,
-            prune_usage=self.prune_usage,
+            "method.memory", self, "spawn_confidence spawn_similarity merge_similarity prune_usage"
         )
 
 
@@ -92,9 +88,9 @@ class HealthConfig:
     """Usage entropy / log E below which routing has collapsed, from 0 to 1."""
 
     def __post_init__(self) -> None:
-        positive("method.health", log_every=self.log_every)
+        positive("method.health", self, "log_every")
         one_of("method.health.collapse", self.collapse, ("ignore", "warn", "stop"))
-        share("method.health", collapse_below=self.collapse_below)
+        share("method.health", self, "collapse_below")
 
 
 @method("routed_lora")
@@ -217,16 +213,7 @@ class RoutedLoRAConfig(MethodConfig):
         one_of("method.isolation", self.isolation, ("free", "frozen", "own"))
         if not 0 < self.decay < 1:
             raise UserError(f"method.decay={self.decay}: must be above 0 and below 1")
-        positive(
-            "method",
-            specialists=self.specialists,
-            rank=self.rank,
-            alpha=self.alpha,
-            router_hidden=self.router_hidden,
-            active=self.active,
-            top_k=self.top_k,
-            temperature=self.temperature,
-        )
+        positive("method", self, "specialists rank alpha router_hidden active top_k temperature")
         for name, value in {"active": self.active or 0, "top_k": self.top_k}.items():
             if value > self.specialists:
                 raise UserError(
@@ -237,8 +224,8 @@ class RoutedLoRAConfig(MethodConfig):
                 f"method.initial_rank={self.initial_rank}: a fraction of the rank, at least "
                 f"1/rank ({1 / self.rank:.3g}) and below 1"
             )
-        share("method", hard_rank=self.hard_rank)
-        not_negative("method", margin=self.margin)
+        share("method", self, "hard_rank")
+        not_negative("method", self, "margin")
         self._check_signal()
         self._check_specialists()
 
