@@ -1,4 +1,4 @@
-"""The orders in which a sequence may meet the domains."""
+"""The orders in which a sequence trains on the domains."""
 
 from __future__ import annotations
 

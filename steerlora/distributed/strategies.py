@@ -113,10 +113,10 @@ def _strategy(trainer: TrainerConfig) -> Strategy:
             find_unused_parameters=False,
             gradient_as_bucket_view=True,
         )
-    return OneDeviceStrategy(device=device_of(trainer.accelerator))
+    return OneDeviceStrategy(device=device_of_rank(trainer.accelerator))
 
 
-def device_of(accelerator: str) -> torch.device:
+def device_of_rank(accelerator: str) -> torch.device:
     """This rank's device under one of Lightning's accelerator names."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", ranks.current().local_rank)

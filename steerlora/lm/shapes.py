@@ -93,6 +93,12 @@ class DecoderShape:
             query_key_norm=str(read("model_type")).startswith(QUERY_KEY_NORMED),
         )
 
+    @classmethod
+    def complete(cls, config: Any) -> DecoderShape | None:
+        """As :meth:`of`; None for a kind of decoder that has another shape."""
+        shape = cls.of(config)
+        return None if None in vars(shape).values() else shape
+
 
 def model_shape(config: ModelConfig) -> DecoderShape:
     """Of the configured base: its own ``config.json`` where ``model.path`` is a folder.

@@ -15,8 +15,9 @@ from steerlora.distributed.shards import elements
 from steerlora.errors import UserError
 from steerlora.lm.decoder import check_packing
 from steerlora.lm.flops import training_flops_per_token
+from steerlora.lm.shapes import DecoderShape
 from steerlora.methods.base import Learner
-from steerlora.training.language import Text, shape_of
+from steerlora.training.language import Text
 from steerlora.training.loop import rise_hold_fall
 
 
@@ -53,7 +54,8 @@ class MethodModule(L.LightningModule):
 
     def flops_per_token(self, batch: ChatBatch) -> float:
         """Floating-point operations, forward and backward; 0: unknown."""
-        shape, text, method = shape_of(self.model), Text.of(batch), self.method
+        shape, text = DecoderShape.complete(self.model.config), Text.of(batch)
+        method = self.method
         if shape is None:
             return 0.0
         return training_flops_per_token(

@@ -72,7 +72,7 @@ def classify(
     drift: Tensor | None = None,
     drift_quantile: float = 0.7,
 ) -> Taxonomy:
-    """Sort the features (DESIGN: taxonomy; the published thresholds are the defaults).
+    """Sort the features by use; the published thresholds are the defaults.
 
     - general: frequency over all domains at or above its ``general_quantile``, and coefficient of
       variation over domains at most ``largest_variation``; and where ``drift`` [N] (from the base

@@ -1,4 +1,4 @@
-"""What a training spends less of: activations that are recomputed, layers that are compiled."""
+"""How a model's layers run in training: recomputed in the backward, compiled."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 from steerlora.lm.decoder import EditedLayer, layers_of
 
 
-class Economy(Callback):
-    """For as long as a training lasts; a module without a language model has nothing to save.
+class LayerExecution(Callback):
+    """For as long as a training lasts; nothing for a module without a language model.
 
     Args:
         recompute: keep only each decoder layer's input, and run the layer again in the backward.

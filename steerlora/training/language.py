@@ -58,12 +58,6 @@ class Text(NamedTuple):
         return cls(real / rows, int((batch.labels != IGNORED).sum()) / max(real, 1))
 
 
-def shape_of(model: nn.Module) -> DecoderShape | None:
-    """The model's shape, for its arithmetic; None for a kind of decoder that has another."""
-    shape = DecoderShape.of(model.config)
-    return None if None in vars(shape).values() else shape
-
-
 class PretrainingModule(L.LightningModule):
     """A whole model on documents: AdamW, warm-up over 5 %, decay over the last half.
 
@@ -85,7 +79,7 @@ class PretrainingModule(L.LightningModule):
 
     def flops_per_token(self, batch: ChatBatch) -> float:
         """Floating-point operations, forward and backward; 0: unknown."""
-        shape = shape_of(self.model)
+        shape = DecoderShape.complete(self.model.config)
         return pretraining_flops_per_token(shape, Text.of(batch).length) if shape else 0.0
 
     def configure_optimizers(self):

@@ -28,7 +28,7 @@ from steerlora.engine import preemption
 from steerlora.engine.progress import Progress
 from steerlora.errors import UserError
 from steerlora.training.checkpoints import Files, agreed, finite, place
-from steerlora.training.execution import Economy
+from steerlora.training.execution import LayerExecution
 
 LOG_EVERY = 10  # steps
 
@@ -291,7 +291,7 @@ def fit(
                 Randomness(),
                 watch,
                 Gradients(trainer.gradient_clip),
-                Economy(recompute=trainer.activation_checkpointing, compile=trainer.compile),
+                LayerExecution(recompute=trainer.activation_checkpointing, compile=trainer.compile),
                 *callbacks,
                 Checkpoints(checkpoints, trainer.checkpoint_seconds),
             ],

@@ -30,13 +30,13 @@ def plain(tmp_path_factory) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def models(monkeypatch) -> list:
     """Every model that trains."""
-    found, start = [], execution.Economy.on_train_start
+    found, start = [], execution.LayerExecution.on_train_start
 
     def noted(self, trainer, module):
         start(self, trainer, module)
         found.append(module.model)
 
-    monkeypatch.setattr(execution.Economy, "on_train_start", noted)
+    monkeypatch.setattr(execution.LayerExecution, "on_train_start", noted)
     return found
 
 

@@ -52,7 +52,7 @@ class Adapter(Method):
       e*R ... (e+1)*R;
     - ``routers.<site>.<name>``: the router of the site's layers. Linear: ``weight``, ``bias``; MLP:
       ``hidden_weight``, ``hidden_bias``, ``gate_weight``, ``gate_bias``, ``rank_weight``,
-      ``rank_bias`` (shapes in ``routers.py``); prototype: ``prototypes``, ``met``. With
+      ``rank_bias`` (shapes in ``routers.py``); prototype: ``prototypes``, ``known``. With
       ``per_module`` the dimension M runs over :meth:`modules_of` the site, in that order;
     - ``scales.<site>``: mean feature norm, by which features are divided before routing;
     - ``active`` [E] bool: specialists that learnt routers may use.

@@ -4,7 +4,7 @@ B batch, S sequence, O outputs (router logits), C tokens of a chunk.
 
 A linear router commutes with averaging: the logits of averaged features are the averaged logits of
 the features. So the average is taken over O numbers a token in place of N latents, and a KV cache
-carries one vector of O numbers and one count a sequence.
+keeps one vector of O numbers and one count a sequence.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def _decayed_sums(
 ) -> tuple[Tensor, Tensor]:
     """Sums with weight decay^(real tokens since), of logits [B, S, O] and of ones [B, S, 1]."""
     columns = torch.cat([counted, weights], -1)
-    carried = torch.cat(state, -1)
+    before = torch.cat(state, -1)
     sample = torch.zeros_like(real, dtype=torch.long) if restarts is None else restarts.cumsum(1)
-    carried_sample = torch.zeros_like(sample[:, :1])
+    sample_before = torch.zeros_like(sample[:, :1])
     sums = []
     for start in range(0, columns.shape[1], CHUNK):
         part, own = columns[:, start : start + CHUNK], sample[:, start : start + CHUNK]
@@ -100,9 +100,9 @@ def _decayed_sums(
         # [B, C, C]; later tokens have no say in earlier ones, nor other samples in this one.
         powers = decay ** (age.unsqueeze(2) - age.unsqueeze(1)).clamp_min(0)
         powers = powers.tril() * (own.unsqueeze(2) == own.unsqueeze(1))
-        fading = decay**age * (own == carried_sample)
-        part = powers @ part + fading.unsqueeze(-1) * carried.unsqueeze(1)
-        carried, carried_sample = part[:, -1], own[:, -1:]
+        fading = decay**age * (own == sample_before)
+        part = powers @ part + fading.unsqueeze(-1) * before.unsqueeze(1)
+        before, sample_before = part[:, -1], own[:, -1:]
         sums.append(part)
     joined = torch.cat(sums, 1)
     return joined[..., :-1], joined[..., -1:]

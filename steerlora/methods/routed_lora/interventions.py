@@ -29,7 +29,7 @@ class SiteFacts:
     mean_rank: float
     """Effective rank sum_j m_j that training ended with, over real tokens."""
     specialist_of_domain: dict[str, int]
-    """The specialist that carried each domain most when training ended."""
+    """The specialist that each domain used most when training ended."""
     active: Tensor | None = None
     """[E], True on the specialists in use; None: all."""
 

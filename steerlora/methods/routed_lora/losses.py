@@ -1,4 +1,4 @@
-"""Auxiliary losses of an adapter, over real tokens, on gates and features that carry gradient.
+"""Auxiliary losses of an adapter, over real tokens, on gates and features that have a gradient.
 
 T real tokens, E specialists, R rank components, N latents, K active latents, D domains. ``...`` is
 nothing, or the adapted modules where each has a router of its own.
@@ -20,7 +20,7 @@ from steerlora.saes.sparse import SparseFeatures
 
 
 def preservation(adapted: SparseFeatures, base: SparseFeatures, general: Tensor) -> Tensor:
-    """Mean over tokens and latents of ((z_ft - z_base) * M_general)^2 (DESIGN: training loss).
+    """Mean over tokens and latents of ((z_ft - z_base) * M_general)^2.
 
     Args:
         adapted: z_ft, [T, K]; the gradient goes into its values.

@@ -77,7 +77,7 @@ class MemoryPolicy(Callback):
             merge, the specialist that stays is named first.
 
     Raises:
-        ValueError: an adapter without features, or whose router does not heed ``active``.
+        ValueError: an adapter without features, or whose router does not use ``active``.
     """
 
     def __init__(
@@ -204,18 +204,18 @@ class MemoryPolicy(Callback):
     @torch.no_grad()
     def _decide(self, step: int, states: Mapping[Parameter, dict[str, Tensor]]) -> None:
         window, self._window = self._window, {}
-        judged = self.adapter.active.nonzero().flatten().tolist()
+        settled = self.adapter.active.nonzero().flatten().tolist()
         usage = (window["usage"] / window["tokens"]).tolist()
-        nearest = self._nearest(window, judged)
+        nearest = self._nearest(window, settled)
         self._remember(window)
-        spawned = self._spawn(step, self._confidence(window, len(judged)), nearest)
-        merged = self._merge(step, judged)
+        spawned = self._spawn(step, self._confidence(window, len(settled)), nearest)
+        merged = self._merge(step, settled)
         if merged:
             first, second = merged
             usage[first] += usage[second]
-        left = [e for e in judged if e not in merged[1:]]
-        pruned = self._prune(step, left, usage, self.policy.prune_usage / len(judged))
-        settle_moments(self.adapter, states, {*spawned, *merged, *pruned}, judged)
+        left = [e for e in settled if e not in merged[1:]]
+        pruned = self._prune(step, left, usage, self.policy.prune_usage / len(settled))
+        settle_moments(self.adapter, states, {*spawned, *merged, *pruned}, settled)
 
     def _confidence(self, window: dict[str, Tensor], active: int) -> float:
         choices = min(self.adapter.config.top_k, active)
@@ -240,8 +240,8 @@ class MemoryPolicy(Callback):
         )
         return [new]
 
-    def _merge(self, step: int, judged: list[int]) -> list[int]:
-        free = [e for e in self._known(judged) if e not in self.protected]
+    def _merge(self, step: int, settled: list[int]) -> list[int]:
+        free = [e for e in self._known(settled) if e not in self.protected]
         if len(free) < 2:
             return []
         cosines = self._cosines(_features(self._lasting))[free][:, free]
@@ -260,9 +260,9 @@ class MemoryPolicy(Callback):
         self._record(step, "merge", [first, second], why)
         return [first, second]
 
-    def _prune(self, step: int, judged: list[int], usage: list[float], least: float) -> list[int]:
+    def _prune(self, step: int, settled: list[int], usage: list[float], least: float) -> list[int]:
         pruned = []
-        for specialist in sorted(judged, key=usage.__getitem__):
+        for specialist in sorted(settled, key=usage.__getitem__):
             if usage[specialist] >= least or specialist in self.protected:
                 continue
             if int(self.adapter.active.sum()) <= self.adapter.config.top_k:

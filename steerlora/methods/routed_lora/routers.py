@@ -1,4 +1,4 @@
-"""From control signal to gate and rank mask, learnt (DESIGN: the method; paper section 3).
+"""From control signal to gate and rank mask, learnt (paper, section 3).
 
 B batch, S sequence, N latents, K active latents, E specialists, R rank components, H hidden width,
 M modules that have a router of their own (1 where a site's modules share one).
@@ -76,7 +76,7 @@ class Router(nn.Module):
 
     A sub-class gives ``project``, an affine map of the signal, and ``logits``, a function of its
     output. An affine map commutes with averaging, so a running average of the signal costs no more
-    than one of the projection, and a KV cache carries that.
+    than one of the projection, and a KV cache keeps that.
 
     Args:
         width: N for SAE features, D for a dense hidden state.

@@ -1,4 +1,4 @@
-"""Defects of the published code that must not come back (DESIGN, the method): one test each.
+"""Defects of the published code that must not come back: one test each.
 
 Each meets the defect where a user would: in a training, a generation, a checkpoint, a command. The
 parts behind them have tests of their own.

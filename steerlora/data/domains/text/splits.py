@@ -40,7 +40,7 @@ class DomainCounts:
 
 
 def first_of_each(rows: Iterable[SourceRow], keys: set[bytes]) -> Iterator[SourceRow]:
-    """``rows`` without repeated prompts; ``keys`` fills up with the prompts met."""
+    """``rows`` without repeated prompts; ``keys`` fills up with the prompts seen."""
     for row in rows:
         key = prompt_key(row.prompt)
         if key not in keys:

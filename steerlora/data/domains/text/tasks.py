@@ -26,7 +26,7 @@ _MAX_CHOICE_CHARACTERS = 40
 
 @dataclass
 class ShortAnswers:
-    """The answers met in training, by task: the choices of that task's multiple-choice items."""
+    """The answers seen in training, by task: the choices of that task's multiple-choice items."""
 
     by_task: dict[str, set[str] | None] = field(default_factory=lambda: defaultdict(set))
 
