@@ -69,19 +69,18 @@ def make_sae() -> Callable[..., TopK]:
 
 @pytest.fixture
 def make_adapter(make_sae) -> Callable[..., Adapter]:
-    """``make_adapter(model, routing="sae", sites=(1,), **shape)``: attached, with random weights.
+    """``make_adapter(model, signal="sae", sites=(1,), **config)``: attached, with random weights.
 
     B, router weights and biases are random, as after training: at B = 0 nothing would be tested.
+    The rank is dynamic wherever a router learns.
     """
 
-    def make(model: nn.Module, routing: str = "sae", sites=(1,), **changes) -> Adapter:
-        shape = RoutedLoRAConfig(
-            routing=routing,
-            sites=tuple(sites),
-            **({"specialists": 4, "rank": 3, "alpha": 6.0, "top_k": 2} | changes),
-        )
-        saes = {site: make_sae(seed=site) for site in sites} if routing == "sae" else {}
-        adapter = Adapter(model, shape, saes, feature_scales=dict.fromkeys(sites, 2.5))
+    def make(model: nn.Module, signal: str = "sae", sites=(1,), **changes) -> Adapter:
+        learns = signal != "none" and changes.get("router") != "prototype"
+        small = {"specialists": 4, "rank": 3, "alpha": 6.0, "top_k": 2, "dynamic_rank": learns}
+        config = RoutedLoRAConfig(signal=signal, sites=list(sites), **(small | changes))
+        saes = {site: make_sae(seed=site) for site in sites} if signal == "sae" else {}
+        adapter = Adapter(model, config, saes, feature_scales=dict.fromkeys(sites, 2.5))
         randomize(adapter)
         return adapter.to(next(model.parameters()).dtype).attach(model)
 

@@ -1,22 +1,21 @@
-"""Adapter training: losses over real tokens, with gradients; checkpoints of the adapter alone."""
+"""A method in training: losses over real tokens, with gradients; exact resume."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.features import taxonomy
+from helpers.training import StopAt, Stopped, method_module, train
 
-from steerlora.config import AdapterConfig, TrainerConfig
+from steerlora.config import TrainerConfig
 from steerlora.data.chat import ChatBatch, ChatBatches, EncodedChat
-from steerlora.engine.progress import SilentProgress
-from steerlora.methods.module import AdapterModule
+from steerlora.methods.base import Task
+from steerlora.methods.module import MethodModule
 from steerlora.methods.monitor import Monitor
-from steerlora.saes.taxonomy import Taxonomy
 from steerlora.training.language import next_token_loss
-from steerlora.training.loop import fit
 
 ROUTING = {"gate_sparsity": 0.5, "rank_budget": 0.25, "load_balance": 2.0}
 WEIGHTS = {"diversity": 0.125, "orthogonality": 0.0625}
@@ -37,41 +36,31 @@ def batches() -> ChatBatches:
     return ChatBatches(rows, owners, batch_size=4, pad_token_id=0, seed=0)
 
 
-def taxonomy() -> Taxonomy:
-    """Of 64 latents and two domains."""
-    general = torch.arange(64) % 2 == 0
-    domain = torch.stack([~general & (torch.arange(64) % 3 == number) for number in range(2)])
-    prototypes = torch.rand(2, 64, generator=torch.Generator().manual_seed(3)) * domain
-    return Taxonomy(general, domain, prototypes, prototypes, torch.zeros(64))
-
-
 @pytest.fixture
 def make_module(make_model, make_adapter, make_sae):
-    """``make_module(routing="sae", steps=6, shape={}, **weights)``; domain 1 in training."""
+    """``make_module(signal="sae", steps=6, shape={}, **losses)``; domain 1 in training."""
 
-    def make(routing="sae", steps=6, shape=None, **weights) -> AdapterModule:
-        settings = {"rank": 3, "dynamic_rank": routing == "sae", **(shape or {})}
-        config = AdapterConfig(routing=routing, **settings, **weights)
+    def make(signal="sae", steps=6, shape=None, **losses) -> MethodModule:
         model = make_model()
-        adapter = make_adapter(model, routing, **settings)
-        return AdapterModule(
+        adapter = make_adapter(model, signal, **{"dynamic_rank": signal == "sae", **(shape or {})})
+        return method_module(
             model,
             adapter,
-            config=config,
             trainer=SETTINGS,
-            total_steps=steps,
+            steps=steps,
             monitor=Monitor(model, adapter, make_sae(seed=7), 3, taxonomy()),
-            current=1,
-            earlier=(0,),
+            in_training=Task({"math": []}, 1),
+            **losses,
         )
 
     return make
 
 
-def forward(made: AdapterModule, batch: ChatBatch) -> dict[str, tuple[float, torch.Tensor]]:
-    with made.monitor.recording() if made.monitor else nullcontext():
+def forward(made: MethodModule, batch: ChatBatch) -> dict[str, tuple[float, torch.Tensor]]:
+    learner = made.learner
+    with learner.monitor.recording() if learner.config.compares_with_base else nullcontext():
         next_token_loss(made.model, batch)
-    return made.auxiliary(batch)
+    return learner.auxiliary(batch)
 
 
 @pytest.mark.parametrize("name", ALL_ON)
@@ -81,15 +70,15 @@ def test_every_auxiliary_loss_reaches_what_it_should_train(make_module, name):
     weight, value = forward(made, batches()(0))[name]
     assert weight == ALL_ON[name]
     value.backward()
-    router = made.adapter.routers["1"].weight.grad
-    layers = [p.grad for p in made.adapter.layers.parameters()]
+    router = made.method.routers["1"].weight.grad
+    layers = [p.grad for p in made.method.layers.parameters()]
     if name in ROUTING:
         part = router[:, 4:] if name == "rank_budget" else router[:, :4]
         assert part.abs().sum() > 0
         assert all(grad is None for grad in layers)
     elif name == "orthogonality":
         assert router is None
-        for layer in made.adapter.layers.values():
+        for layer in made.method.layers.values():
             own = layer.A.grad.view(4, 3, -1).abs().sum((1, 2)) > 0
             assert own.tolist() == [False, True, False, False]
             assert layer.B.grad is None
@@ -103,7 +92,7 @@ def test_a_loss_alone_falls_when_it_trains(make_module, name, tmp_path):
     """Through the whole training: the weight's sign, the optimizer and the schedule."""
     made = make_module(steps=25, task=0.0, **{name: 10.0})
     before = forward(made, batches()(0))[name][1].item()
-    run(made, tmp_path, max_steps=25, checkpoint_seconds=1000.0)
+    train(made, batches(), tmp_path, 25, checkpoint_seconds=1000.0)
     assert forward(made, batches()(0))[name][1].item() < 0.9 * before
 
 
@@ -112,14 +101,14 @@ def test_routers_of_every_module_are_trained(make_module):
     terms = forward(made, batches()(0))
     assert set(terms) == set(ROUTING)
     sum(value for _, value in terms.values()).backward()
-    assert all(p.grad.abs().sum() > 0 for p in made.adapter.routers.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in made.method.routers.parameters())
 
 
 def test_only_active_specialists_are_balanced(make_module):
     made = make_module(shape={"active": 2}, load_balance=1.0)
     batch = batches()(0)
     found = forward(made, batch)["load_balance"][1]
-    usage = made.adapter.sites[1].routing.gate[batch.attention_mask.bool()].mean(0)
+    usage = made.method.sites[1].routing.gate[batch.attention_mask.bool()].mean(0)
     assert usage[2:].abs().sum() == 0
     torch.testing.assert_close(found, (usage[:2] - 0.5).square().sum())
 
@@ -141,7 +130,7 @@ def test_no_statistic_counts_padding(make_module):
     counted = make_module(**ROUTING)
     forward(counted, wider)
     everything = replace(wider, attention_mask=torch.ones_like(wider.attention_mask))
-    everywhere = counted.auxiliary(everything)
+    everywhere = counted.learner.auxiliary(everything)
     assert abs(everywhere["gate_sparsity"][1].item() - before["gate_sparsity"]) > 1e-4
 
 
@@ -149,8 +138,9 @@ def test_switched_off_and_meaningless_losses_are_absent(make_module):
     assert forward(make_module(), batches()(0)) == {}
     plain = make_module("none", **ALL_ON)
     assert set(forward(plain, batches()(0))) == {*FEATURES, "orthogonality"}
-    plain.earlier = ()
-    assert set(forward(plain, batches()(0))) == set(FEATURES)
+    for position in (0, None):  # no earlier domain, and no sequence
+        plain.learner.training(Task({"law": []}, position))
+        assert set(forward(plain, batches()(0))) == set(FEATURES)
     dense = make_module("dense", **ROUTING, diversity=1.0)
     assert set(forward(dense, batches()(0))) == {"gate_sparsity", "load_balance", "diversity"}
 
@@ -170,26 +160,21 @@ def test_losses_at_zero_weight_cost_nothing(make_module, monkeypatch):
 
 
 def test_losses_on_features_need_a_monitor(make_module):
-    made = make_module(**FEATURES)
+    made = make_module()
     for name in FEATURES:
         with pytest.raises(ValueError, match="give a monitor"):
-            AdapterModule(
-                made.model,
-                made.adapter,
-                config=replace(AdapterConfig(), **{name: 1.0}),
-                trainer=SETTINGS,
-                total_steps=1,
-            )
+            method_module(made.model, made.method, trainer=SETTINGS, steps=1, **{name: 1.0})
 
 
 def test_steering_goes_by_each_row_s_domain(make_module):
     made = make_module(steering=1.0)
     batch = batches()(0)
     found = forward(made, batch)["steering"][1]
-    features, real = made.monitor.features(), batch.attention_mask.bool()
+    monitor, real = made.learner.monitor, batch.attention_mask.bool()
+    features = monitor.features()
     owners = [int(batch.domains[row]) for row, _ in real.nonzero().tolist()]
     dense = torch.zeros(len(owners), 64).scatter_add(1, features.indices, features.values)
-    gap = (dense - made.monitor.prototypes[owners]) * made.monitor.domain[owners]
+    gap = (dense - monitor.prototypes[owners]) * monitor.domain[owners]
     torch.testing.assert_close(found, gap.square().mean())
 
 
@@ -201,71 +186,43 @@ def test_the_loss_is_the_weighted_sum(make_module, monkeypatch):
     monkeypatch.setattr(made, "log_dict", lambda values, **_: logged.update(values))
     loss = made.training_step(batch, 0)
     expected = 0.5 * next_token_loss(made.model, batch).item()
-    expected += sum(w * value.item() for w, value in made.auxiliary(batch).values())
+    expected += sum(w * value.item() for w, value in made.learner.auxiliary(batch).values())
     assert loss.item() == pytest.approx(expected)
     assert set(logged) == {"train/loss", "train/task", *(f"train/{name}" for name in ALL_ON)}
 
 
-def run(made: AdapterModule, directory: Path, **changes) -> dict:
-    settings = replace(SETTINGS, **changes)
-    return fit(
-        made,
-        batches(),
-        settings.max_steps,
-        trainer=settings,
-        checkpoints=directory,
-        progress=SilentProgress(),
-        description="test",
-    )
-
-
-@pytest.mark.parametrize("routing", ["none", "dense", "sae"])
-def test_training_moves_the_adapter_and_nothing_else(make_module, tmp_path, routing):
-    weights = {} if routing == "none" else {"load_balance": 0.01}
-    made = make_module(routing, steps=40, **weights)
+@pytest.mark.parametrize("signal", ["none", "dense", "sae"])
+def test_training_moves_the_adapter_and_nothing_else(make_module, tmp_path, signal):
+    weights = {} if signal == "none" else {"load_balance": 0.01}
+    made = make_module(signal, steps=40, **weights)
     frozen = {n: p.clone() for n, p in made.model.named_parameters() if ".low_rank." not in n}
-    saes = {n: p.clone() for s in made.adapter.saes.values() for n, p in s.named_parameters()}
-    start = {n: p.clone() for n, p in made.adapter.named_parameters()}
+    saes = {n: p.clone() for s in made.method.saes.values() for n, p in s.named_parameters()}
+    start = {n: p.clone() for n, p in made.method.named_parameters()}
     first = next_token_loss(made.model, batches()(0)).item()
-    run(made, tmp_path, max_steps=40, checkpoint_seconds=1000.0)
+    train(made, batches(), tmp_path, 40, checkpoint_seconds=1000.0)
     assert next_token_loss(made.model, batches()(0)).item() < 0.7 * first
     parameters = dict(made.model.named_parameters())
     assert all(torch.equal(parameters[n], p) for n, p in frozen.items())
-    for sae in made.adapter.saes.values():
+    for sae in made.method.saes.values():
         assert all(torch.equal(p, saes[n]) for n, p in sae.named_parameters())
-    for name, parameter in made.adapter.named_parameters():
+    for name, parameter in made.method.named_parameters():
         assert torch.equal(parameter, start[name]) == name.startswith("scales."), name
 
 
 def test_resumed_adapters_are_bit_equal(make_module, tmp_path):
     unbroken = make_module(**ALL_ON)
-    run(unbroken, tmp_path / "a")
-
-    broken = make_module(**ALL_ON)
-    broken.on_train_batch_start = _stop_at(3)
-    with pytest.raises(_Stopped):
-        run(broken, tmp_path / "b")
+    train(unbroken, batches(), tmp_path / "a", 6)
+    with pytest.raises(Stopped):
+        train(make_module(**ALL_ON), batches(), tmp_path / "b", 6, [StopAt(3)])
     resumed = make_module(**ALL_ON)
     with torch.no_grad():  # what a new process builds does not matter
-        resumed.adapter.layers["1:mlp/up_proj"].A.zero_()
-    run(resumed, tmp_path / "b")
-    for name, weight in unbroken.adapter.state_dict().items():
-        assert torch.equal(weight, resumed.adapter.state_dict()[name]), name
-
-
-class _Stopped(Exception):
-    pass
-
-
-def _stop_at(step: int):
-    def stop(batch, index):
-        if index == step:
-            raise _Stopped
-
-    return stop
+        resumed.method.layers["1:mlp/up_proj"].A.zero_()
+    train(resumed, batches(), tmp_path / "b", 6)
+    for name, weight in unbroken.method.state_dict().items():
+        assert torch.equal(weight, resumed.method.state_dict()[name]), name
 
 
 def test_lightning_mixed_precision_runs(make_module, tmp_path):
     made = make_module(**ALL_ON)
-    run(made, tmp_path, precision="bf16-mixed")
-    assert all(p.isfinite().all() for p in made.adapter.parameters())
+    train(made, batches(), tmp_path, 6, precision="bf16-mixed")
+    assert all(p.isfinite().all() for p in made.method.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.features import taxonomy
 from transformers import Qwen3ForCausalLM
 
 from steerlora.lm.decoder import EditedLayer, decoder_of, residual_streams
@@ -12,28 +13,18 @@ from steerlora.methods.monitor import Monitor
 from steerlora.methods.routed_lora import losses
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.saes.sparse import SparseFeatures
-from steerlora.saes.taxonomy import Taxonomy
 
 LAYERS, LATENTS = 3, 64  # of the fixtures' model and SAE
 LENGTHS = [5, 8, 3]
 
 
-def taxonomy(latents: int = LATENTS) -> Taxonomy:
-    general = torch.arange(latents) % 2 == 0
-    domain = torch.stack([~general & (torch.arange(latents) % 3 == d) for d in range(2)])
-    prototypes = torch.rand(2, latents, generator=torch.Generator().manual_seed(3)) * domain
-    return Taxonomy(general, domain, prototypes, prototypes, torch.zeros(latents))
-
-
 @pytest.fixture
 def made(make_model, make_adapter, make_sae):
-    """``made(layer=L, routing=..., sites=(1,), **shape)``: model, attached adapter, monitor."""
+    """``made(layer=L, signal=..., sites=(1,), **shape)``: model, attached adapter, monitor."""
 
-    def make(layer: int = LAYERS, routing: str = "sae", sites=(1,), **changes):
+    def make(layer: int = LAYERS, **changes):
         model = make_model()
-        if routing == "none":
-            changes |= {"dynamic_rank": False}
-        adapter = make_adapter(model, routing, sites, **changes)
+        adapter = make_adapter(model, **changes)
         return model, adapter, Monitor(model, adapter, make_sae(seed=7), layer, taxonomy())
 
     return make
@@ -58,9 +49,9 @@ CASES = [
     {"layer": 3},
     {"layer": 2, "sites": (0, 2)},
     {"layer": 3, "sites": (0, 1), "source": "base"},
-    {"layer": 2, "routing": "dense"},
-    {"layer": 3, "routing": "dense", "source": "base_last", "dynamic_rank": False},
-    {"layer": 3, "routing": "none"},
+    {"layer": 2, "signal": "dense"},
+    {"layer": 3, "signal": "dense", "source": "base_last", "dynamic_rank": False},
+    {"layer": 3, "signal": "none"},
     {"layer": 3, "per_module": True},
 ]
 

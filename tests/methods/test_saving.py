@@ -14,9 +14,8 @@ from torch import nn
 import steerlora
 from steerlora.errors import UserError
 from steerlora.lm.identity import model_fingerprint
-from steerlora.methods.routed_lora.adapter import Adapter
-from steerlora.methods.routed_lora.config import RoutedLoRAConfig
-from steerlora.methods.saving import CONFIG, WEIGHTS, save_adapter
+from steerlora.methods.routed_lora.config import HealthConfig, LossWeights
+from steerlora.methods.saving import CONFIG, FORMAT_VERSION, WEIGHTS, save_adapter, trained_under
 from steerlora.saes.saelens import load_sae, save_sae
 
 
@@ -42,12 +41,18 @@ def edit(path: Path, **changes) -> None:
     (path / CONFIG).write_text(json.dumps(config | changes))
 
 
-@pytest.mark.parametrize("routing", ["none", "dense", "sae"])
-def test_round_trip_gives_equal_logits(make_model, make_adapter, tokens, tmp_path, routing):
+@pytest.mark.parametrize("signal", ["none", "dense", "sae"])
+def test_round_trip_gives_equal_logits(make_model, make_adapter, tokens, tmp_path, signal):
     model = make_model()
     ids, mask = tokens([7, 5])
-    changes = {"dynamic_rank": False} if routing == "none" else {"temperature": 0.8}
-    adapter = make_adapter(model, routing, sites=(1, 2), **changes)
+    adapter = make_adapter(
+        model,
+        signal,
+        sites=(1, 2),
+        temperature=0.8,
+        losses=LossWeights(load_balance=0.5),
+        health=HealthConfig(collapse="stop"),
+    )
     expected = model(ids, attention_mask=mask).logits
     paths = {}
     for site, sae in adapter.saes.items():
@@ -59,7 +64,7 @@ def test_round_trip_gives_equal_logits(make_model, make_adapter, tokens, tmp_pat
     fresh = make_model()
     loaded = steerlora.load_adapter(fresh, tmp_path / "a")
     assert torch.equal(fresh(ids, attention_mask=mask).logits, expected)
-    assert loaded.shape == adapter.config
+    assert loaded.config == adapter.config  # its nested sections too
     loaded.remove()
     assert torch.equal(fresh(ids).logits, make_model()(ids).logits)
 
@@ -115,6 +120,13 @@ def test_another_sae_is_refused(saved, make_model, make_sae):
         steerlora.load_adapter(make_model(), saved, sae=make_sae(seed=9))
 
 
+def test_what_an_adapter_was_trained_under_is_kept(make_model, make_adapter, saved, tmp_path):
+    assert trained_under(saved) == "none"
+    adapter = make_adapter(make_model())
+    save_adapter(adapter, tmp_path / "b", base_fingerprint="x", trained_under="shuffle")
+    assert trained_under(tmp_path / "b") == "shuffle"
+
+
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_a_missing_file_is_named(saved, make_model, name):
     (saved / name).unlink()
@@ -136,11 +148,22 @@ def test_truncated_weights_are_refused_in_one_line(saved, make_model, kept):
 
 def test_edited_configs_are_refused(saved, make_model):
     good = json.loads((saved / CONFIG).read_text())
+    method = good["method"]
+    losses = {"losses": method["losses"] | {"no_such_loss": 1.0}}
     edits = {
-        "does not fit this model: .*size mismatch": {"shape": good["shape"] | {"rank": 5}},
-        "does not fit this model: .*no_such_key": {"shape": good["shape"] | {"no_such_key": 5}},
-        "does not fit this model: .*layers 0 to 2": {"shape": good["shape"] | {"sites": [7]}},
+        "does not fit this model: .*size mismatch": {"method": method | {"rank": 5}},
+        "does not fit this model: .* no_such_key, unknown here": {
+            "method": method | {"no_such_key": 5}
+        },
+        "does not fit this model: .* no_such_loss, unknown here": {"method": method | losses},
+        "does not fit this model: .*layers 0 to 2": {"method": method | {"sites": [7]}},
+        "does not fit this model: .*method.kind=routed_lore: did you mean 'routed_lora'": {
+            "method": method | {"kind": "routed_lore"}
+        },
+        "does not fit this model: .*kind": {"method": {}},
         "is not a SteerLoRA adapter": {"format": "peft"},
+        f"format version 1, this code reads {FORMAT_VERSION}: train": {"version": 1},
+        "format version None": {"version": None},
         "trained on another base model": {"base_fingerprint": "0" * 20},
     }
     for message, change in edits.items():
@@ -149,8 +172,9 @@ def test_edited_configs_are_refused(saved, make_model):
             steerlora.load_adapter(make_model(), saved)
         assert "\n" not in str(caught.value)
         edit(saved, **good)
-    (saved / CONFIG).write_text(json.dumps({"format": "steerlora", "shape": {}}))
-    with pytest.raises(UserError, match="lacks base_fingerprint, saes, sites"):
+    bare = {"format": "steerlora", "version": FORMAT_VERSION, "method": {}}
+    (saved / CONFIG).write_text(json.dumps(bare))
+    with pytest.raises(UserError, match="lacks base_fingerprint, saes, facts"):
         steerlora.load_adapter(make_model(), saved)
     (saved / CONFIG).write_text('{"format": ')
     with pytest.raises(UserError, match="is not JSON"):
@@ -172,9 +196,9 @@ def test_fingerprint_survives_types_and_adapters_and_tells_bases_apart(make_mode
     fingerprint = model_fingerprint(model)
     for dtype in (torch.bfloat16, torch.float64):
         assert model_fingerprint(make_model(dtype)) == fingerprint
-    for routing in ("none", "dense", "sae"):
+    for signal in ("none", "dense", "sae"):
         adapted = make_model()
-        make_adapter(adapted, routing, dynamic_rank=False)
+        make_adapter(adapted, signal)
         assert model_fingerprint(adapted) == fingerprint
     assert model_fingerprint(make_model(seed=1)) != fingerprint
     with torch.no_grad():
@@ -187,11 +211,3 @@ def test_fingerprint_of_an_embedding_beyond_float32_positions():
     model = nn.Module()
     model.weight = nn.Parameter(torch.zeros(1).expand(151936 * 1024), requires_grad=False)
     assert len(model_fingerprint(model)) == 20
-
-
-def test_shape_is_json(make_model):
-    shape = RoutedLoRAConfig(signal="none", sites=(1,))
-    assert Adapter(make_model(), shape).shape.as_dict() == json.loads(
-        json.dumps(shape.as_dict()),
-        object_hook=lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()},
-    )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.features import taxonomy
+from helpers.training import method_module
 
-from steerlora.config import AdapterConfig, TrainerConfig
+from steerlora.config import TrainerConfig
 from steerlora.data.chat import ChatBatch, EncodedChat, collate
 from steerlora.data.packing import collate_packed
 from steerlora.errors import UserError
-from steerlora.methods.module import AdapterModule
+from steerlora.methods.module import MethodModule
 from steerlora.methods.monitor import Monitor
-from steerlora.saes.taxonomy import Taxonomy
 from steerlora.training.language import next_token_loss
 from tests.conftest import VOCABULARY
 
@@ -29,8 +30,8 @@ ADAPTERS = {
     "ema": {"context": "ema", "decay": 0.8},
     "mlp, a router a module": {"router": "mlp", "router_hidden": 6, "per_module": True},
     "base": {"source": "base", "sites": (0, 2), "context": "causal_mean"},
-    "dense": {"routing": "dense", "context": "ema"},
-    "none": {"routing": "none"},
+    "dense": {"signal": "dense", "context": "ema", "dynamic_rank": False},
+    "none": {"signal": "none"},
 }
 
 
@@ -58,50 +59,35 @@ def conversations() -> list[list[EncodedChat]]:
     ]
 
 
-def taxonomy() -> Taxonomy:
-    """Of 64 latents and two domains."""
-    general = torch.arange(64) % 2 == 0
-    domain = torch.stack([~general & (torch.arange(64) % 3 == number) for number in range(2)])
-    prototypes = torch.rand(2, 64, generator=torch.Generator().manual_seed(3)) * domain
-    return Taxonomy(general, domain, prototypes, prototypes, torch.zeros(64))
-
-
 @pytest.fixture
 def make_module(make_model, make_adapter, make_sae):
     """``make_module(name, checkpointing)``: all losses on, in float64."""
 
-    def make(name: str, checkpointing: bool = False) -> AdapterModule:
-        shape = dict(ADAPTERS[name])
-        routing, sites = shape.pop("routing", "sae"), shape.pop("sites", (1,))
+    def make(name: str, checkpointing: bool = False) -> MethodModule:
         model = make_model(torch.float64)
-        adapter = make_adapter(model, routing, sites, dynamic_rank=routing == "sae", **shape)
+        adapter = make_adapter(model, **ADAPTERS[name])
         if checkpointing:
             model.gradient_checkpointing_enable()
             model.enable_input_require_grads()
-        config = AdapterConfig(
-            routing=routing, dynamic_rank=routing == "sae", specialists=4, **WEIGHTS
-        )
-        return AdapterModule(
+        return method_module(
             model,
             adapter,
-            config=config,
             trainer=TrainerConfig(packing=True),
-            total_steps=1,
+            steps=1,
             monitor=Monitor(model, adapter, make_sae(seed=7), 3, taxonomy()),
+            **WEIGHTS,
         ).train()
 
     return make
 
 
-def learn(made: AdapterModule, batch: ChatBatch) -> tuple[dict, dict]:
+def learn(made: MethodModule, batch: ChatBatch) -> tuple[dict, dict]:
     """All losses of a batch, and the gradients of their sum."""
-    with made.monitor.recording():
-        terms = {"task": (1.0, next_token_loss(made.model, batch))}
-    terms |= made.auxiliary(batch)
+    terms = made.learner.losses(batch)
     made.zero_grad()
     sum(weight * value for weight, value in terms.values()).backward()
     gradients = {
-        name: p.grad.clone() for name, p in made.adapter.named_parameters() if p.grad is not None
+        name: p.grad.clone() for name, p in made.method.named_parameters() if p.grad is not None
     }
     return {name: value.detach() for name, (_, value) in terms.items()}, gradients
 
@@ -113,11 +99,13 @@ def test_losses_and_gradients_are_those_of_a_conversation_a_row(
 ):
     made = make_module(name, checkpointing)
     found, expected = learn(made, packed), learn(made, unpacked)
-    assert len(expected[0]) == (3 if name == "none" else 6 if made.config.dynamic_rank else 5)
+    assert len(expected[0]) == (
+        3 if name == "none" else 6 if made.method.config.dynamic_rank else 5
+    )
     assert (
         expected[1].keys()
         == found[1].keys()
-        == {name for name, p in made.adapter.named_parameters() if p.requires_grad}
+        == {name for name, p in made.method.named_parameters() if p.requires_grad}
     )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
@@ -138,11 +126,5 @@ def test_a_model_that_would_mix_conversations_is_refused_in_one_line(make_model,
     model = make_model()
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UserError, match=r"trainer\.packing=true: .*; set it to false") as caught:
-        AdapterModule(
-            model,
-            make_adapter(model),
-            config=AdapterConfig(preservation=0, steering=0),
-            trainer=TrainerConfig(packing=True),
-            total_steps=1,
-        )
+        method_module(model, make_adapter(model), trainer=TrainerConfig(packing=True), steps=1)
     assert "\n" not in str(caught.value)

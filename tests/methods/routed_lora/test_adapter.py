@@ -10,10 +10,8 @@ from torch import nn
 from steerlora.data.chat import ChatBatch
 from steerlora.lm.decoder import edited, residual_streams
 from steerlora.methods.routed_lora.adapter import Adapter
-from steerlora.methods.routed_lora.config import RoutedLoRAConfig
+from steerlora.methods.routed_lora.config import SIGNALS, RoutedLoRAConfig
 from steerlora.training.language import next_token_loss
-
-ROUTINGS = ["none", "dense", "sae"]
 
 
 def loss_of(model, ids, mask) -> torch.Tensor:
@@ -59,34 +57,34 @@ def test_stream_and_features_at_the_site_are_the_bases_bit_for_bit(
 class SlowLinear(nn.Module):
     """The update with a loop over specialists and rank components, from the definitions."""
 
-    def __init__(self, base, layer, shape, routing) -> None:
+    def __init__(self, base, layer, config, routing) -> None:
         super().__init__()
-        self.base, self.layer, self.shape, self.routing = base, layer, shape, routing
+        self.base, self.layer, self.config, self.routing = base, layer, config, routing
 
     def forward(self, x):
-        E, R = self.shape.specialists, self.shape.rank
+        E, R = self.config.specialists, self.config.rank
         y = self.base(x)
         gate, mask = self.routing()
         for e in range(E):
             for j in range(R):
                 row, column = self.layer.A[e * R + j], self.layer.B[:, e * R + j]
-                weight = gate[..., e] * mask[..., j] * self.shape.alpha / R
+                weight = gate[..., e] * mask[..., j] * self.config.alpha / R
                 y = y + ((x @ row) * weight).unsqueeze(-1) * column
         return y
 
 
 def slow_routing(adapter: Adapter, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gate [B, S, E] and mask [B, S, R] of the first site, token by token."""
-    shape, site = adapter.config, min(adapter.config.sites)
-    E, R = shape.specialists, shape.rank
-    if shape.routing == "none":
+    config, site = adapter.config, min(adapter.config.sites)
+    E, R = config.specialists, config.rank
+    if config.signal == "none":
         return torch.ones(*stream.shape[:2], E).to(stream), torch.ones(*stream.shape[:2], R).to(
             stream
         )
     router = adapter.routers[str(site)]
     gates, masks = [], []
     for x in stream.reshape(-1, stream.shape[-1]):
-        if shape.routing == "dense":
+        if config.signal == "dense":
             signal = x / (x.square().mean() + 1e-6).sqrt()
         else:
             sae = adapter.saes[site]
@@ -95,26 +93,25 @@ def slow_routing(adapter: Adapter, stream: torch.Tensor) -> tuple[torch.Tensor, 
             signal = torch.zeros_like(scores)
             signal[kept] = scores[kept].relu() / adapter.scales[str(site)]
         logits = signal @ router.weight + router.bias
-        softmax = (logits[:E] / shape.temperature).exp() / (
-            logits[:E] / shape.temperature
-        ).exp().sum()
-        threshold = softmax.sort(descending=True).values[shape.top_k - 1]
+        exponentials = (logits[:E] / config.temperature).exp()
+        softmax = exponentials / exponentials.sum()
+        threshold = softmax.sort(descending=True).values[config.top_k - 1]
         kept_gate = softmax * (softmax >= threshold)
         gates.append(kept_gate / (kept_gate.sum() + 1e-8))
         mask, product = [], 1.0
         for j in range(R):
-            if shape.dynamic_rank:
+            if config.dynamic_rank:
                 product = product * torch.sigmoid(logits[E + j]).clamp_min(1e-4)
-            mask.append(product if shape.dynamic_rank else torch.ones_like(x[0]))
+            mask.append(product if config.dynamic_rank else torch.ones_like(x[0]))
         masks.append(torch.stack(mask))
     size = stream.shape[:2]
     return torch.stack(gates).view(*size, E), torch.stack(masks).view(*size, R)
 
 
 @pytest.mark.parametrize(
-    ("routing", "changes"),
+    ("signal", "changes"),
     [
-        ("none", {"dynamic_rank": False}),
+        ("none", {}),
         ("dense", {"dynamic_rank": False, "temperature": 0.7}),
         ("dense", {}),
         ("sae", {}),
@@ -122,12 +119,10 @@ def slow_routing(adapter: Adapter, stream: torch.Tensor) -> tuple[torch.Tensor, 
         ("sae", {"top_k": 1, "dynamic_rank": False}),
     ],
 )
-def test_model_and_gradients_equal_the_slow_loop(
-    make_model, make_adapter, tokens, routing, changes
-):
+def test_model_and_gradients_equal_the_slow_loop(make_model, make_adapter, tokens, signal, changes):
     model = make_model(torch.float64)
     ids, mask = tokens([6, 4])
-    adapter = make_adapter(model, routing, **changes)
+    adapter = make_adapter(model, signal, **changes)
     for sae in adapter.saes.values():
         sae.double()
     parameters = {n: p for n, p in adapter.named_parameters() if p.requires_grad}
@@ -177,13 +172,12 @@ def test_a_consistent_relabelling_of_latents_is_no_control(make_model, make_adap
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("signal", SIGNALS)
 def test_generation_equals_uncached_unpadded_one_by_one(
-    make_model, make_adapter, tokens, routing, dtype
+    make_model, make_adapter, tokens, signal, dtype
 ):
     model = make_model(dtype)
-    changes = {"dynamic_rank": False} if routing == "none" else {}
-    make_adapter(model, routing, **changes)
+    make_adapter(model, signal)
     right, mask = tokens([3, 9, 6])
     prompts = [row[:length] for row, length in zip(right, mask.sum(1).tolist(), strict=True)]
     left = torch.stack([F.pad(p, (9 - len(p), 0)) for p in prompts])
@@ -208,11 +202,11 @@ def test_generation_equals_uncached_unpadded_one_by_one(
         assert ids[len(prompt) :].tolist() == batch.sequences[row, 9:].tolist()
 
 
-@pytest.mark.parametrize("routing", ["dense", "sae"])
-def test_a_cached_step_routes_its_own_token(make_model, make_adapter, tokens, routing):
+@pytest.mark.parametrize("signal", ["dense", "sae"])
+def test_a_cached_step_routes_its_own_token(make_model, make_adapter, tokens, signal):
     """The published code averages z over the prompt when lengths differ."""
     model = make_model()
-    adapter = make_adapter(model, routing)
+    adapter = make_adapter(model, signal)
     ids, mask = tokens([8, 8])
     model(ids, attention_mask=mask)
     whole = adapter.routing()[1]
@@ -225,10 +219,10 @@ def test_a_cached_step_routes_its_own_token(make_model, make_adapter, tokens, ro
             torch.testing.assert_close(ours[:, 0], full[:, position], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_a_batch_mate_and_padding_change_nothing(make_model, make_adapter, tokens, routing):
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_a_batch_mate_and_padding_change_nothing(make_model, make_adapter, tokens, signal):
     model = make_model()
-    make_adapter(model, routing, **({"dynamic_rank": False} if routing == "none" else {}))
+    make_adapter(model, signal)
     ids, mask = tokens([6, 9])
     alone = model(ids[:1, :6]).logits
     together = model(ids, attention_mask=mask).logits[:1, :6]
@@ -242,11 +236,10 @@ def test_a_batch_mate_and_padding_change_nothing(make_model, make_adapter, token
 # Training
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_gradient_checkpointing_changes_nothing(make_model, make_adapter, tokens, routing):
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_gradient_checkpointing_changes_nothing(make_model, make_adapter, tokens, signal):
     model = make_model(torch.float64)
-    changes = {"dynamic_rank": False} if routing == "none" else {}
-    adapter = make_adapter(model, routing, sites=(0,), **changes)
+    adapter = make_adapter(model, signal, sites=(0,))
     ids, mask = tokens([7, 5])
     parameters = [p for p in adapter.parameters() if p.requires_grad]
     model.train()
@@ -264,10 +257,10 @@ def test_gradient_checkpointing_changes_nothing(make_model, make_adapter, tokens
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("routing", ["dense", "sae"])
-def test_routing_sends_no_gradient_into_the_stream(make_model, make_adapter, routing):
+@pytest.mark.parametrize("signal", ["dense", "sae"])
+def test_routing_sends_no_gradient_into_the_stream(make_model, make_adapter, signal):
     """A later site would otherwise train the layers of an earlier one to please its router."""
-    site = make_adapter(make_model(), routing, sites=(0, 2)).sites[2]
+    site = make_adapter(make_model(), signal, sites=(0, 2)).sites[2]
     stream = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert site.edit(stream) is stream
     assert torch.autograd.grad(site.scales[0].sum(), stream, allow_unused=True) == (None,)
@@ -277,7 +270,7 @@ def test_bfloat16_base_with_float32_sae(make_model, make_sae, tokens):
     model = make_model(torch.bfloat16)
     sae = make_sae()
     exact = {name: p.clone() for name, p in sae.named_parameters()}
-    adapter = Adapter(model, RoutedLoRAConfig(sites=(1,), rank=3), {1: sae}).attach(model)
+    adapter = Adapter(model, RoutedLoRAConfig(sites=[1], rank=3), {1: sae}).attach(model)
     seen = []
     encode = sae.encode
     sae.encode = lambda x: seen.append(encode(x)) or seen[-1]
@@ -330,13 +323,13 @@ def test_each_site_controls_the_layers_up_to_the_next(make_model, make_adapter, 
 # Attaching and refusing
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_remove_gives_back_the_same_modules_and_logits(make_model, make_adapter, tokens, routing):
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_remove_gives_back_the_same_modules_and_logits(make_model, make_adapter, tokens, signal):
     model = make_model()
     ids, mask = tokens([7, 5])
     modules = dict(model.named_modules())
     before = model(ids, attention_mask=mask).logits
-    adapter = make_adapter(model, routing, **({"dynamic_rank": False} if routing == "none" else {}))
+    adapter = make_adapter(model, signal)
     assert not torch.allclose(model(ids, attention_mask=mask).logits, before)
     adapter.remove()
     after = dict(model.named_modules())
@@ -354,7 +347,7 @@ def test_an_untrained_adapter_is_the_base(make_model, make_sae, tokens):
     model = make_model()
     ids, mask = tokens([7, 5])
     before = model(ids, attention_mask=mask).logits
-    Adapter(model, RoutedLoRAConfig(sites=(1,)), {1: make_sae()}).attach(model)
+    Adapter(model, RoutedLoRAConfig(sites=[1]), {1: make_sae()}).attach(model)
     assert torch.equal(model(ids, attention_mask=mask).logits, before)
 
 
@@ -370,30 +363,32 @@ def test_a_second_adapter_is_refused_and_leaves_the_first_trainable(make_model, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sites": (3,)}, r"sites \[3\].*layers 0 to 2"),
-        ({"sites": (-1,)}, "layers 0 to 2"),
-        ({"sites": ()}, "layers 0 to 2"),
-        ({"sites": (1, 2)}, r"no SAE for control site 2; SAEs are given for \[1\]"),
-        ({"routing": "sparse"}, "'sparse': choose from none, dense, sae"),
-        ({"target_modules": ("query",)}, "named query.*q_proj"),
-        ({"target_modules": ("q_proj", "v_prj")}, "named v_prj;.*v_proj"),
-        ({"target_modules": ()}, "q_proj"),
+        ({"sites": [3]}, r"sites \[3\].*layers 0 to 2"),
+        ({"sites": [1, 3]}, r"sites \[1, 3\].*layers 0 to 2"),
+        ({"sites": [-1]}, r"sites=\[-1\]: give layers in rising order"),
+        ({"sites": []}, r"sites=\[\]: give layers in rising order"),
+        ({"sites": [1, 2]}, r"no SAE for control site 2; SAEs are given for \[1\]"),
+        ({"signal": "sparse"}, "method.signal=sparse: did you mean 'sae'"),
+        ({"signal": "hidden"}, "method.signal=hidden: choose from dense, none, sae"),
+        ({"router": "lineal"}, "method.router=lineal: did you mean 'linear'"),
+        ({"target_modules": ["query"]}, "named query.*q_proj"),
+        ({"target_modules": ["q_proj", "v_prj"]}, "named v_prj;.*v_proj"),
+        ({"target_modules": []}, "q_proj"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(make_model, make_sae, changes, message):
-    shape = RoutedLoRAConfig(**({"sites": (1,)} | changes))
+def test_configurations_that_do_not_fit_are_refused(make_model, make_sae, changes, message):
     with pytest.raises(ValueError, match=message):
-        Adapter(make_model(), shape, {1: make_sae()})
+        Adapter(make_model(), RoutedLoRAConfig(**({"sites": [1]} | changes)), {1: make_sae()})
 
 
 def test_an_sae_of_another_width_is_refused(make_model, make_sae):
     with pytest.raises(ValueError, match="site 1 reads width 16, the model has 32"):
-        Adapter(make_model(), RoutedLoRAConfig(sites=(1,)), {1: make_sae(width=16)})
+        Adapter(make_model(), RoutedLoRAConfig(sites=[1]), {1: make_sae(width=16)})
 
 
 def test_dense_routing_ignores_saes(make_model, make_sae):
-    shape = RoutedLoRAConfig(signal="dense", sites=(1,))
-    adapter = Adapter(make_model(), shape, {1: make_sae()})
+    config = RoutedLoRAConfig(signal="dense", sites=[1])
+    adapter = Adapter(make_model(), config, {1: make_sae()})
     assert adapter.routers["1"].weight.shape[0] == 32
     assert not adapter.saes
 
@@ -402,13 +397,13 @@ def test_parameters_of_the_three_methods_are_equal_within_five_percent(make_mode
     from steerlora.saes.topk import TopK
 
     counts = {}
-    for routing, dynamic in (("none", False), ("dense", False), ("sae", True)):
+    for signal, dynamic in (("none", False), ("dense", False), ("sae", True)):
         model = make_model(
             hidden_size=128, intermediate_size=384, num_hidden_layers=4, head_dim=32, vocab_size=239
         )
-        shape = RoutedLoRAConfig(signal=routing, sites=(1,), dynamic_rank=dynamic)
-        adapter = Adapter(model, shape, {1: TopK(128, 512, k=16)})
-        counts[routing] = adapter.parameter_count()
+        config = RoutedLoRAConfig(signal=signal, sites=[1], dynamic_rank=dynamic)
+        adapter = Adapter(model, config, {1: TopK(128, 512, k=16)})
+        counts[signal] = adapter.parameter_count()
     assert counts["none"] == 3 * 64 * (2 * 256 + 2 * 192 + 3 * 512)
     assert max(counts.values()) / min(counts.values()) < 1.05, counts
 

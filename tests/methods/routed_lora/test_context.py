@@ -93,7 +93,7 @@ def test_averaged_logits_are_the_logits_of_averaged_features(
     pooled = slowly(dense, mask.bool(), name, 0.6)
     active = torch.ones(4, dtype=torch.bool)
     averaging, plain = adapter.routers["1"], replace(adapter.config, context="token")
-    averaging.shape = plain
+    averaging.config = plain
     expected, _ = averaging(pooled, mask.bool(), active)
     found = adapter.routing()[1]
     real = mask.bool()
@@ -102,12 +102,12 @@ def test_averaged_logits_are_the_logits_of_averaged_features(
 
 
 @pytest.mark.parametrize("name", AVERAGES)
-@pytest.mark.parametrize("routing", ["sae", "dense"])
+@pytest.mark.parametrize("signal", ["sae", "dense"])
 def test_generation_with_a_cache_equals_generation_without(
-    name, routing, make_model, make_adapter, tokens
+    name, signal, make_model, make_adapter, tokens
 ):
     model = make_model()
-    make_adapter(model, routing=routing, context=name)
+    make_adapter(model, signal, context=name)
     ids, mask = tokens([7, 4, 5])
     ids, mask = ids.flip(1), mask.flip(1)  # padding on the left, as generation has it
     chosen = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from steerlora.methods.routed_lora.shape import find_targets
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 
 from steerlora.lm.decoder import (
@@ -21,6 +20,7 @@ from steerlora.lm.decoder import (
     layers_path,
     residual_streams,
 )
+from steerlora.lm.targets import find_targets
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.lowrank import AdaptedLinear
@@ -114,7 +114,7 @@ def model(request, family):
 def test_layers_and_linear_modules_are_found(family, model):
     assert layers_path(model) == family.path
     assert len(layers_of(model)) == LAYERS
-    targets = find_targets(model, RoutedLoRAConfig(sites=(1,)))
+    targets = find_targets(model, 1, None)
     layers = {name.split(":")[0] for name in targets}
     assert layers == {"1", "2"}
     last = [name.rsplit("/", 1)[-1].rsplit(":", 1)[-1] for name in targets]
@@ -196,7 +196,7 @@ def test_names_and_patterns_choose_modules(make_model):
     model = make_model()
 
     def chosen(*patterns) -> set[str]:
-        targets = find_targets(model, RoutedLoRAConfig(sites=(2,), target_modules=patterns))
+        targets = find_targets(model, 2, patterns)
         return {name.split(":")[1].replace("/", ".") for name in targets}
 
     assert chosen("q_proj") == {"self_attn.q_proj"}
@@ -222,10 +222,9 @@ def test_a_name_of_another_family_is_refused_with_what_there_is(make_adapter):
 
 def test_models_without_attention_or_decoder_are_refused(make_sae):
     mamba = AutoConfig.for_model("mamba", vocab_size=61, hidden_size=WIDTH, num_hidden_layers=3)
+    model = AutoModelForCausalLM.from_config(mamba)
     with pytest.raises(ValueError, match=r"MambaModel keeps no keys and values .*cache_params"):
-        Adapter(
-            AutoModelForCausalLM.from_config(mamba), RoutedLoRAConfig(sites=(1,)), {1: make_sae()}
-        )
+        Adapter(model, RoutedLoRAConfig(sites=[1]), {1: make_sae()})
     bert = BertConfig(**SIZES)
     with pytest.raises(ValueError, match=r"BertLMHeadModel has no decoder: .* bert \(BertModel\)"):
         decoder_of(AutoModelForCausalLM.from_config(bert))

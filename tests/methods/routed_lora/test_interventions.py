@@ -415,7 +415,7 @@ def test_misuse_is_refused(make_model, make_adapter, tokens):
     model = make_model()
     adapter = make_adapter(model)
     ids, mask = tokens([4])
-    with pytest.raises(ValueError, match=r"no intervention 'shufle': choose from .*shuffle"):
+    with pytest.raises(ValueError, match=r"intervention=shufle: did you mean 'shuffle'"):
         adapter.intervention("shufle").__enter__()
     with (
         pytest.raises(RuntimeError, match="'shuffle': its control site never ran"),
@@ -436,8 +436,9 @@ def test_misuse_is_refused(make_model, make_adapter, tokens):
     assert adapter.forward_state.intervention is None
 
 
-@pytest.mark.parametrize("routing", ["none", "dense"])
-def test_interventions_need_sae_routing(make_model, make_adapter, routing):
-    adapter = make_adapter(make_model(), routing, dynamic_rank=False)
-    with pytest.raises(ValueError, match=f"routing is '{routing}'"):
+@pytest.mark.parametrize("signal", ["none", "dense"])
+def test_interventions_need_sae_routing(make_model, make_adapter, signal):
+    adapter = make_adapter(make_model(), signal)
+    with pytest.raises(ValueError, match="intervention shuffle acts on .* SAE features") as caught:
         adapter.intervention("shuffle").__enter__()
+    assert "\n" not in str(caught.value)

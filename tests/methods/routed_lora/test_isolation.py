@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from helpers.training import method_module, train
 
-from steerlora.config import AdapterConfig, TrainerConfig
+from steerlora.config import TrainerConfig
 from steerlora.data.chat import ChatBatch, ChatBatches, EncodedChat
-from steerlora.engine.progress import SilentProgress
-from steerlora.methods.module import AdapterModule
+from steerlora.methods.module import MethodModule
 from steerlora.methods.routed_lora.isolation import train_only
 from steerlora.training.language import next_token_loss
-from steerlora.training.loop import fit
 
 E, R, STEPS = 4, 3, 8
 
@@ -28,28 +25,15 @@ def batch(step: int) -> ChatBatch:
 
 @pytest.fixture
 def make_module(make_model, make_adapter):
-    def make(**settings) -> tuple[AdapterModule, TrainerConfig]:
+    def make() -> MethodModule:
         model = make_model()
-        adapter = make_adapter(model)
+        trainer = TrainerConfig(batch_size=4, learning_rate=1e-2)
         # The diversity loss reaches every specialist, whether a token is routed to it or not.
-        config = AdapterConfig(rank=R, diversity=0.5)
-        trainer = TrainerConfig(batch_size=4, learning_rate=1e-2, max_steps=STEPS, **settings)
-        made = AdapterModule(model, adapter, config=config, trainer=trainer, total_steps=STEPS)
-        return made, trainer
+        return method_module(
+            model, make_adapter(model), trainer=trainer, steps=STEPS, diversity=0.5
+        )
 
     return make
-
-
-def train(made: AdapterModule, trainer: TrainerConfig, directory: Path) -> None:
-    fit(
-        made,
-        batch,
-        STEPS,
-        trainer=trainer,
-        checkpoints=directory,
-        progress=SilentProgress(),
-        description="test",
-    )
 
 
 def specialists(adapter, what=lambda parameter: parameter) -> list[list[torch.Tensor]]:
@@ -68,27 +52,27 @@ def all_equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("trained", [[2], [0, 3], [0, 1, 2, 3]])
 def test_training_leaves_the_others_bit_for_bit(make_module, tmp_path, trained):
-    made, trainer = make_module()
-    before = specialists(made.adapter)
-    with train_only(made.adapter, trained):
-        train(made, trainer, tmp_path)
-    after = specialists(made.adapter)
+    made = make_module()
+    before = specialists(made.method)
+    with train_only(made.method, trained):
+        train(made, batch, tmp_path, STEPS)
+    after = specialists(made.method)
     for e in range(E):
         unchanged = [torch.equal(a, b) for a, b in zip(before[e], after[e], strict=True)]
         assert not any(unchanged) if e in trained else all(unchanged), e
 
 
 def test_without_it_every_specialist_moves(make_module, tmp_path):
-    made, trainer = make_module()
-    before = specialists(made.adapter)
-    train(made, trainer, tmp_path)
-    after = specialists(made.adapter)
+    made = make_module()
+    before = specialists(made.method)
+    train(made, batch, tmp_path, STEPS)
+    after = specialists(made.method)
     assert not any(all_equal(before[e], after[e]) for e in range(E))
 
 
 def test_gradients_are_zero_before_anything_reads_them(make_module):
-    made, _ = make_module()
-    adapter, parameters = made.adapter, list(made.adapter.layers.parameters())
+    made = make_module()
+    adapter, parameters = made.method, list(made.method.layers.parameters())
 
     def gradients(context=None) -> list[list[torch.Tensor]]:
         adapter.zero_grad()
@@ -111,16 +95,16 @@ def test_gradients_are_zero_before_anything_reads_them(make_module):
 
 
 def test_it_ends_where_the_training_fails(make_module):
-    made, _ = make_module()
-    with pytest.raises(KeyError, match="mine"), train_only(made.adapter, [0]):
+    made = make_module()
+    with pytest.raises(KeyError, match="mine"), train_only(made.method, [0]):
         raise KeyError("mine")
     next_token_loss(made.model, batch(0)).backward()
-    gradients = specialists(made.adapter, lambda parameter: parameter.grad)
+    gradients = specialists(made.method, lambda parameter: parameter.grad)
     assert any(part.any() for part in gradients[3])
 
 
 def test_a_gradient_that_is_not_finite_is_held_as_well(make_module):
-    adapter = make_module()[0].adapter
+    adapter = make_module().method
     with train_only(adapter, [1]):
         layer = next(iter(adapter.layers.values()))
         (layer.A * torch.inf).sum().backward()
@@ -131,4 +115,4 @@ def test_a_gradient_that_is_not_finite_is_held_as_well(make_module):
 @pytest.mark.parametrize("trained", [[], [4], [-1, 0]])
 def test_unknown_specialists_are_refused(make_module, trained):
     with pytest.raises(ValueError, match="choose from 0 to 3"):
-        train_only(make_module()[0].adapter, trained).__enter__()
+        train_only(make_module().method, trained).__enter__()

@@ -11,16 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.training import StopAt, Stopped, method_module
+from helpers.training import train as train_module
 from lightning.pytorch.callbacks import Callback
 
-from steerlora.config import AdapterConfig, TrainerConfig
+from steerlora.config import TrainerConfig
 from steerlora.data.chat import ChatBatch, ChatBatches, EncodedChat
-from steerlora.engine.progress import SilentProgress
-from steerlora.methods.module import AdapterModule
+from steerlora.methods.module import MethodModule
+from steerlora.methods.routed_lora.config import MemoryConfig
 from steerlora.methods.routed_lora.memory import MemoryPolicy
 from steerlora.methods.routed_lora.routing import Routing
 from steerlora.saes.sparse import SparseFeatures
-from steerlora.training.loop import fit
 
 B, S, E, R, K, LATENTS = 2, 6, 4, 3, 5, 64
 EVERY = 10
@@ -44,9 +45,9 @@ def adapter(make_model, make_adapter):
     return make_adapter(make_model(), active=2)
 
 
-def policy_of(adapter, **changes) -> MemoryPolicy:
-    settings = {"every": EVERY, "domain": "law", **NEVER, **changes}
-    return MemoryPolicy(adapter, **settings)
+def policy_of(adapter, domain: str = "law", protected=(), **changes) -> MemoryPolicy:
+    config = MemoryConfig(**{"every": EVERY, **NEVER, **changes})
+    return MemoryPolicy(adapter, config, domain=domain, protected=protected)
 
 
 def topic(number: int, scale: float = 1.0) -> SparseFeatures:
@@ -442,7 +443,7 @@ def test_the_next_domain_takes_over_what_lasts(adapter):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"routing": "none"}, {"routing": "dense"}, {"router": "prototype"}]
+    "changes", [{"signal": "none"}, {"signal": "dense"}, {"router": "prototype"}]
 )
 def test_adapters_that_it_can_do_nothing_for_are_refused(make_model, make_adapter, changes):
     adapter = make_adapter(make_model(), **changes)
@@ -463,45 +464,19 @@ def batch(step: int) -> ChatBatch:
     return ChatBatches(rows, [0] * 24, batch_size=4, pad_token_id=0, seed=0)(step)
 
 
-class StopAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        if trainer.global_step == self.step:
-            raise Stopped
-
-
-class Stopped(Exception):
-    pass
-
-
 @pytest.fixture
 def run(make_model, make_adapter):
     """``run(directory, *callbacks)``: the adapter and its policy, trained where all can fire."""
 
-    def train(directory: Path, *before: Callback) -> tuple[AdapterModule, MemoryPolicy]:
+    def train(directory: Path, *before: Callback) -> tuple[MethodModule, MemoryPolicy]:
         model = make_model()
         adapter = make_adapter(model, active=2)
-        settings = TrainerConfig(
-            batch_size=4, learning_rate=1e-2, max_steps=STEPS, checkpoint_seconds=1e-9
-        )
-        made = AdapterModule(
-            model, adapter, config=AdapterConfig(rank=R), trainer=settings, total_steps=STEPS
-        )
+        settings = TrainerConfig(batch_size=4, learning_rate=1e-2, checkpoint_seconds=1e-9)
+        made = method_module(model, adapter, trainer=settings, steps=STEPS)
         thresholds = {"spawn_confidence": 1.0, "spawn_similarity": 1.0, "merge_similarity": 0.7}
         policy = policy_of(adapter, every=4, prune_usage=0.8, **thresholds)
         try:
-            fit(
-                made,
-                batch,
-                STEPS,
-                trainer=settings,
-                checkpoints=directory,
-                progress=SilentProgress(),
-                description="test",
-                callbacks=[*before, policy],
-            )
+            train_module(made, batch, directory, STEPS, [*before, policy])
         except Stopped:
             return made, policy
         assert not any(isinstance(callback, StopAt) for callback in before)
@@ -520,8 +495,8 @@ def test_a_resumed_training_decides_as_an_unbroken_one(run, tmp_path, stop):
     assert len(stopped.events) < len(policy.events)
     resumed, again = run(tmp_path / "b")
     assert again.events == policy.events
-    for name, value in unbroken.adapter.state_dict().items():
-        assert torch.equal(value, resumed.adapter.state_dict()[name]), name
+    for name, value in unbroken.method.state_dict().items():
+        assert torch.equal(value, resumed.method.state_dict()[name]), name
 
 
 def test_spawned_specialists_train_and_inactive_ones_rest(run, tmp_path):
@@ -531,10 +506,10 @@ def test_spawned_specialists_train_and_inactive_ones_rest(run, tmp_path):
         for event in ("spawn", "merge")
     )
     kept, retired = merged[0]
-    for layer in made.adapter.layers.values():
+    for layer in made.method.layers.values():
         columns = layer.B.detach().unflatten(1, (E, R)).transpose(0, 1)
         # Two steps later: a first moment left behind would have moved it.
         assert not columns[retired].any()
         assert columns[kept].any()
     assert spawned
-    assert made.adapter.active[spawned[0][0]]
+    assert made.method.active[spawned[0][0]]

@@ -9,7 +9,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from steerlora.data.chat import EncodedChat
 from steerlora.data.packing import collate_packed
 from steerlora.lm.decoder import check_packing, hidden_states
-from steerlora.methods.routed_lora.context import CONTEXTS
+from steerlora.methods.routed_lora.config import CONTEXTS
 from tests.conftest import VOCABULARY
 
 LENGTHS = ((7, 4, 5), (9, 3), (16,))
@@ -31,10 +31,10 @@ ADAPTERS = {
     "ema": {"context": "ema", "decay": 0.8},
     "mlp": {"router": "mlp", "router_hidden": 6, "context": "causal_mean"},
     "a router a module": {"per_module": True, "context": "ema"},
-    "dense": {"routing": "dense", "context": "causal_mean"},
-    "last": {"routing": "dense", "source": "base_last"},
+    "dense": {"signal": "dense", "context": "causal_mean"},
+    "last": {"signal": "dense", "source": "base_last"},
     "base": {"source": "base", "sites": (0, 2), "context": "causal_mean"},
-    "none": {"routing": "none"},
+    "none": {"signal": "none"},
     "prototype": {"router": "prototype", "context": "causal_mean", "whitened": True},
     "prototype of tokens": {"router": "prototype", "context": "token", "whitened": False},
 }
@@ -101,15 +101,16 @@ def adapted(make_model, make_adapter):
     def make(name: str, attention: str = "sdpa"):
         model = make_model(torch.float64)
         model.set_attn_implementation(attention)
-        changes = dict(ADAPTERS[name])
-        adapter = make_adapter(model, changes.pop("routing", "sae"), **changes)
+        adapter = make_adapter(model, **ADAPTERS[name])
+        for sae in adapter.saes.values():
+            sae.double()  # float32 products may round otherwise in a batch of another shape
         if "prototype" in name:
             generator = torch.Generator().manual_seed(2)
             for router in adapter.routers.values():
                 width = router.prototypes.shape[1]
                 for specialist in (0, 1, 2, None):
                     signals = torch.randn(6, width, generator=generator, dtype=torch.float64)
-                    router.meet(specialist, signals)
+                    router.fit(specialist, signals)
         return model, adapter
 
     return make

@@ -8,12 +8,11 @@ import torch.nn.functional as F
 
 from steerlora.methods.routed_lora import prototypes as module
 from steerlora.methods.routed_lora.adapter import Adapter
-from steerlora.methods.routed_lora.config import RoutedLoRAConfig
+from steerlora.methods.routed_lora.config import CONTEXTS, RoutedLoRAConfig
 from steerlora.methods.routed_lora.prototypes import Metric, PrototypeRouter, cosines_so_far
 from steerlora.saes.sparse import SparseFeatures
 
 B, S, N, K, E = 3, 11, 20, 4, 3
-CONTEXTS = ("token", "causal_mean", "ema")
 REAL = torch.ones(B, S, dtype=torch.bool)
 REAL[1, :4] = False  # left padding
 REAL[2, 7:] = False  # right padding
@@ -28,19 +27,19 @@ def signals() -> tuple[SparseFeatures, torch.Tensor]:
     return SparseFeatures(values, indices), dense
 
 
-def shape(**changes) -> RoutedLoRAConfig:
+def config(**changes) -> RoutedLoRAConfig:
     settings = {"specialists": E, "rank": 2, "router": "prototype", "dynamic_rank": False}
     settings["whitened"] = False
     return RoutedLoRAConfig(**(settings | {"context": "causal_mean", "margin": 0.0} | changes))
 
 
-def router(met: tuple[int, ...] = (0, 1, 2), general: bool = True, **changes) -> PrototypeRouter:
-    made = PrototypeRouter(N, shape(**changes)).double()
+def router(known: tuple[int, ...] = (0, 1, 2), general: bool = True, **changes) -> PrototypeRouter:
+    made = PrototypeRouter(N, config(**changes)).double()
     rows = signals()[1][REAL][[0, 9, 15, 20]]
-    for specialist in met:
-        made.meet(specialist, rows[[specialist]])
+    for specialist in known:
+        made.fit(specialist, rows[[specialist]])
     if general:
-        made.meet(None, rows[[E]])
+        made.fit(None, rows[[E]])
     return made
 
 
@@ -66,7 +65,7 @@ def test_cosines_of_pooled_features(context, entries, monkeypatch):
     sparse, dense = signals()
     rows = torch.randn(5, N, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     centre = rows.mean(0)
-    settings = shape(context=context, decay=0.6)
+    settings = config(context=context, decay=0.6)
     for signal in (sparse, dense):
         found, _ = cosines_so_far(signal, rows, centre, REAL, settings)
         expected = F.cosine_similarity(
@@ -75,9 +74,9 @@ def test_cosines_of_pooled_features(context, entries, monkeypatch):
         torch.testing.assert_close(found[REAL], expected[REAL], atol=1e-12, rtol=1e-9)
 
 
-def test_a_hard_gate_is_the_nearest_prototype_among_those_met():
+def test_a_hard_gate_is_the_nearest_known_prototype():
     _, dense = signals()
-    ours = router(met=(0, 2), general=False)
+    ours = router(known=(0, 2), general=False)
     gate = ours(dense, REAL, ACTIVE)[0].gate
     rows = ours.prototypes[[0, 2]]
     centred = rows - rows.mean(0)
@@ -101,8 +100,8 @@ def test_general_text_has_no_update():
 def test_no_update_where_the_two_nearest_are_too_alike():
     _, dense = signals()
     ours = router(general=False)
-    met = ours.prototypes[:E]
-    cosines, _ = cosines_so_far(dense, met, met.mean(0), REAL, shape(margin=0.0))
+    known = ours.prototypes[:E]
+    cosines, _ = cosines_so_far(dense, known, known.mean(0), REAL, config(margin=0.0))
     best = cosines.topk(2, dim=-1).values
     gap = best[..., 0] - best[..., 1]
     margin = float(gap[REAL].median())
@@ -115,8 +114,8 @@ def test_a_soft_gate_is_the_softmax_of_the_cosines():
     _, dense = signals()
     hard = router()
     soft = router(hard_gate=False, temperature=0.3)(dense, REAL, ACTIVE)[0].gate
-    met = hard.prototypes
-    cosines, _ = cosines_so_far(dense, met, met.mean(0), REAL, shape())
+    known = hard.prototypes
+    cosines, _ = cosines_so_far(dense, known, known.mean(0), REAL, config())
     expected = torch.softmax(cosines / 0.3, -1)[..., :E]
     torch.testing.assert_close(soft[REAL], expected[REAL])
     assert (soft[REAL].sum(-1) < 1).all()  # general text's share is no update
@@ -124,7 +123,7 @@ def test_a_soft_gate_is_the_softmax_of_the_cosines():
 
 def test_a_prototype_that_comes_alone_takes_every_token():
     _, dense = signals()
-    gate = router(met=(1,), general=False, margin=0.5)(dense, REAL, ACTIVE)[0].gate
+    gate = router(known=(1,), general=False, margin=0.5)(dense, REAL, ACTIVE)[0].gate
     assert (gate[..., 1] == 1).all()
 
 
@@ -145,9 +144,9 @@ def some_domains(seed: int = 0) -> list[torch.Tensor]:
 
 def test_the_covariance_of_a_stream_is_that_of_all_at_once():
     domains = some_domains()
-    ours = PrototypeRouter(N, shape(whitened=True)).double()
+    ours = PrototypeRouter(N, config(whitened=True)).double()
     for specialist, own in enumerate(domains):
-        ours.meet(specialist, own)
+        ours.fit(specialist, own)
         torch.testing.assert_close(ours.prototypes[specialist], own.mean(0))
     expected = within_domain_covariance(domains)
     found = ours.basis.t() @ (ours.variance[:, None] * ours.basis)
@@ -159,8 +158,8 @@ def test_the_covariance_of_a_stream_is_that_of_all_at_once():
 def test_of_a_large_covariance_the_leading_directions_are_kept(monkeypatch):
     monkeypatch.setattr(module, "COVARIANCE_RANK", 5)
     domains = some_domains()
-    ours = PrototypeRouter(N, shape(whitened=True)).double()
-    ours.meet(0, domains[0])
+    ours = PrototypeRouter(N, config(whitened=True)).double()
+    ours.fit(0, domains[0])
     expected = torch.linalg.eigvalsh(within_domain_covariance(domains[:1])).flip(0)
     torch.testing.assert_close(ours.variance, expected[:5], atol=1e-12, rtol=1e-6)
     gram = ours.basis @ ours.basis.t()
@@ -171,9 +170,9 @@ def test_of_a_large_covariance_the_leading_directions_are_kept(monkeypatch):
 def test_whitened_cosines_are_those_of_the_inverse_covariance():
     """x^T (Sigma + floor)^-1 y over the norms of the same kind, solved directly."""
     domains = some_domains()
-    ours = PrototypeRouter(N, shape(whitened=True)).double()
+    ours = PrototypeRouter(N, config(whitened=True)).double()
     for specialist, own in enumerate(domains):
-        ours.meet(specialist, own)
+        ours.fit(specialist, own)
     covariance = within_domain_covariance(domains)
     floor = module.SHRINKAGE * covariance.trace() / N
     inverse = torch.linalg.inv(covariance + floor * torch.eye(N).double())
@@ -181,7 +180,7 @@ def test_whitened_cosines_are_those_of_the_inverse_covariance():
     centre = prototypes.mean(0)
     dense = torch.cat([own[:S] for own in domains]).view(B, S, N)
     found, _ = cosines_so_far(
-        dense, prototypes, centre, REAL, shape(context="token"), metric=ours.metric()
+        dense, prototypes, centre, REAL, config(context="token"), metric=ours.metric()
     )
     x, p = dense - centre, prototypes - centre
     inner = torch.einsum("bsn,nm,pm->bsp", x, inverse, p)
@@ -189,7 +188,7 @@ def test_whitened_cosines_are_those_of_the_inverse_covariance():
     own = torch.einsum("pn,nm,pm->p", p, inverse, p).sqrt()
     expected = inner / norms[..., None] / own
     torch.testing.assert_close(found[REAL], expected[REAL], atol=1e-9, rtol=1e-7)
-    plain, _ = cosines_so_far(dense, prototypes, centre, REAL, shape(context="token"))
+    plain, _ = cosines_so_far(dense, prototypes, centre, REAL, config(context="token"))
     assert (plain - found)[REAL].abs().max() > 0.05
 
 
@@ -204,9 +203,9 @@ def test_whitening_finds_domains_that_plain_cosines_confuse():
         domains.append(own)
     right = {}
     for whitened in (True, False):
-        ours = PrototypeRouter(N, shape(whitened=whitened, context="token")).double()
+        ours = PrototypeRouter(N, config(whitened=whitened, context="token")).double()
         for specialist, own in enumerate(domains):
-            ours.meet(specialist, own[:100])
+            ours.fit(specialist, own[:100])
         signals = torch.stack([own[100:] for own in domains])
         real = torch.ones(signals.shape[:2], dtype=torch.bool)
         chosen = ours(signals, real, ACTIVE)[0].gate.argmax(-1)
@@ -223,21 +222,21 @@ def test_a_metric_of_no_direction_is_the_plain_one():
 @pytest.mark.parametrize("signals", [torch.zeros(N), torch.zeros(3, N + 1), torch.zeros(0, N)])
 def test_signals_that_are_no_matrix_of_the_width_are_refused(signals):
     with pytest.raises(ValueError, match=r"signals must be \[texts, 20\]"):
-        PrototypeRouter(N, shape()).meet(0, signals)
+        PrototypeRouter(N, config()).fit(0, signals)
 
 
 def test_a_shorter_type_leaves_the_prototypes_as_they_were():
-    ours = PrototypeRouter(N, shape(whitened=True))
-    ours.meet(0, some_domains()[0])
+    ours = PrototypeRouter(N, config(whitened=True))
+    ours.fit(0, some_domains()[0])
     before = {name: buffer.clone() for name, buffer in ours.named_buffers()}
     ours.to(torch.bfloat16)
     for name, buffer in ours.named_buffers():
         assert torch.equal(buffer, before[name]), name
 
 
-def test_nothing_met_is_refused():
-    with pytest.raises(ValueError, match="before any domain was met"):
-        router(met=(), general=False)(signals()[1], REAL, ACTIVE)
+def test_no_known_domain_is_refused():
+    with pytest.raises(ValueError, match="before any domain is known"):
+        router(known=(), general=False)(signals()[1], REAL, ACTIVE)
 
 
 @pytest.fixture
@@ -246,25 +245,25 @@ def adapted(make_model, make_sae):
 
     def make(**changes):
         model = make_model()
-        settings = {"rank": 2, "alpha": 2.0, "sites": (1,), "routing": "sae", "whitened": True}
+        settings = {"rank": 2, "alpha": 2.0, "sites": [1], "signal": "sae", "whitened": True}
         settings |= changes
-        adapter = Adapter(model, shape(**settings), {1: make_sae(seed=1)})
+        adapter = Adapter(model, config(**settings), {1: make_sae(seed=1)})
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for layer in adapter.layers.values():
                 layer.B.normal_(0, 0.2, generator=generator)
         made = adapter.routers["1"]
         for specialist in (0, 1, 2, None):
-            made.meet(specialist, torch.rand(4, made.prototypes.shape[1], generator=generator))
+            made.fit(specialist, torch.rand(4, made.prototypes.shape[1], generator=generator))
         return model, adapter.attach(model)
 
     return make
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("routing", ["sae", "dense"])
-def test_generation_with_a_cache_equals_generation_without(context, routing, adapted, tokens):
-    model, _ = adapted(context=context, routing=routing, margin=0.02)
+@pytest.mark.parametrize("signal", ["sae", "dense"])
+def test_generation_with_a_cache_equals_generation_without(context, signal, adapted, tokens):
+    model, _ = adapted(context=context, signal=signal, margin=0.02)
     ids, mask = tokens([7, 4, 5])
     ids, mask = ids.flip(1), mask.flip(1)
     chosen = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

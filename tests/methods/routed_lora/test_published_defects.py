@@ -8,31 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback
-from steerlora.stages.adapting import check_intervention, memory_policy
+from helpers.training import method_module, train
 from torch import Tensor, nn
 
 from steerlora.cli import compose
-from steerlora.config import AdapterConfig, ContinualConfig, TrainerConfig
+from steerlora.config import TrainerConfig
 from steerlora.data.chat import ChatBatch, EncodedChat, collate
-from steerlora.engine.progress import SilentProgress
 from steerlora.errors import UserError
-from steerlora.methods.module import AdapterModule
+from steerlora.methods.base import Task
+from steerlora.methods.module import MethodModule
 from steerlora.methods.monitor import Monitor
 from steerlora.methods.routed_lora.adapter import Adapter
-from steerlora.methods.routed_lora.config import RoutedLoRAConfig
-from steerlora.methods.routed_lora.context import CONTEXTS
+from steerlora.methods.routed_lora.config import (
+    CONTEXTS,
+    HealthConfig,
+    MemoryConfig,
+    RoutedLoRAConfig,
+)
 from steerlora.methods.routed_lora.memory import MemoryPolicy
 from steerlora.methods.routed_lora.watch import RoutingWatch
 from steerlora.methods.saving import save_adapter
 from steerlora.saes.taxonomy import Taxonomy
+from steerlora.stages.method_training import check_intervention
 from steerlora.training.checkpoints import Files, newest
-from steerlora.training.loop import fit
 
 E, R, SITE, LAYERS, LATENTS, VOCABULARY = 4, 3, 1, 3, 64, 61
 LOSSES = ("preservation", "steering", "gate_sparsity", "rank_budget", "load_balance", "diversity")
@@ -49,45 +51,26 @@ def chats(step: int, words: range = range(1, VOCABULARY)) -> ChatBatch:
 
 
 @pytest.fixture
-def make_module(make_model, make_adapter, make_sae) -> Callable[..., AdapterModule]:
-    """``make_module(shape={}, **weights)``: with a monitor, and no loss but the task's."""
+def make_module(make_model, make_adapter, make_sae) -> Callable[..., MethodModule]:
+    """``make_module(shape={}, **losses)``: with a monitor, and no loss but the task's."""
 
-    def make(shape: dict | None = None, **weights: float) -> AdapterModule:
+    def make(shape: dict | None = None, **losses: float) -> MethodModule:
         model = make_model()
         adapter = make_adapter(model, sites=(SITE,), **(shape or {}))
         general = torch.arange(LATENTS) % 2 == 0
         domain = (~general).expand(2, -1)
         prototypes = torch.rand(2, LATENTS, generator=torch.Generator().manual_seed(3)) * domain
         taxonomy = Taxonomy(general, domain, prototypes, prototypes, torch.zeros(LATENTS))
-        return AdapterModule(
+        return method_module(
             model,
             adapter,
-            config=AdapterConfig(rank=R, **weights),
-            trainer=TrainerConfig(learning_rate=1e-2),
-            total_steps=100,
+            trainer=TrainerConfig(learning_rate=1e-2, checkpoint_seconds=1e-9),
+            steps=100,
             monitor=Monitor(model, adapter, make_sae(seed=7), LAYERS, taxonomy),
+            **losses,
         )
 
     return make
-
-
-def train(
-    module: AdapterModule,
-    directory: Path,
-    batch: Callable[[int], ChatBatch],
-    steps: int,
-    callbacks: tuple[Callback, ...] = (),
-) -> None:
-    fit(
-        module,
-        batch,
-        steps,
-        trainer=replace(module.settings, checkpoint_seconds=1e-9),
-        checkpoints=directory,
-        progress=SilentProgress(),
-        description="test",
-        callbacks=callbacks,
-    )
 
 
 @torch.no_grad()
@@ -105,7 +88,7 @@ def test_auxiliary_losses_computed_on_detached_gates(make_module, name):
         module = make_module(**weights)
         module.log = module.log_dict = lambda *_, **__: None
         module.training_step(chats(0), 0).backward()
-        return {n: p.grad for n, p in module.adapter.named_parameters() if p.requires_grad}
+        return {n: p.grad for n, p in module.method.named_parameters() if p.requires_grad}
 
     without, changed = gradients(), gradients(**{name: 1.0})
     moved = {n for n, found in changed.items() if (found - without[n]).abs().max() > 1e-7}
@@ -132,9 +115,9 @@ def test_one_dimensional_prototypes_silently_skipping_the_reweighting(
 
 
 def test_one_dimensional_signals_are_no_prototypes_of_domains_either(make_model, make_adapter):
-    adapter = make_adapter(make_model(), sites=(SITE,), router="prototype", dynamic_rank=False)
+    adapter = make_adapter(make_model(), sites=(SITE,), router="prototype")
     with pytest.raises(ValueError, match=r"signals must be \[texts, 64\]; got \[64\]"):
-        adapter.routers[str(SITE)].meet(0, torch.rand(LATENTS))
+        adapter.routers[str(SITE)].fit(0, torch.rand(LATENTS))
 
 
 def test_a_budget_controller_whose_output_nothing_uses(make_module, make_model, tmp_path):
@@ -145,10 +128,10 @@ def test_a_budget_controller_whose_output_nothing_uses(make_module, make_model, 
 
     def spent() -> tuple[float, float]:
         change = (logits(module.model, chats(0)) - base).square().mean().item()
-        return module.method.signal()[SITE].mask.sum(-1).mean().item(), change
+        return module.method.routing()[SITE].mask.sum(-1).mean().item(), change
 
     rank, change = spent()
-    train(module, tmp_path, chats, 40)
+    train(module, chats, tmp_path, 40)
     rank_after, change_after = spent()
     assert rank_after < 0.2 * rank
     assert change_after < 0.2 * change
@@ -160,19 +143,19 @@ def test_thresholds_under_which_spawn_merge_and_prune_can_never_fire(make_module
     The first two specialists share the first topic, and are one; the other two have nothing to do,
     and one goes, since top-2 needs two; then the second topic is new to all of them.
     """
-    module = make_module()
-    router = module.adapter.routers[str(SITE)]
+    module = make_module(shape={"memory": MemoryConfig(enabled=True, every=3)})
+    router = module.method.routers[str(SITE)]
     with torch.no_grad():
         router.weight.zero_()
         router.bias[:E] = torch.tensor([0.0, 0.0, -0.5, -0.5])
-    settings = ContinualConfig(memory=True, memory_every=3)
-    policy = memory_policy(module.adapter, settings, "law", seed=0)
 
     def topics(step: int) -> ChatBatch:
         return chats(step, range(1, 3) if step < 3 else range(40, 42))
 
-    train(module, tmp_path, topics, 7, callbacks=(policy,))
-    events = [(event["step"], event["event"], event["specialists"]) for event in policy.events]
+    task = Task({"law": [EncodedChat([1, 2, 1], 2)]}, 0)
+    train(module, topics, tmp_path, 7, module.learner.callbacks(task))
+    found = module.learner.history()["events"]
+    events = [(event["step"], event["event"], event["specialists"]) for event in found]
     assert events == [(3, "merge", [0, 1]), (3, "prune", [2]), (6, "spawn", [1])]
 
 
@@ -180,9 +163,9 @@ def test_thresholds_under_which_spawn_merge_and_prune_can_never_fire(make_module
 @pytest.mark.parametrize("router", ["linear", "mlp"])
 def test_effective_rank_about_1_of_16_at_initialisation(make_model, make_sae, router, per_module):
     model = make_model()
-    shape = RoutedLoRAConfig(sites=(SITE,), router=router, per_module=per_module)
-    assert shape.rank == 16
-    adapter = Adapter(model, shape, {SITE: make_sae()}).attach(model)
+    config = RoutedLoRAConfig(sites=[SITE], router=router, per_module=per_module)
+    assert config.rank == 16
+    adapter = Adapter(model, config, {SITE: make_sae()}).attach(model)
     batch = chats(0)
     logits(model, batch)
     real = batch.attention_mask.bool()
@@ -192,7 +175,7 @@ def test_effective_rank_about_1_of_16_at_initialisation(make_model, make_sae, ro
 def test_kaiming_initialisation_of_a_stack_using_the_wrong_fan_in(make_model, make_sae):
     """LoRA's bound of A is 1 / sqrt(D_in), however many specialists and components are stacked."""
     model = make_model()
-    adapter = Adapter(model, RoutedLoRAConfig(sites=(SITE,)), {SITE: make_sae()})
+    adapter = Adapter(model, RoutedLoRAConfig(sites=[SITE]), {SITE: make_sae()})
     for name, layer in adapter.layers.items():
         bound = layer.A.shape[1] ** -0.5
         assert layer.A.abs().max() <= bound, name
@@ -212,7 +195,6 @@ def test_decoding_with_a_kv_cache_silently_mean_pooling_z_when_lengths_differ(
         sites=(SITE,),
         router=router,
         context=context,
-        dynamic_rank=router != "prototype",
         margin=0.01,
     )
     for sae in adapter.saes.values():
@@ -221,7 +203,7 @@ def test_decoding_with_a_kv_cache_silently_mean_pooling_z_when_lengths_differ(
         generator = torch.Generator().manual_seed(0)
         for specialist in (*range(E), None):
             signals = torch.rand(3, LATENTS, generator=generator)
-            adapter.routers[str(SITE)].meet(specialist, signals)
+            adapter.routers[str(SITE)].fit(specialist, signals)
     batch = chats(0)
     prompts = [row[row > 0] for row in batch.input_ids]
     longest = max(map(len, prompts))
@@ -256,12 +238,13 @@ def test_gate_statistics_that_count_padding(make_module, tmp_path):
             )
 
         module = make_module(**dict.fromkeys(LOSSES, 1.0))
-        watch = RoutingWatch(module.adapter, ["law", "math"], padded(0), 1, "ignore", 0.0)
+        each = HealthConfig(log_every=1, collapse="ignore")
+        watch = RoutingWatch(module.method, ["law", "math"], padded(0), each)
         never = {"spawn_confidence": 0.0, "spawn_similarity": 0.0}
         never |= {"merge_similarity": 1.0, "prune_usage": 0.0}
-        policy = MemoryPolicy(module.adapter, every=100, domain="law", **never)
-        train(module, tmp_path / str(padding), padded, 3, callbacks=(watch, policy))
-        return watch.history, policy.state_dict()["tensors"], module.adapter.state_dict()
+        policy = MemoryPolicy(module.method, MemoryConfig(every=100, **never), domain="law")
+        train(module, padded, tmp_path / str(padding), 3, [watch, policy])
+        return watch.history, policy.state_dict()["tensors"], module.method.state_dict()
 
     (history, seen, weights), (more_history, more_seen, more_weights) = measured(0), measured(9)
     assert len(history) == 3
@@ -273,10 +256,10 @@ def test_gate_statistics_that_count_padding(make_module, tmp_path):
             torch.testing.assert_close(many[name], value, atol=1e-4, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("adapter", ["sc_lora", "sc_lora_reference"])
-def test_a_feature_permutation_fixed_before_training(adapter):
+@pytest.mark.parametrize("method", ["sc_lora", "sc_lora_reference"])
+def test_a_feature_permutation_fixed_before_training(method):
     """It would relabel the latents, which is no control; after training it is one."""
-    config = compose.load(["intervention=permute_latents", f"method={adapter}"])
+    config = compose.load(["intervention=permute_latents", f"method={method}"])
     check_intervention(config)
     retrained = replace(config, intervention=replace(config.intervention, phase="training"))
     with pytest.raises(UserError, match="no control; use phase evaluation, or randomize"):
@@ -286,14 +269,14 @@ def test_a_feature_permutation_fixed_before_training(adapter):
 def test_whole_backbone_checkpoints_for_an_adapter(make_module, make_model, tmp_path):
     """Neither a training's checkpoints nor the saved adapter hold the base or an SAE."""
     module = make_module(**dict.fromkeys(LOSSES, 1.0))
-    train(module, tmp_path / "checkpoints", chats, 2)
+    train(module, chats, tmp_path / "checkpoints", 2)
     folder = newest(tmp_path / "checkpoints")
     held = Files().load_checkpoint(folder)["state_dict"]
-    own = module.adapter.state_dict()
-    assert set(held) == {f"adapter.{name}" for name in own}
+    own = module.method.state_dict()
+    assert set(held) == {f"method.{name}" for name in own}
     # Weights, Adam's two moments in float32, and the file's own bookkeeping.
     size = sum(file.stat().st_size for file in folder.iterdir())
-    assert size < 3 * 4 * module.adapter.parameter_count() + 100_000
-    save_adapter(module.adapter, tmp_path / "adapter", base_fingerprint="")
+    assert size < 3 * 4 * module.method.parameter_count() + 100_000
+    save_adapter(module.method, tmp_path / "adapter", base_fingerprint="")
     size = sum(file.stat().st_size for file in (tmp_path / "adapter").iterdir())
-    assert size < 4 * module.adapter.parameter_count() + 20_000
+    assert size < 4 * module.method.parameter_count() + 20_000

@@ -78,8 +78,8 @@ def make_pair(make_model, make_sae) -> Callable[..., Pair]:
     def make(top_k: int = 2, active: int | None = None) -> Pair:
         ours, slow = make_model(torch.float64), make_model(torch.float64)
         saes = {layer: make_sae(seed=layer).double() for layer in range(LAYERS)}
-        shape = RoutedLoRAConfig(
-            routing="sae",
+        config = RoutedLoRAConfig(
+            signal="sae",
             router="mlp",
             router_hidden=H,
             per_module=True,
@@ -91,7 +91,7 @@ def make_pair(make_model, make_sae) -> Callable[..., Pair]:
             alpha=ALPHA,
             top_k=top_k,
         )
-        adapter = Adapter(ours, shape, saes, feature_scales=SCALES).double().attach(ours)
+        adapter = Adapter(ours, config, saes, feature_scales=SCALES).double().attach(ours)
         setting = Setting(
             specialists=E,
             rank=R,

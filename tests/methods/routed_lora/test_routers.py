@@ -34,9 +34,9 @@ def signals(seed: int = 0) -> tuple[SparseFeatures, torch.Tensor]:
 
 def router(kind: str = "linear", **changes) -> Router:
     settings = {"specialists": E, "rank": R, "top_k": 2, "router_hidden": H} | changes
-    shape = RoutedLoRAConfig(**settings)
-    modules = M if shape.per_module else 1
-    return KINDS[kind](N, shape, modules, torch.Generator().manual_seed(0)).double()
+    config = RoutedLoRAConfig(**settings)
+    modules = M if config.per_module else 1
+    return KINDS[kind](N, config, modules, torch.Generator().manual_seed(0)).double()
 
 
 @torch.no_grad()

@@ -7,20 +7,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from steerlora.lm.decoder import residual_streams
-
-CONTEXTS = ("token", "causal_mean", "ema")
+from steerlora.methods.routed_lora.config import CONTEXTS
 
 
 def logits(model, ids, mask, **inputs):
     return model(input_ids=ids, attention_mask=mask, **inputs).logits
 
 
-@pytest.mark.parametrize("routing", ["none", "dense", "sae"])
-def test_disabled_is_the_base_model_to_the_bit(routing, make_model, make_adapter, tokens):
+@pytest.mark.parametrize("signal", ["none", "dense", "sae"])
+def test_disabled_is_the_base_model_to_the_bit(signal, make_model, make_adapter, tokens):
     ids, mask = tokens([8, 5])
     model = make_model()
     base = logits(model, ids, mask)
-    adapter = make_adapter(model, routing, dynamic_rank=routing != "none")
+    adapter = make_adapter(model, signal)
     adapted = logits(model, ids, mask)
     with adapter.disabled():
         assert torch.equal(logits(model, ids, mask), base)
@@ -82,13 +81,13 @@ def test_an_sae_cannot_read_the_final_hidden_state(make_model, make_adapter):
 
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize(
-    ("routing", "source"), [("sae", "base"), ("dense", "base"), ("dense", "base_last")]
+    ("signal", "source"), [("sae", "base"), ("dense", "base"), ("dense", "base_last")]
 )
 def test_a_second_forward_has_a_cache_of_its_own(
-    context, routing, source, make_model, make_adapter, tokens
+    context, signal, source, make_model, make_adapter, tokens
 ):
     model = make_model()
-    make_adapter(model, routing, sites=(0, 2), source=source, context=context)
+    make_adapter(model, signal, sites=(0, 2), source=source, context=context)
     ids, mask = tokens([7, 4, 5])
     ids, mask = ids.flip(1), mask.flip(1)
     chosen = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -151,10 +150,10 @@ def test_hard_rank_truncates_and_saves_the_work(per_module, make_model, make_ada
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("routing", ["sae", "dense"])
-def test_packed_samples_are_routed_as_if_alone(context, routing, make_model, make_adapter, tokens):
+@pytest.mark.parametrize("signal", ["sae", "dense"])
+def test_packed_samples_are_routed_as_if_alone(context, signal, make_model, make_adapter, tokens):
     model = make_model()
-    adapter = make_adapter(model, routing, context=context)
+    adapter = make_adapter(model, signal, context=context)
     samples = [tokens([length], seed=length)[0] for length in (7, 4, 5)]
     alone = []
     for ids in samples:

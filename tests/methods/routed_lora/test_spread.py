@@ -76,8 +76,8 @@ def text(spread) -> tuple[torch.Tensor, torch.Tensor]:
         {"sites": (1, 2)},
         {"sites": (1, 2), "source": "base", "context": "causal_mean"},
         {"sites": (2,), "router": "mlp", "per_module": True},
-        {"sites": (1, 2), "routing": "dense", "source": "base_last"},
-        {"sites": (0,), "routing": "none", "dynamic_rank": False},
+        {"sites": (1, 2), "signal": "dense", "source": "base_last"},
+        {"sites": (0,), "signal": "none", "dynamic_rank": False},
     ],
     ids=str,
 )

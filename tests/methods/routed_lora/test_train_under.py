@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.training import StopAt, Stopped, method_module, train
 from lightning.pytorch.callbacks import Callback
 
-from steerlora.config import AdapterConfig, TrainerConfig
+from steerlora.config import InterventionConfig, TrainerConfig
 from steerlora.data.chat import ChatBatch, ChatBatches, EncodedChat
-from steerlora.engine.progress import SilentProgress
-from steerlora.methods.module import AdapterModule
+from steerlora.methods.module import MethodModule
 from steerlora.methods.routed_lora.interventions import Intervention
 from steerlora.methods.routed_lora.train_under import TrainUnder
-from steerlora.training.loop import fit
 
 SETTINGS = TrainerConfig(batch_size=4, learning_rate=1e-2, checkpoint_seconds=1e-9)
 NAMES = ("law", "math")
@@ -39,56 +37,33 @@ class Seen(Callback):
         self.controls, self.gates, self.steps, self.rows = [], [], [], []
 
     def on_before_backward(self, trainer, module, loss) -> None:
-        control = module.adapter.forward_state.intervention
+        control = module.method.forward_state.intervention
         self.controls.append(control)
         self.rows.append(control and list(control.rows(4)))
-        self.gates.append(module.adapter.sites[1].routing.gate.detach())
+        self.gates.append(module.method.sites[1].routing.gate.detach())
         self.steps.append(trainer.global_step)
-
-
-class StopAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_before_backward(self, trainer, module, loss) -> None:
-        if trainer.global_step == self.step:
-            raise Stopped
-
-
-class Stopped(Exception):
-    pass
 
 
 @pytest.fixture
 def made(make_model, make_adapter):
-    def make() -> AdapterModule:
+    def make() -> MethodModule:
         model = make_model()
-        adapter = make_adapter(model)
-        config = AdapterConfig(rank=3)
-        return AdapterModule(model, adapter, config=config, trainer=SETTINGS, total_steps=STEPS)
+        return method_module(model, make_adapter(model), trainer=SETTINGS, steps=STEPS)
 
     return make
 
 
-def under(module: AdapterModule, name: str, **changes) -> TrainUnder:
-    return TrainUnder(module.adapter, name, **({"seed": 3, "domain_names": NAMES} | changes))
+def under(module: MethodModule, name: str, **changes) -> TrainUnder:
+    config = InterventionConfig(name=name, phase="training", **({"seed": 3} | changes))
+    return TrainUnder(module.method, config, NAMES)
 
 
-def run(module: AdapterModule, directory: Path, *callbacks: Callback, steps: int = STEPS) -> None:
-    fit(
-        module,
-        batch,
-        steps,
-        trainer=replace(SETTINGS, max_steps=steps),
-        checkpoints=directory,
-        progress=SilentProgress(),
-        description="test",
-        callbacks=callbacks,
-    )
+def run(module: MethodModule, directory: Path, *callbacks: Callback, steps: int = STEPS) -> None:
+    train(module, batch, directory, steps, callbacks)
 
 
-def weights(module: AdapterModule) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in module.adapter.state_dict().items()}
+def weights(module: MethodModule) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.method.state_dict().items()}
 
 
 def equal(a: dict, b: dict) -> bool:
@@ -113,7 +88,7 @@ def test_it_is_held_open_over_every_step_and_told_each(made, tmp_path, monkeypat
     names = [[None, *NAMES][owner + 1] for owner in batch(2).domains.tolist()]
     assert seen.rows[2] == names
     assert None in names
-    assert module.adapter.forward_state.intervention is None
+    assert module.method.forward_state.intervention is None
 
 
 @pytest.mark.parametrize("name", ["randomize", "shuffle", "replace_dense"])
@@ -123,7 +98,7 @@ def test_a_resumed_training_draws_what_an_unbroken_one_does(made, tmp_path, name
     broken = made()
     with pytest.raises(Stopped):
         run(broken, tmp_path / "b", under(broken, name), StopAt(3))
-    assert broken.adapter.forward_state.intervention is None
+    assert broken.method.forward_state.intervention is None
     resumed = made()
     run(resumed, tmp_path / "b", under(resumed, name))
     assert equal(weights(unbroken), weights(resumed))
@@ -152,9 +127,9 @@ def test_the_oracle_sends_each_row_to_its_domains_specialist(made, tmp_path):
 
 def test_the_oracle_deals_domains_to_active_specialists_and_keeps_what_is_known(made, tmp_path):
     module = made()
-    module.adapter.active[0] = False
+    module.method.active[0] = False
     run(module, tmp_path / "a", under(module, "oracle_domain", domains=NAMES), steps=1)
-    facts = module.adapter.sites[1].facts
+    facts = module.method.sites[1].facts
     assert facts.specialist_of_domain == {"law": 1, "math": 2}
     facts.specialist_of_domain = {"law": 3, "math": 2}
     run(module, tmp_path / "b", under(module, "oracle_domain", domains=NAMES), steps=1)

@@ -13,7 +13,7 @@ from torch import nn
 
 from steerlora.data.chat import ChatBatch, ChatBatches, EncodedChat
 from steerlora.errors import UserError
-from steerlora.methods.routed_lora.adapter import RoutedLoRAConfig
+from steerlora.methods.routed_lora.config import HealthConfig, RoutedLoRAConfig
 from steerlora.methods.routed_lora.health import RoutingHealth
 from steerlora.methods.routed_lora.prototypes import PrototypeRouter
 from steerlora.methods.routed_lora.routing import Routing
@@ -79,11 +79,11 @@ def train(make_model, make_adapter, watch_of, *, steps=6, first=0, checkpoint=No
 
 
 def watch_with(log_every=2, collapse="ignore", collapse_below=0.3):
-    probe = batches()(7)
-    return lambda adapter: RoutingWatch(adapter, NAMES, probe, log_every, collapse, collapse_below)
+    config = HealthConfig(log_every=log_every, collapse=collapse, collapse_below=collapse_below)
+    return lambda adapter: RoutingWatch(adapter, NAMES, batches()(7), config)
 
 
-@pytest.mark.parametrize("shape", [{}, {"per_module": True}, {"routing": "dense"}, {"active": 2}])
+@pytest.mark.parametrize("shape", [{}, {"per_module": True}, {"signal": "dense"}, {"active": 2}])
 def test_history_holds_the_health_of_the_real_tokens(make_model, make_adapter, shape):
     module, watch, _ = train(make_model, make_adapter, watch_with(), **shape)
     assert [entry["step"] for entry in watch.history] == [2, 4, 6]
@@ -116,7 +116,7 @@ def test_history_survives_a_resume(make_model, make_adapter, tmp_path):
 
 
 def test_no_router_no_history(make_model, make_adapter):
-    module, watch, _ = train(make_model, make_adapter, watch_with(), routing="none")
+    module, watch, _ = train(make_model, make_adapter, watch_with(), signal="none")
     assert watch.history == []
     assert module.logged == []
 
@@ -132,23 +132,25 @@ class Still(nn.Module):
         pass
 
 
-def still(gate, *, active=None, met=None, collapse="warn", below=0.3):
+def still(gate, *, active=None, known=None, collapse="warn", below=0.3):
     """A watch on an adapter whose routing [B, S, E] stands still; one call is one step."""
     specialists = gate.shape[-1]
     available = torch.ones(specialists, dtype=torch.bool) if active is None else active
-    if met is not None:
-        router = PrototypeRouter(3, RoutedLoRAConfig(router="prototype", specialists=specialists))
-        router.met[met] = True
-        available = router.met[:-1]
+    config = RoutedLoRAConfig(router="prototype", specialists=specialists, dynamic_rank=False)
+    if known is not None:
+        router = PrototypeRouter(3, config)
+        router.known[known] = True
+        available = router.available()
     adapter = SimpleNamespace(
         sites={1: SimpleNamespace(routing=Routing(gate, torch.ones(*gate.shape[:2], 3)))},
         available=lambda: available,
-        shape=SimpleNamespace(specialists=specialists),
+        config=config,
         unchanged=nullcontext,
     )
     ones = torch.ones(gate.shape[:2], dtype=torch.long)
     probe = ChatBatch(ones, ones, ones, torch.tensor([0, -1]), ones.numel())
-    watch = RoutingWatch(adapter, NAMES, probe, 10, collapse, below)
+    when = HealthConfig(log_every=10, collapse=collapse, collapse_below=below)
+    watch = RoutingWatch(adapter, NAMES, probe, when)
     module = SimpleNamespace(log_dict=lambda values: None, model=Still(), device="cpu")
 
     def end_step(step):
@@ -168,7 +170,12 @@ def test_collapse_warns_once_a_run(caplog):
             end_step(step)
     assert [entry["step"] for entry in watch.history] == [10, 20]
     (record,) = caplog.records
-    for part in ("step 10", "0.141", "collapse_below=0.3", "method.losses.load_balance"):
+    for part in (
+        "step 10",
+        "0.141",
+        "method.health.collapse_below=0.3",
+        "method.losses.load_balance",
+    ):
         assert part in record.getMessage()
     resumed, end_step = still(gates(0.98, 0.02))
     resumed.load_state_dict(watch.state_dict())
@@ -180,7 +187,9 @@ def test_collapse_warns_once_a_run(caplog):
 
 def test_collapse_stops_with_the_fix_named():
     watch, end_step = still(gates(1.0, 0.0), collapse="stop")
-    with pytest.raises(UserError, match=r"step 10.*0\.000.*load_balance.*routing\.collapse=warn"):
+    with pytest.raises(
+        UserError, match=r"step 10.*0\.000.*load_balance.*method\.health\.collapse=warn"
+    ):
         end_step(10)
     assert watch.history  # it was measured all the same
 
@@ -189,11 +198,11 @@ def test_no_collapse_no_warning(caplog):
     with caplog.at_level(logging.WARNING):
         still(gates(1.0, 0.0), collapse="ignore")[1](10)
         still(gates(0.9, 0.1), collapse="stop")[1](10)  # entropy 0.47
-        # Collapse is judged over active specialists: one alone cannot, two of four are even.
+        # Collapse is of active specialists: one alone cannot, two of four are even.
         still(gates(1.0, 0.0), active=torch.tensor([True, False]), collapse="stop")[1](10)
         still(gates(0.5, 0.5, 0.0, 0.0), active=torch.arange(4) < 2, below=0.9)[1](10)
-        # With prototypes, those whose domain was met; general text has none.
-        watch, end_step = still(gates(1.0, 0.0), met=[0, 2], collapse="stop")
+        # With prototypes, those whose domain is known; general text has none.
+        watch, end_step = still(gates(1.0, 0.0), known=[0, 2], collapse="stop")
         end_step(10)
         assert watch.history[0]["dead_specialists"] == 0
     assert not caplog.records
