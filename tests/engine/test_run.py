@@ -17,7 +17,7 @@ from steerlora.engine import run as engine
 from steerlora.engine.artifacts import ArtifactStore, read_json, write_json
 from steerlora.engine.pool import WorkerDied
 from steerlora.engine.progress import Event, Message, Opened, Progress
-from steerlora.engine.run import Context, RunReport, Stage, Step, get_stage, register, run
+from steerlora.engine.run import STAGES, Context, RunReport, Stage, Step, register, run
 from steerlora.engine.worker import sendable
 from steerlora.errors import UserError
 
@@ -110,7 +110,7 @@ def die(context: Context) -> None:
 
 SKIP = frozenset({"trainer.devices", "logger"})
 for build in (make, train, stubborn, fail, die):
-    register(Stage(f"test_{build.__name__}", 1, build, SKIP))
+    register(Stage(f"test_{build.__name__}", 1, build, skip=SKIP))
 
 
 # ---------------------------------------------------------------- helpers
@@ -163,8 +163,8 @@ def logged(log_file: Path, word: str = "make") -> list[str]:
 
 
 def test_unknown_stage():
-    with pytest.raises(UserError, match="unknown stage 'test_mak': did you mean 'test_make'"):
-        get_stage("test_mak")
+    with pytest.raises(UserError, match="stage=test_mak: did you mean 'test_make'"):
+        _ = STAGES["test_mak"]
     with pytest.raises(UserError, match="test_train"):
         _ = Step("test_trian", {}, {}, "x").fingerprint
 

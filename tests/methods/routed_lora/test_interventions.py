@@ -439,6 +439,6 @@ def test_misuse_is_refused(make_model, make_adapter, tokens):
 @pytest.mark.parametrize("signal", ["none", "dense"])
 def test_interventions_need_sae_routing(make_model, make_adapter, signal):
     adapter = make_adapter(make_model(), signal)
-    with pytest.raises(ValueError, match="intervention shuffle acts on .* SAE features") as caught:
+    with pytest.raises(ValueError, match=r"intervention shuffle acts on .* SAE features") as caught:
         adapter.intervention("shuffle").__enter__()
     assert "\n" not in str(caught.value)
