@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from steerlora.methods.routed_lora.interventions import INTERVENTIONS, SiteFacts, check_phase
+from steerlora.methods.interventions import INTERVENTIONS, check_phase
+from steerlora.methods.routed_lora.interventions import SiteFacts
 from steerlora.methods.routed_lora.routing import Routing
 from steerlora.saes.sparse import SparseFeatures
 

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from steerlora.methods.routed_lora.monitor import Monitor
 
 from steerlora.lm.decoder import decoder_of, residual_streams
+from steerlora.methods.interventions import INTERVENTIONS
+from steerlora.methods.monitor import Monitor
 from steerlora.methods.routed_lora import losses
-from steerlora.methods.routed_lora.interventions import INTERVENTIONS, SiteFacts
+from steerlora.methods.routed_lora.interventions import SiteFacts
 from steerlora.saes.relu import ReLU
 from steerlora.saes.sparse import SparseFeatures
 from steerlora.saes.taxonomy import Taxonomy
