@@ -5,14 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from steerlora.lm.decoder import (
     EditedLayer,
+    ForwardArguments,
+    ObservedForward,
+    attach_edits,
     continued,
     decoder_of,
     edited,
     layers_of,
     layers_path,
+    remove_edits,
     residual_streams,
     spliced_logits,
 )
@@ -92,3 +97,120 @@ def test_a_wrapped_layer_shows_the_attributes_of_the_layer(make_model):
     assert wrapped.self_attn is layer.self_attn
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = wrapped.no_such_thing
+
+
+def test_attached_edits_stay_until_they_are_removed(make_model, tokens):
+    model = make_model()
+    ids, mask = tokens([6])
+    layers, before = list(model.model.layers), model(ids, attention_mask=mask).logits
+    order = []
+
+    def noting(name: str, factor: float):
+        return lambda stream: order.append(name) or stream * factor
+
+    attach_edits(model, {0: noting("inner 0", 1.0), 2: noting("2", 0.5)})
+    attach_edits(model, {0: noting("outer 0", 1.0)})
+    edited_logits = model(ids, attention_mask=mask).logits
+    assert order == ["outer 0", "inner 0", "2"]
+    expected = spliced_logits(make_model(), ids, mask, 2, lambda stream: stream * 0.5)
+    assert torch.equal(edited_logits, expected)
+    remove_edits(model, [0])
+    assert torch.equal(model(ids, attention_mask=mask).logits, edited_logits)
+    assert order[3:] == ["inner 0", "2"]
+    remove_edits(model, [0, 2])
+    assert all(now is then for now, then in zip(model.model.layers, layers, strict=True))
+    assert torch.equal(model(ids, attention_mask=mask).logits, before)
+
+
+# What watches a forward
+
+
+def test_a_forward_is_observed_by_the_names_of_its_arguments(make_model, tokens):
+    model = make_model()
+    ids, mask = tokens([6, 4])
+    before, seen = model(ids, attention_mask=mask).logits, []
+    observed = ObservedForward(model, seen.append)
+    assert torch.equal(model(ids, attention_mask=mask).logits, before)
+    model.model(ids, mask)  # by position
+    for given in seen:
+        assert torch.equal(given["input_ids"], ids)
+        assert torch.equal(given["attention_mask"], mask)
+    # The model truncated is another one, which nobody observes.
+    streams = residual_streams(model, ids, mask, [2])[2]
+    assert torch.equal(streams, residual_streams(make_model(), ids, mask, [2])[2])
+    assert len(seen) == 2
+    observed.remove()
+    assert "forward" not in vars(model.model)
+    model(ids, attention_mask=mask)
+    assert len(seen) == 2
+
+
+def test_an_observer_within_another_gives_it_back(make_model, tokens):
+    model = make_model()
+    ids, _ = tokens([6])
+    order = []
+    outer = ObservedForward(model, lambda given: order.append("first"))
+    own = model.model.forward
+    inner = ObservedForward(model, lambda given: order.append("second"))
+    model(ids)
+    assert order == ["second", "first"]
+    inner.remove()
+    assert model.model.forward is own
+    model(ids)
+    assert order[2:] == ["first"]
+    outer.remove()
+    assert "forward" not in vars(model.model)
+
+
+def test_a_decoder_without_keys_and_values_is_not_observed():
+    mamba = AutoConfig.for_model("mamba", vocab_size=61, hidden_size=32, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_config(mamba)
+    with pytest.raises(ValueError, match="MambaModel keeps no keys and values"):
+        ObservedForward(model, lambda given: None)
+    assert "forward" not in vars(decoder_of(model))
+
+
+STREAM = torch.zeros(2, 3, 4)
+MASK = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+POSITIONS = torch.tensor([[0, 1, 0], [0, -1, -1]])
+
+
+@pytest.mark.parametrize(
+    ("given", "real"),
+    [
+        ({}, [[1, 1, 1], [1, 1, 1]]),
+        ({"attention_mask": MASK[:, :3]}, [[0, 1, 1], [1, 1, 1]]),
+        ({"attention_mask": MASK}, [[1, 1, 1], [1, 1, 0]]),  # with a KV cache: its end
+        ({"position_ids": POSITIONS}, [[1, 1, 1], [1, 0, 0]]),  # packed rows
+        ({"position_ids": POSITIONS[1:]}, [[1, 0, 0], [1, 0, 0]]),
+        ({"position_ids": POSITIONS, "attention_mask": MASK[:, :3]}, [[0, 1, 1], [1, 1, 1]]),
+        # A mask [B, 1, S, S] or one of each kind of layer says who sees whom, not what is real.
+        ({"attention_mask": torch.zeros(2, 1, 3, 3)}, [[1, 1, 1], [1, 1, 1]]),
+        ({"attention_mask": {"full_attention": None}, "position_ids": POSITIONS}, None),
+    ],
+)
+def test_real_tokens_follow_from_the_arguments(given, real):
+    arguments = ForwardArguments()
+    arguments.note({"input_ids": torch.ones(2, 3), **given})
+    expected = POSITIONS >= 0 if real is None else torch.tensor(real).bool()
+    assert torch.equal(arguments.real_tokens(STREAM), expected)
+    arguments.note({})  # the next forward's are its own
+    assert arguments.real_tokens(STREAM).all()
+
+
+def test_a_forward_continues_what_a_cache_holds(make_model, tokens):
+    model = make_model()
+    ids, _ = tokens([6])
+    arguments, found = ForwardArguments(), []
+
+    def note(given):
+        arguments.note(given)
+        found.append(arguments.continuing)
+
+    observed = ObservedForward(model, note)
+    cache = model(ids[:, :4], use_cache=True).past_key_values
+    model(ids[:, :4], past_key_values=DynamicCache())
+    model(ids[:, 4:], past_key_values=cache)
+    model(ids, use_cache=False)
+    observed.remove()
+    assert found == [False, False, True, False]

@@ -192,25 +192,6 @@ def test_the_frozen_base_s_own_streams_are_read_where_asked_for(model, make_adap
     assert not torch.allclose(output.hidden_states[2], base)
 
 
-def test_names_and_patterns_choose_modules(make_model):
-    model = make_model()
-
-    def chosen(*patterns) -> set[str]:
-        targets = find_targets(model, 2, patterns)
-        return {name.split(":")[1].replace("/", ".") for name in targets}
-
-    assert chosen("q_proj") == {"self_attn.q_proj"}
-    assert chosen("mlp.*", "o_proj") == {
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-        "self_attn.o_proj",
-    }
-    assert chosen("*_proj") == chosen("*")
-    with pytest.raises(ValueError, match=r"no linear module named mpl\.\*; .* mlp\.up_proj \(Lin"):
-        chosen("q_proj", "mpl.*")
-
-
 def test_a_name_of_another_family_is_refused_with_what_there_is(make_adapter):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **SIZES, **GPT))
     with pytest.raises(ValueError, match=r"named q_proj; .* attn\.c_attn \(Conv1D\), .*mlp\.c_fc"):
