@@ -111,7 +111,10 @@ class Method(nn.Module):
         return {}
 
     def replacements(self, model: nn.Module) -> dict[str, ReplacedLinear]:
-        """{name of a target of :meth:`targets`: the layer that stands in its place}."""
+        """{name of a target of :meth:`targets`: the layer that stands in its place}.
+
+        While ``forward_state.disabled`` such a layer computes what its base does.
+        """
         return {}
 
     def targets(self, model: nn.Module) -> dict[str, Target]:
