@@ -12,12 +12,24 @@ from torch import nn
 
 from steerlora.config import InterventionConfig, TrainerConfig
 from steerlora.engine.progress import SilentProgress
-from steerlora.methods.base import Task
+from steerlora.methods.base import Learner, Method, Task
 from steerlora.methods.module import MethodModule
 from steerlora.methods.monitor import Monitor
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.config import LossWeights
 from steerlora.training.loop import fit
+
+
+def learner_of(
+    model: nn.Module,
+    method: Method,
+    *,
+    domains: Sequence[str] = ("law", "math"),
+    **settings: Any,
+) -> Learner:
+    """How a method trains on the text of these domains; ``settings`` as for a `Learner`."""
+    given = {"pad_token_id": 0, "seed": 0, "intervention": InterventionConfig()} | settings
+    return method.config.learner(method, model=model, domains=domains, **given)
 
 
 def method_module(
@@ -27,7 +39,6 @@ def method_module(
     trainer: TrainerConfig,
     steps: int,
     monitor: Monitor | None = None,
-    domains: Sequence[str] = ("law", "math"),
     in_training: Task | None = None,
     **losses: float,
 ) -> MethodModule:
@@ -39,7 +50,6 @@ def method_module(
         trainer: AdamW's settings.
         steps: length of the schedule.
         monitor: for losses that compare features.
-        domains: names that the domain ids of batches count in.
         in_training: the task that the learner is told of; None: none.
         losses: their weights, where not the defaults.
     """
@@ -49,15 +59,7 @@ def method_module(
         monitor=monitor.layer if monitor else adapter.config.monitor,
         isolation="own" if losses.get("orthogonality") else "free",
     )
-    learner = adapter.config.learner(
-        adapter,
-        model=model,
-        domains=domains,
-        pad_token_id=0,
-        seed=0,
-        intervention=InterventionConfig(),
-        monitor=monitor,
-    )
+    learner = learner_of(model, adapter, monitor=monitor)
     if in_training is not None:
         learner.training(in_training)  # not entered: every specialist may change
     return MethodModule(learner, trainer=trainer, total_steps=steps)

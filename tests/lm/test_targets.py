@@ -12,7 +12,7 @@ from steerlora.lm.targets import (
     ReplacedLinear,
     find_targets,
     put_back,
-    refuse_replaced,
+    refuse_changed,
     size_of,
 )
 
@@ -101,12 +101,16 @@ def test_they_are_found_behind_edits(make_model):
     assert find_targets(model, 0, None) == expected
 
 
-def test_a_model_that_has_replaced_layers_is_known(make_model):
-    model = make_model()
-    refuse_replaced(model)
-    replace(model, 2, ["up_proj"])
-    with pytest.raises(ValueError, match=r"already carries an adapter: call its remove\(\)"):
-        refuse_replaced(model)
+def test_a_model_that_has_replaced_or_edited_layers_is_refused(make_model):
+    for change in (
+        lambda model: replace(model, 2, ["up_proj"]),
+        lambda model: attach_edits(model, {2: lambda stream: stream}),
+    ):
+        model = make_model()
+        refuse_changed(model)
+        change(model)
+        with pytest.raises(ValueError, match=r"already carries an adapter: call its remove\(\)"):
+            refuse_changed(model)
 
 
 def test_a_replaced_layer_answers_for_its_base(make_model):

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers.training import train
+from helpers.training import learner_of, train
 from torch import Tensor, nn
 
 import steerlora
-from steerlora.config import InterventionConfig, TrainerConfig
+from steerlora.config import TrainerConfig
 from steerlora.data.chat import ChatBatch, EncodedChat, collate
 from steerlora.errors import UserError
 from steerlora.lm.decoder import residual_streams
@@ -187,15 +187,7 @@ def test_every_configuration_has_sites_in_order_and_a_monitor_above(changes, mes
 
 @pytest.fixture
 def learner(made) -> Learner:
-    model, method = made
-    return method.config.learner(
-        method,
-        model=model,
-        domains=("law", "math"),
-        pad_token_id=0,
-        seed=0,
-        intervention=InterventionConfig(),
-    )
+    return learner_of(*made)
 
 
 def test_a_learner_trains_by_the_next_token_alone(learner, tmp_path):

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.training import learner_of
 from torch import Tensor, nn
 
-from steerlora.config import InterventionConfig
 from steerlora.data.chat import EncodedChat, collate
 from steerlora.lm.decoder import edited
 from steerlora.lm.targets import ReplacedLinear
@@ -74,18 +74,6 @@ class DistilledLearner(Learner):
 def batch_of(ids: Tensor, mask: Tensor):
     rows = [EncodedChat(row[: int(real.sum())].tolist(), 1) for row, real in zip(ids, mask)]  # noqa: B905
     return collate(rows, [0] * len(rows), 0)
-
-
-def learner_of(method: Method, model: nn.Module, **more: Any) -> Learner:
-    return method.config.learner(
-        method,
-        model=model,
-        domains=["law"],
-        pad_token_id=0,
-        seed=0,
-        intervention=InterventionConfig(),
-        **more,
-    )
 
 
 @pytest.fixture
@@ -152,7 +140,7 @@ def test_a_spliced_model_decodes_with_a_cache_as_without(spliced, tokens):
 
 def test_a_loss_may_be_another_than_the_next_tokens(spliced, tokens):
     model, method = spliced
-    learner = learner_of(method, model)
+    learner = learner_of(model, method)
     ids, mask = tokens([6, 4])
     terms = learner.losses(batch_of(ids, mask))
     assert list(terms) == ["kl"]
@@ -219,7 +207,7 @@ def test_a_layer_may_be_replaced_by_what_is_no_low_rank_pair(make_model, tokens)
     assert not torch.allclose(changed, expected)
     with method.disabled():
         assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
-    loss = learner_of(method, model).losses(batch_of(ids, mask))["task"][1]
+    loss = learner_of(model, method).losses(batch_of(ids, mask))["task"][1]
     loss.backward()
     assert all(factors.grad.abs().sum() > 0 for factors in method.factors.values())
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)

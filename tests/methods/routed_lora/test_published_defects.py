@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.features import taxonomy
 from helpers.training import method_module, train
 from torch import Tensor, nn
 
@@ -32,7 +33,6 @@ from steerlora.methods.routed_lora.config import (
 from steerlora.methods.routed_lora.memory import MemoryPolicy
 from steerlora.methods.routed_lora.watch import RoutingWatch
 from steerlora.methods.saving import save_adapter
-from steerlora.saes.taxonomy import Taxonomy
 from steerlora.stages.method_training import check_intervention
 from steerlora.training.checkpoints import Files, newest
 
@@ -57,16 +57,12 @@ def make_module(make_model, make_adapter, make_sae) -> Callable[..., MethodModul
     def make(shape: dict | None = None, **losses: float) -> MethodModule:
         model = make_model()
         adapter = make_adapter(model, sites=(SITE,), **(shape or {}))
-        general = torch.arange(LATENTS) % 2 == 0
-        domain = (~general).expand(2, -1)
-        prototypes = torch.rand(2, LATENTS, generator=torch.Generator().manual_seed(3)) * domain
-        taxonomy = Taxonomy(general, domain, prototypes, prototypes, torch.zeros(LATENTS))
         return method_module(
             model,
             adapter,
             trainer=TrainerConfig(learning_rate=1e-2, checkpoint_seconds=1e-9),
             steps=100,
-            monitor=Monitor(model, adapter, make_sae(seed=7), LAYERS, taxonomy),
+            monitor=Monitor(model, adapter, make_sae(seed=7), LAYERS, taxonomy()),
             **losses,
         )
 

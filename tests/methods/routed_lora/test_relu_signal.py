@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.features import taxonomy
 
 from steerlora.lm.decoder import decoder_of, residual_streams
 from steerlora.methods.interventions import INTERVENTIONS
@@ -14,7 +15,6 @@ from steerlora.methods.routed_lora import losses
 from steerlora.methods.routed_lora.interventions import SiteFacts
 from steerlora.saes.relu import ReLU
 from steerlora.saes.sparse import SparseFeatures
-from steerlora.saes.taxonomy import Taxonomy
 
 WIDTH, LATENTS = 32, 64
 
@@ -58,11 +58,8 @@ def test_every_loss_trains_the_adapter_and_equals_its_dense_formula(
 ):
     model = make_model()
     adapter = make_adapter(model)
-    general = torch.arange(LATENTS) % 2 == 0
-    own = (~general).expand(2, -1)
-    prototypes = torch.rand(2, LATENTS, generator=torch.Generator().manual_seed(3)) * own
-    taxonomy = Taxonomy(general, own, prototypes, prototypes, torch.zeros(LATENTS))
-    monitor = Monitor(model, adapter, make_sae(seed=7), 3, taxonomy)
+    monitor = Monitor(model, adapter, make_sae(seed=7), 3, taxonomy(LATENTS))
+    general, own, prototypes = monitor.general, monitor.domain, monitor.prototypes
     ids, mask = tokens([5, 8, 3])
     with monitor.recording():
         decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False)
