@@ -1,7 +1,7 @@
 """Defects of the published code that must not come back: one test each.
 
-Each meets the defect where a user would: in a training, a generation, a checkpoint, a command. The
-parts behind them have tests of their own.
+Each looks for the defect where a user would see it: in a training, a generation, a checkpoint, a
+command. The parts behind them have tests of their own.
 """
 
 from __future__ import annotations
