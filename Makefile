@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test lint bench clean
+.PHONY: help setup reproduce test test-fast lint bench clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/ \t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/ \t/'
 
 setup: $(READY) ## make the environment in .venv
 
@@ -22,8 +22,13 @@ $(READY): pyproject.toml constraints.txt
 reproduce: setup ## the paper's tables in the micro world, into results/micro
 	$(BIN)/steerlora experiment=micro
 
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: setup ## the tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-fast: setup ## the tests that take no seconds each
+	$(PYTEST) -m "not slow"
 
 lint: setup ## style and common mistakes
 	$(BIN)/ruff check .

@@ -141,6 +141,6 @@ def import_plugins(modules: Iterable[str]) -> list[Path]:
                 f"plugins: {name} cannot be imported ({error}): give modules that are installed or "
                 "lie in the current folder"
             ) from error
-        folder = Path(module.__file__ or "").resolve().parent / "conf"
-        folders += [folder] if folder.is_dir() else []
+        folder = Path(module.__file__).resolve().parent / "conf" if module.__file__ else None
+        folders += [folder] if folder and folder.is_dir() else []
     return folders

@@ -18,12 +18,16 @@ LAYERS, WIDTH, VOCABULARY, LATENTS, K = 3, 32, 61, 64, 5
 
 torch.set_num_threads(1)
 
-SLOW = ("ranks", "test_readme.py", "cli", "stages")
+SLOW = ("ranks", "test_readme.py", "cli", "stages", "extension", "planning", "scripts")
+"""Folders and files whose tests take seconds: ``make test-fast`` leaves them out."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files whose tests take seconds come first: what is quick fills both workers to the end."""
-    items.sort(key=lambda item: not set(SLOW) & set(item.path.parts))
+    """Mark the slow ones, and let them come first: what is quick fills both workers to the end."""
+    for item in items:
+        if set(SLOW) & set(item.path.relative_to(item.config.rootpath).parts):
+            item.add_marker("slow")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture
