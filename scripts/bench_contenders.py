@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,25 +13,27 @@ from published_arrangement import PublishedArrangement, Setting
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from steerlora.config import QWEN3_LINEAR, AdapterConfig, TrainerConfig
+from steerlora.config import InterventionConfig, TrainerConfig
 from steerlora.data.chat import ChatBatch
-from steerlora.methods.module import AdapterModule
+from steerlora.methods.config import QWEN3_LINEAR
+from steerlora.methods.module import MethodModule
 from steerlora.methods.monitor import Monitor
-from steerlora.methods.routed_lora.adapter import Adapter, AdapterShape, total_rank
+from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.methods.routed_lora.config import LossWeights, RoutedLoRAConfig
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.taxonomy import Taxonomy
 from steerlora.saes.topk import TopK
 from steerlora.training.language import next_token_loss
 
 DOMAINS = 5
-PUBLISHED_WEIGHTS = {
-    "preservation": 1.0,
-    "steering": 1.0,
-    "gate_sparsity": 1e-2,
-    "rank_budget": 1e-3,
-    "load_balance": 1e-2,
-    "diversity": 1e-3,
-}
+PUBLISHED_WEIGHTS = LossWeights(
+    preservation=1.0,
+    steering=1.0,
+    gate_sparsity=1e-2,
+    rank_budget=1e-3,
+    load_balance=1e-2,
+    diversity=1e-3,
+)
 
 
 @dataclass(frozen=True)
@@ -49,25 +52,22 @@ def make_batch(options: Namespace) -> ChatBatch:
     return ChatBatch(ids, torch.ones_like(ids), ids.clone(), owners, ids.numel())
 
 
-def sc_lora(options: Namespace, batch: ChatBatch, **weights: float) -> Contender:
+def sc_lora(options: Namespace, batch: ChatBatch) -> Contender:
     """One site at 3/8 of the depth, a sparse linear router; no loss but the task's."""
-    return _ours(options, batch, {"sites": (_site(options),)}, weights)
+    return _ours(options, batch, sites=[_site(options)])
 
 
 def sc_lora_all_losses(options: Namespace, batch: ChatBatch) -> Contender:
     """All seven losses at their published weights, with the monitor above the last layer."""
-    return sc_lora(options, batch, **PUBLISHED_WEIGHTS)
+    return _ours(
+        options, batch, sites=[_site(options)], monitor=options.layers, losses=PUBLISHED_WEIGHTS
+    )
 
 
 def sc_lora_reference(options: Namespace, batch: ChatBatch) -> Contender:
     """The published equations: a site at every layer, a perceptron router for every module."""
-    changes = {
-        "sites": tuple(range(options.layers)),
-        "source": "base",
-        "router": "mlp",
-        "per_module": True,
-    }
-    return _ours(options, batch, changes, {})
+    sites = list(range(options.layers))
+    return _ours(options, batch, sites=sites, source="base", router="mlp", per_module=True)
 
 
 def published(options: Namespace, batch: ChatBatch) -> Contender:
@@ -106,23 +106,26 @@ CONTENDERS: dict[str, Build] = {
 SLOW = {"sc_lora_reference", "published"}
 
 
-def _ours(options: Namespace, batch: ChatBatch, changes: dict, weights: dict) -> Contender:
+def _ours(options: Namespace, batch: ChatBatch, **settings: Any) -> Contender:
+    """Specialists that SAE features route, with these settings of the method."""
     model = _model(options)
-    sizes = {
-        "specialists": options.specialists,
-        "rank": options.rank,
-        "alpha": float(options.rank),
-    }
-    shape = AdapterShape(routing="sae", **sizes, **changes)
-    adapter = Adapter(model, shape, _saes(options, shape.sites)).attach(model)
-    module = AdapterModule(
-        model,
-        adapter,
-        config=AdapterConfig(**sizes, **weights),
-        trainer=TrainerConfig(),
-        total_steps=1000,
-        monitor=_monitor(model, adapter, options) if weights else None,
+    config = RoutedLoRAConfig(
+        specialists=options.specialists,
+        rank=options.rank,
+        alpha=float(options.rank),
+        **settings,
     )
+    adapter = Adapter(model, config, _saes(options, config.sites)).attach(model)
+    learner = config.learner(
+        adapter,
+        model=model,
+        domains=[str(domain) for domain in range(DOMAINS)],
+        pad_token_id=0,
+        seed=0,
+        intervention=InterventionConfig(),
+        monitor=_monitor(model, adapter, options) if config.compares_with_base else None,
+    )
+    module = MethodModule(learner, trainer=TrainerConfig(), total_steps=1000)
     module.log = module.log_dict = lambda *_, **__: None  # there is no trainer to log to
     parameters = [p for p in adapter.parameters() if p.requires_grad]
     return _contender(lambda: module.training_step(batch, 0), parameters)
@@ -141,8 +144,7 @@ def _monitor(model: nn.Module, adapter: Adapter, options: Namespace) -> Monitor:
 
 def _peft(options: Namespace, batch: ChatBatch, layers: Sequence[int]) -> Contender:
     """PEFT's rank is the total rank of our specialists."""
-    rank = total_rank(AdapterShape(specialists=options.specialists, rank=options.rank))
-    model = peft_lora(_model(options), rank, layers)
+    model = peft_lora(_model(options), options.specialists * options.rank, layers)
     parameters = [p for p in model.parameters() if p.requires_grad]
     base = model.get_base_model()
     return _contender(lambda: next_token_loss(base, batch), parameters)

@@ -29,12 +29,11 @@ from bench_contenders import peft_lora
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
-from steerlora.stages.adapting import check_shares, open_to_train, shape_of
 from torch import nn
 from transformers import Qwen3ForCausalLM
 
 from steerlora.cli import compose
-from steerlora.config import Config, TrainerConfig
+from steerlora.config import Config, InterventionConfig, TrainerConfig
 from steerlora.data.chat import ChatBatch
 from steerlora.distributed.devices import peak_flops
 from steerlora.distributed.shards import elements
@@ -44,11 +43,12 @@ from steerlora.errors import UserError
 from steerlora.lm.flops import training_flops_per_token
 from steerlora.lm.pretrained import qwen3_config
 from steerlora.lm.shapes import model_shape
-from steerlora.methods.module import AdapterModule, scheduled_adamw
-from steerlora.methods.routed_lora.adapter import Adapter, total_rank
-from steerlora.planning import memory
-from steerlora.planning.plan import part_of
-from steerlora.saes.topk import TopK
+from steerlora.methods.base import SiteSAE, Sources
+from steerlora.methods.module import MethodModule, scheduled_adamw
+from steerlora.planning import plan
+from steerlora.planning.memory import Memory
+from steerlora.planning.work import ADAPTER
+from steerlora.stages.method_training import check_shares, open_to_train
 from steerlora.training.language import next_token_loss
 from steerlora.training.loop import begins_step, ends_step, fit
 
@@ -61,11 +61,12 @@ def main() -> None:
         config = _config(options.overrides)
         check_hardware(config.trainer)
         check_shares(config.trainer)
+        planned = plan.make(config).memories[ADAPTER]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     rounds = _rounds(config, options.rounds)
-    result = _summary(config, options.overrides, rounds)
+    result = _summary(config, options.overrides, rounds, planned)
     table = _table(result)
     Console().print(table)
     if options.write:
@@ -174,9 +175,9 @@ class PeftModule(L.LightningModule):
     def __init__(self, model: nn.Module, config: Config) -> None:
         super().__init__()
         self.model, self.config = model, config
-        rank = total_rank(shape_of(config.adapter, config.control))
-        layers = range(min(config.control.sites), config.model.layers)
-        self.adapted = peft_lora(model, rank, layers, config.adapter.target_modules)
+        method = config.method
+        layers = range(min(method.sites), config.model.layers)
+        self.adapted = peft_lora(model, method.total_rank, layers, method.target_modules)
 
     def training_step(self, batch: ChatBatch, index: int) -> torch.Tensor:
         return next_token_loss(self.model, batch)
@@ -185,7 +186,7 @@ class PeftModule(L.LightningModule):
         return training_flops_per_token(
             model_shape(self.config.model),
             adapter_parameters=sum(elements(p) for p in trained(self)),
-            first_adapted_layer=min(self.config.control.sites),
+            first_adapted_layer=min(self.config.method.sites),
             sequence=self.config.trainer.max_length,
         )
 
@@ -201,17 +202,20 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 def ours(model: nn.Module, config: Config) -> L.LightningModule:
     """The configured adapter, with untrained SAEs: they cost what trained ones do."""
     saes = {
-        site: TopK(config.model.width, config.sae.latents, k=config.sae.k, seed=site)
-        for site in config.control.sites
-        if config.adapter.routing == "sae"
+        site: replace(config.sae, seed=site).build(config.model.width)
+        for site in config.method.sites
+        if config.method.reads_features
     }
-    return AdapterModule(
-        model,
-        Adapter(model, shape_of(config.adapter, config.control), saes).attach(model),
-        config=config.adapter,
-        trainer=config.trainer,
-        total_steps=config.trainer.max_steps,
+    sources = Sources(saes={site: SiteSAE(sae) for site, sae in saes.items()})
+    learner = config.method.learner(
+        config.method.build(model, sources, seed=0),
+        model=model,
+        domains=config.domains.names,
+        pad_token_id=0,
+        seed=0,
+        intervention=InterventionConfig(),
     )
+    return MethodModule(learner, trainer=config.trainer, total_steps=config.trainer.max_steps)
 
 
 CONTENDERS = {"steerlora": ours, "peft": PeftModule}
@@ -246,7 +250,9 @@ def measure(name: str, config: Config, folder: str) -> dict:
     }
 
 
-def _summary(config: Config, overrides: list[str], rounds: list[dict[str, dict]]) -> dict:
+def _summary(
+    config: Config, overrides: list[str], rounds: list[dict[str, dict]], planned: Memory
+) -> dict:
     tokens = config.trainer.batch_size * config.trainer.max_length
     contenders = {}
     for name in CONTENDERS:
@@ -264,12 +270,6 @@ def _summary(config: Config, overrides: list[str], rounds: list[dict[str, dict]]
         statistics.median(each["steerlora"]["seconds"]) / statistics.median(each["peft"]["seconds"])
         for each in rounds
     ]
-    planned = memory.adapter_training(
-        config,
-        model_shape(config.model),
-        part_of(config),
-        scores=memory.SCORES_ON_ACCELERATOR,
-    )
     return {
         "device": rounds[0]["peft"]["device"],
         "overrides": overrides,

@@ -145,7 +145,7 @@ def items_of(config: Config) -> Iterator[Item]:
         if path and not Path(path).expanduser().exists():
             yield _repository("model", path, revision, MODEL_FILES)
     if config.sae.path and not Path(config.sae.path).expanduser().exists():
-        sites = {*config.control.sites, config.control.monitor} - {None}
+        sites = {*config.method.sites, config.method.monitor} - {None}
         # Qwen-Scope reads what leaves a layer: the stream entering the next.
         files = tuple(f"layer{site - 1}.sae.pt" for site in sorted(sites))
         yield _repository("SAE", config.sae.path, None, files)

@@ -128,7 +128,7 @@ def import_plugins(modules: Iterable[str]) -> list[Path]:
         Their folders of configuration: ``conf/`` beside each, where there is one.
 
     Raises:
-        UserError: there is no such module.
+        UserError: there is no such module, or it is no Python.
     """
     folders = []
     for name in modules:
@@ -136,7 +136,7 @@ def import_plugins(modules: Iterable[str]) -> list[Path]:
             sys.path.insert(0, here)
         try:
             module = importlib.import_module(name)
-        except ModuleNotFoundError as error:
+        except (ImportError, SyntaxError) as error:
             raise UserError(
                 f"plugins: {name} cannot be imported ({error}): give modules that are installed or "
                 "lie in the current folder"

@@ -53,11 +53,16 @@ RENAMED = {
     "continual.replay_ratio": "method.replay.ratio",
     "continual.replay_batches": "method.replay.batches",
     "continual.memory": "method.memory.enabled",
+    "continual.memory_every": "method.memory.every",
     "continual": "method",
     "control": "method",
     "routing": "method.health",
+    "study.adapters": "study.methods",
+    "study.scale_adapters": "study.scale_methods",
+    "study.ablation_adapter": "study.ablation_method",
+    "study.sequential_adapters": "study.sequential_methods",
 }
-"""What keys of earlier versions are called now."""
+"""What keys of earlier versions are called now; of a section, its keys wherever they are in it."""
 
 # YAML may write ${every_layer:${model.layers}} for a site at every layer, and
 # ${times:4,${model.width}} for four times the width. Registered on import, so that the processes of
@@ -188,11 +193,12 @@ def _plugins_named(overrides: Sequence[str]) -> list[str]:
     given = [text for text in overrides if text.startswith("plugins=")]
     try:
         found = OverridesParser.create().parse_overrides(given)
-        return [str(name) for override in found for name in override.value()]
-    except (HydraException, TypeError) as error:
-        raise UserError(
-            f"{given[-1]}: give a list of modules, plugins=[my_package.mine]"
-        ) from error
+    except HydraException as error:
+        raise UserError(f"cannot read {given[-1]}") from error
+    for text, override in zip(given, found, strict=True):
+        if not isinstance(override.value(), list):
+            raise UserError(f"{text}: give a list of modules, plugins=[my_package.mine]")
+    return [str(name) for override in found for name in override.value()]
 
 
 def typed(tree: DictConfig) -> Config:
@@ -304,13 +310,12 @@ def _nearest_key(key: str, schema: type | None = None) -> str:
     """
     if key.split(".")[0] == "hydra":
         return "steerlora --cfg hydra lists Hydra's own"
-    for old, new in RENAMED.items():
-        if key == old or key.startswith(f"{old}."):
-            rest = key.removeprefix(old)
-            return f"it is {new}{rest} now" if "." in key else f"it is {new}=<option> now"
     section, _, name = key.partition(".")
     of_section = {s: schema if schema and s == section else _schemas(s) for s in GROUPS}
     keys = {s: _keys(s, types) for s, types in of_section.items()}
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            return _renamed(key, new, key.removeprefix(old), keys[new.partition(".")[0]])
     if section in KINDS and key in keys[section]:
         naming, kinds, _ = KINDS[section]
         having = [kind for kind, known in kinds.known() if key in _keys(section, known)]
@@ -325,6 +330,22 @@ def _nearest_key(key: str, schema: type | None = None) -> str:
     if "." in key and _close(key, everywhere):
         return nearest(key, everywhere)
     return nearest(section, [*GROUPS, *OTHER_KEYS, "experiment"])
+
+
+def _renamed(key: str, new: str, rest: str, keys: Sequence[str]) -> str:
+    """What a key of an earlier version is called now.
+
+    Args:
+        key: what was given.
+        new: what its beginning is called now.
+        rest: what follows that, "" or ".<name>".
+        keys: of the section.
+    """
+    if "." not in key:
+        return f"it is {new}=<option> now"
+    candidates = [f"{new}{rest}", *(name for name in keys if name.endswith(rest))]
+    found = next((name for name in candidates if name in keys), None)
+    return f"it is {found} now" if found else nearest(candidates[0], keys)
 
 
 def _close(name: str, choices: Sequence[str]) -> bool:

@@ -78,6 +78,7 @@ class MethodConfig:
     """Linear layers that are adapted, by last name, by path inside a decoder layer, or by a pattern
     of either ("*_proj", "self_attn.*"); null: all."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    """Batches of earlier domains, in a sequence."""
 
     # Capabilities: what stages ask in place of the kind
 

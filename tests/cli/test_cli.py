@@ -101,8 +101,8 @@ def root(trained, tmp_path) -> Path:
         ("", "nothing to do: give experiment=micro"),
         ("method=lora", "nothing to do"),
         ("stage=adapter_trainig", "did you mean 'adapter_training'"),
-        ("stage=base method=lorra", "adapter=lorra: did you mean 'lora'"),
-        ("stage=base method.rnk=4", "no such key: adapter.rnk; did you mean 'adapter.rank'"),
+        ("stage=base method=lorra", "method=lorra: did you mean 'lora'"),
+        ("stage=base method.rnk=4", "no such key: method.rnk; did you mean 'method.rank'"),
         ("stage=base +foo=1", "no such key: foo"),
         ("stage=base method.rank=-1", "method.rank=-1: must be greater than 0"),
         ("stage=base seed=x", "seed=x: must be a whole number"),
@@ -112,10 +112,20 @@ def root(trained, tmp_path) -> Path:
         ("stage=base method.rank=2,4", "To sweep over it"),
         ("stage=base --bogus", "--bogus; steerlora --help"),
         ("stage=base --resolve", "--resolve goes with --cfg"),
-        ("adaptr=lora --cfg job", "did you mean 'adapter'"),
+        ("metod=lora --cfg job", "did you mean 'method'"),
+        ("stage=base adapter=lora", "no such key: adapter; it is method=<option> now"),
+        ("stage=base control.sites=[1]", "no such key: control.sites; it is method.sites now"),
+        ("stage=base continual.memory=true", "it is method.memory.enabled now"),
+        ("stage=base plugins=[no_such_plugin]", "plugins: no_such_plugin cannot be imported"),
         ("stage=report", "stage=report needs what it reports"),
-        ("stage=causal_ablation method=lora", "method=lora has routing none"),
-        ("stage=evaluate method=lora intervention=shuffle", "acts on SAE routing"),
+        (
+            "stage=causal_ablation method=lora",
+            "a control signal of SAE features, and method=lora has none",
+        ),
+        (
+            "stage=evaluate method=lora intervention=shuffle",
+            "a control signal of SAE features, and method=lora has none",
+        ),
         ("stage=evaluate intervention.name=shufle", "did you mean 'shuffle'"),
         ("stage=causal_ablation study.interventions=[invrt]", "did you mean 'invert'"),
         ("stage=base model.path=/no/such/model", "model.path=/no/such/model cannot be loaded"),
@@ -151,7 +161,7 @@ def test_help_lists_the_groups(steerlora):
         ended = steerlora(flag)
         assert (ended.code, ended.err) == (0, "")
         assert "steerlora experiment=smoke" in ended.out
-        assert "  adapter: lora, moe_lora, o_lora, sc_lora" in ended.out
+        assert "  method: lora, moe_lora, o_lora, sc_lora" in ended.out
         assert "_schema" not in ended.out
 
 
@@ -161,7 +171,7 @@ def test_the_whole_configuration_is_shown(steerlora, tmp_path):
     from omegaconf import OmegaConf
 
     shown = OmegaConf.create(ended.out)
-    assert (shown.adapter.rank, shown.study.name, shown.results.dir) == (
+    assert (shown.method.rank, shown.study.name, shown.results.dir) == (
         3,
         "smoke",
         "results/smoke",
@@ -350,7 +360,10 @@ def test_a_sweep_goes_on_after_a_job_that_fails(steerlora, root):
     [
         ("method=lora,sc_lorra", "did you mean 'sc_lora'"),
         ("method.rank=2,-2", "method.rank=-2: must be greater than 0"),
-        ("stage=adapter_training,causal_ablation method=lora", "acts on SAE routing"),
+        (
+            "stage=adapter_training,causal_ablation method=lora",
+            "a control signal of SAE features, and method=lora has none",
+        ),
     ],
 )
 def test_a_sweep_with_one_wrong_job_starts_none(steerlora, tmp_path, swept, says):

@@ -111,7 +111,7 @@ def test_a_sweep_runs_as_slurm_jobs(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["steerlora"])
     monkeypatch.setattr(command, "console", Console(soft_wrap=True, width=400))
-    monkeypatch.setattr(launchers, "LATE", 1.0)
+    monkeypatch.setattr(launchers, "OUTCOME_DELAY", 1.0)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     wait = launchers.SlurmJobs._wait

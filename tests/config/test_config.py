@@ -11,19 +11,25 @@ from omegaconf import DictConfig, OmegaConf
 
 from steerlora import config
 from steerlora.cli import compose
-from steerlora.config import GROUPS, STAGES, Config
+from steerlora.cli.compose import GROUPS
+from steerlora.config import SECTIONS, Config, StudyConfig
+from steerlora.engine.run import STAGES
 from steerlora.errors import UserError
 from steerlora.lm.pretrained import shape_of
 from steerlora.lm.weight_files import on_meta
+from steerlora.methods import config as method_config
+from steerlora.methods.config import METHODS, QWEN3_LINEAR
+from steerlora.methods.routed_lora.config import RoutedLoRAConfig
+from steerlora.saes import config as sae_config
+from steerlora.saes.config import SAES
 
 OPTIONS = {
-    "adapter": 14,
-    "control": 1,
     "domains": 3,
     "evaluation": 3,
     "experiment": 5,
     "intervention": 10,
     "logger": 2,
+    "method": 14,
     "model": 14,
     "order": 5,
     "sae": 2,
@@ -54,7 +60,7 @@ def shipped() -> list[str]:
 
 def test_every_group_ships_what_is_counted_here():
     assert {name: len(options) for name, options in compose.groups().items()} == OPTIONS
-    assert len(shipped()) == sum(OPTIONS.values()) == 77
+    assert len(shipped()) == sum(OPTIONS.values()) == 76
 
 
 @pytest.mark.parametrize("option", shipped())
@@ -63,7 +69,7 @@ def test_every_shipped_option_builds_a_typed_configuration(option):
     assert isinstance(built, Config)
     group, _, name = option.partition("=")
     section = built.study if group == "experiment" else getattr(built, group)
-    if group in ("adapter", "domains", "experiment", "intervention", "logger", "model", "stage"):
+    if group in ("domains", "experiment", "intervention", "logger", "method", "model", "stage"):
         assert section.name == name
     if group == "order":
         assert section.kind == name
@@ -76,19 +82,28 @@ def test_an_experiment_says_where_its_results_go():
 
 
 def test_every_stage_has_an_option():
-    assert compose.groups()["stage"] == sorted(STAGES)
+    assert compose.groups()["stage"] == sorted([*STAGES, "plan", "report", "status"])
 
 
 def test_the_whole_configuration_is_plain_values():
-    built = compose.load(["stage=base"])
-    for field in dataclasses.fields(Config):
-        value = getattr(built, field.name)
-        assert type(value).__module__.startswith(("builtins", "steerlora.config."))
-        for name, inner in vars(value).items() if dataclasses.is_dataclass(value) else ():
-            assert type(inner) in (str, int, float, bool, list, dict, type(None)), name
+    def assert_plain(value, name: str) -> None:
+        if dataclasses.is_dataclass(value):
+            package, _, rest = type(value).__module__.partition(".")
+            assert package == "steerlora"
+            assert "config" in rest.split(".")
+            for field, inner in vars(value).items():
+                assert_plain(inner, f"{name}.{field}")
+        else:
+            assert type(value) in (str, int, float, bool, list, tuple, dict, type(None)), name
+
+    assert_plain(compose.load(["stage=base"]), "config")
 
 
-@pytest.mark.parametrize("schema", GROUPS.values(), ids=lambda schema: schema.__name__)
+SCHEMAS = [*SECTIONS.values(), *dict(METHODS.items()).values(), *dict(SAES.items()).values()]
+"""The type of every section, of each of its kinds where it has several."""
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.__name__)
 def test_sections_are_frozen_and_by_keyword(schema):
     assert schema.__dataclass_params__.frozen
     with pytest.raises(TypeError):
@@ -98,11 +113,11 @@ def test_sections_are_frozen_and_by_keyword(schema):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        ("method.rank=x", r"adapter\.rank: Value 'x' .*Integer"),
+        ("method.rank=x", r"method\.rank: Value 'x' .*Integer"),
         ("trainer.learning_rate=fast", r"trainer\.learning_rate: .*'fast'.*Float"),
-        ("method.dynamic_rank=maybe", r"adapter\.dynamic_rank: .*'maybe'.*"),
-        ("method.sites=1", r"control\.sites: .*"),
-        ("method.sites=[a]", r"control\.sites.*: .*'a'.*Integer"),
+        ("method.dynamic_rank=maybe", r"method\.dynamic_rank: .*'maybe'.*"),
+        ("method.sites=1", r"method\.sites: .*"),
+        ("method.sites=[a]", r"method\.sites.*: .*'a'.*Integer"),
         ("trainer.precision=null", r"trainer\.precision: .*not Optional"),
         ("seed=x", r"seed=x: must be a whole number"),
         ("seed=1.5", r"seed=1\.5: must be a whole number"),
@@ -187,15 +202,15 @@ def test_a_wrong_value_is_refused_with_what_would_be_right(default_tree, overrid
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("method.rnk=4", "no such key: adapter.rnk; did you mean 'adapter.rank'"),
+        ("method.rnk=4", "no such key: method.rnk; did you mean 'method.rank'"),
         ("trainr.max_steps=4", "did you mean 'trainer.max_steps'"),
-        ("adaptr=lora", "did you mean 'adapter'"),
+        ("metod=lora", "did you mean 'method'"),
         ("sead=1", "did you mean 'seed'"),
-        ("foo=1", "no such key: foo; choose from adapter, artifacts, continual"),
-        ("+foo=1", "no such key: foo; choose from adapter, artifacts, continual"),
+        ("foo=1", "no such key: foo; choose from artifacts, domains, evaluation"),
+        ("+foo=1", "no such key: foo; choose from artifacts, domains, evaluation"),
         ("+trainer.max_step=1", "no such key: trainer.max_step; did you mean 'trainer.max_steps'"),
         ("hydra.rn.dir=x", "no such key: hydra.rn.dir; steerlora --cfg hydra"),
-        ("method=sc_lor", "adapter=sc_lor: did you mean 'sc_lora'"),
+        ("method=sc_lor", "method=sc_lor: did you mean 'sc_lora'"),
         ("stage=adapter_trainig", "stage=adapter_trainig: did you mean 'adapter_training'"),
         ("experiment=smok", "experiment=smok: did you mean 'smoke'"),
         ("model=gpt", "model=gpt: choose from gemma2_2b, gemma2_9b"),
@@ -210,6 +225,94 @@ def test_an_unknown_name_is_refused_with_the_nearest(override, says):
     assert says in str(caught.value)
     assert "_schema" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("adapter=sc_lora", "adapter; it is method=<option> now"),
+        ("+adapter.rank=4", "adapter; it is method=<option> now"),
+        ("adapter.rank=4", "adapter.rank; it is method.rank now"),
+        ("adapter.rnk=4", "adapter.rnk; did you mean 'method.rank'"),
+        ("adapter.routing=dense", "adapter.routing; it is method.signal now"),
+        ("adapter.load_balance=1", "adapter.load_balance; it is method.losses.load_balance now"),
+        ("control.sites=[1]", "control.sites; it is method.sites now"),
+        ("continual.memory=true", "continual.memory; it is method.memory.enabled now"),
+        ("continual.memory_every=5", "continual.memory_every; it is method.memory.every now"),
+        ("continual.prune_usage=0", "continual.prune_usage; it is method.memory.prune_usage now"),
+        ("continual.specialists=own", "continual.specialists; it is method.isolation now"),
+        ("continual.replay_ratio=0.2", "continual.replay_ratio; it is method.replay.ratio now"),
+        ("routing.log_every=5", "routing.log_every; it is method.health.log_every now"),
+        ("study.adapters=[lora]", "study.adapters; it is study.methods now"),
+        ("study.ablation_adapter=lora", "study.ablation_adapter; it is study.ablation_method now"),
+    ],
+)
+def test_a_key_of_an_earlier_version_is_refused_with_the_one_that_it_is_now(old, new):
+    with pytest.raises(UserError) as caught:
+        compose.load([old])
+    assert str(caught.value).startswith(f"no such key: {new}")
+    assert "\n" not in str(caught.value)
+
+
+def test_every_new_name_of_an_old_key_exists():
+    keys = compose._keys("method", RoutedLoRAConfig) + compose._keys("study", StudyConfig)
+    for new in compose.RENAMED.values():
+        assert any(key == new or key.startswith(f"{new}.") for key in keys), new
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("[no_such_plugin]", "plugins: no_such_plugin cannot be imported (No module named 'no_suc"),
+        ("[no_such.plugin]", "plugins: no_such.plugin cannot be imported (No module named 'no_suc"),
+        ("[needs_more]", "plugins: needs_more cannot be imported (No module named 'no_such_lib'"),
+        ("[misspelt]", "plugins: misspelt cannot be imported (expected ':' (misspelt.py, line 1))"),
+        ("needs_more", "plugins=needs_more: give a list of modules, plugins=[my_package.mine]"),
+        ("[a", "cannot read plugins=[a"),
+    ],
+)
+def test_a_plugin_that_cannot_be_imported_is_one_line(given, says, tmp_path, monkeypatch):
+    (tmp_path / "needs_more.py").write_text("import no_such_lib\n")
+    (tmp_path / "misspelt.py").write_text("class Mine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError) as caught:
+        compose.load([f"plugins={given}"])
+    assert str(caught.value).startswith(says)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plugins_kind_of_method_is_one_of_the_configurations(tmp_path, monkeypatch):
+    (tmp_path / "plugin_of_a_test.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from steerlora.methods.config import MethodConfig, method\n"
+        "@method('toy')\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class ToyConfig(MethodConfig):\n"
+        "    kind: str = 'toy'\n"
+        "    size: int = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(METHODS, "_found", dict(METHODS.items()))
+    chosen = ("plugins=[plugin_of_a_test]", "method=_toy")
+    found = compose.load([*chosen, "method.size=5"])
+    assert found.plugins == ("plugin_of_a_test",)
+    assert (type(found.method).__name__, found.method.size) == ("ToyConfig", 5)
+    assert found.method.sites == found.model.control_sites
+    with pytest.raises(UserError, match=r"key: method\.sice; did you mean 'method\.size'"):
+        compose.load([*chosen, "method.sice=5"])
+
+
+def test_the_contract_command_composes():
+    found = compose.load(
+        [
+            *("stage=adapter_training", "model=micro_s", "domains=micro", "method=sc_lora"),
+            *("trainer.max_steps=50", "artifacts.root=DIR", "logger=none"),
+        ]
+    )
+    assert (found.stage.name, found.model.name, found.domains.name, found.method.name) == (
+        *("adapter_training", "micro_s", "micro", "sc_lora"),
+    )
+    assert (found.trainer.max_steps, found.artifacts.root, found.logger.name) == (50, "DIR", "none")
 
 
 def test_defaults_follow_the_model_and_yield_to_the_command_line():
@@ -298,10 +401,15 @@ def test_the_linear_layers_named_are_those_of_a_qwen3_layer():
         for name, module in layer.named_modules()
         if type(module).__name__ == "Linear"
     }
-    assert linear == set(config.QWEN3_LINEAR)
+    assert linear == set(QWEN3_LINEAR)
 
 
 def test_the_schema_never_reaches_beyond_plain_python():
-    text = Path(config.__file__).read_text()
-    assert "omegaconf" not in text
-    assert "import hydra" not in text
+    files = [
+        *Path(config.__file__).parent.glob("*.py"),
+        method_config.__file__,
+        sae_config.__file__,
+    ]
+    for text in (Path(file).read_text() for file in files):
+        assert "omegaconf" not in text
+        assert "import hydra" not in text

@@ -8,7 +8,7 @@ import pytest
 from runs import ADAPTER
 
 from steerlora.cli import compose
-from steerlora.engine.steps import get_stage
+from steerlora.engine.steps import STAGES
 from steerlora.errors import UserError
 from steerlora.stages import base, sae_training
 
@@ -54,7 +54,7 @@ def test_every_training_checks_its_own_batch(step, option, says, monkeypatch):
         monkeypatch.setenv(name, value)
     asked = step(compose.load(["experiment=smoke", option]))
     with pytest.raises(UserError, match=says):
-        get_stage(asked.stage).check(asked.config)
+        STAGES[asked.stage].check(asked.config)
 
 
 def test_ranks_that_disagree_both_refuse(start, root):

@@ -40,16 +40,16 @@ def test_an_end_while_looking_for_others_is_no_crash(start):
 
 RAISES = """
 import os
-from steerlora.methods.module import AdapterModule
+from steerlora.methods.module import MethodModule
 
-original = AdapterModule.training_step
+original = MethodModule.training_step
 
 def training_step(self, *args):
     if self.global_step == 7 and os.environ["RANK"] == "{victim}":
         raise ZeroDivisionError("out of luck")
     return original(self, *args)
 
-AdapterModule.training_step = training_step
+MethodModule.training_step = training_step
 """
 
 

@@ -19,15 +19,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from steerlora.config import AdapterConfig, TrainerConfig
+from steerlora.config import InterventionConfig, TrainerConfig
 from steerlora.data.activations import ActivationStore, harvest
 from steerlora.data.chat import ChatBatches, EncodedChat
 from steerlora.distributed import ranks
 from steerlora.engine.progress import SilentProgress
-from steerlora.methods.module import AdapterModule
+from steerlora.methods.module import MethodModule
 from steerlora.methods.monitor import Monitor
 from steerlora.methods.routed_lora.adapter import Adapter
-from steerlora.methods.routed_lora.config import RoutedLoRAConfig
+from steerlora.methods.routed_lora.config import LossWeights, MemoryConfig, RoutedLoRAConfig
 from steerlora.methods.routed_lora.memory import MemoryPolicy
 from steerlora.methods.saving import save_adapter
 from steerlora.saes.relu import ReLU
@@ -110,12 +110,10 @@ def chats() -> ChatBatches:
     return ChatBatches(rows, owners, batch_size=BATCH, pad_token_id=0, seed=0)
 
 
-def adapted(base, **shape: Any) -> Adapter:
+def adapted(base, **changes: Any) -> Adapter:
     sae = TopK(32, LATENTS, k=5, seed=1)
-    shape = {"specialists": 4, "rank": 3, "alpha": 6.0, "top_k": 2} | shape
-    adapter = Adapter(
-        base, RoutedLoRAConfig(signal="sae", sites=(1,), **shape), {1: sae}, feature_scales={1: 2.5}
-    )
+    config = RoutedLoRAConfig(sites=[1], specialists=4, rank=3, alpha=6.0, top_k=2, **changes)
+    adapter = Adapter(base, config, {1: sae}, feature_scales={1: 2.5})
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in adapter.layers.values():
@@ -123,6 +121,21 @@ def adapted(base, **shape: Any) -> Adapter:
         for parameter in adapter.routers.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     return adapter.attach(base)
+
+
+def module_of(
+    base, adapter: Adapter, trainer: TrainerConfig, monitor: Monitor | None = None
+) -> MethodModule:
+    learner = adapter.config.learner(
+        adapter,
+        model=base,
+        domains=("a", "b"),
+        pad_token_id=0,
+        seed=0,
+        intervention=InterventionConfig(),
+        monitor=monitor,
+    )
+    return MethodModule(learner, trainer=trainer, total_steps=STEPS)
 
 
 def settings(**changes: Any) -> TrainerConfig:
@@ -161,23 +174,15 @@ def note(folder: Path, facts: Facts, state: dict, **more: Any) -> None:
 def adapter_training(folder: Path, trainer: TrainerConfig, **weights: float) -> None:
     """All losses on; the adapter is also exported."""
     base = model()
-    adapter = adapted(base)
     on = {"gate_sparsity": 0.5, "rank_budget": 0.25, "diversity": 0.1, "load_balance": 2.0}
+    losses = LossWeights(**{**on, "preservation": 3.0, "steering": 5.0, **weights})
+    adapter = adapted(base, losses=losses, monitor=3)
     general = torch.arange(LATENTS) % 2 == 0
     domain = torch.stack([~general & (torch.arange(LATENTS) % 3 == d) for d in range(2)])
     prototypes = torch.rand(2, LATENTS, generator=torch.Generator().manual_seed(3)) * domain
     taxonomy = Taxonomy(general, domain, prototypes, prototypes, torch.zeros(LATENTS))
     monitor = Monitor(base, adapter, TopK(32, LATENTS, k=5, seed=7), 3, taxonomy)
-    module = AdapterModule(
-        base,
-        adapter,
-        config=AdapterConfig(
-            routing="sae", **{**on, "preservation": 3.0, "steering": 5.0, **weights}
-        ),
-        trainer=trainer,
-        total_steps=STEPS,
-        monitor=monitor,
-    )
+    module = module_of(base, adapter, trainer, monitor)
     facts = train(module, chats(), folder, trainer)
     note(folder, facts, adapter.state_dict())
     if ranks.is_main():
@@ -188,18 +193,15 @@ def memory_training(folder: Path, trainer: TrainerConfig) -> None:
     """Specialists are spawned and merged on the way: weights and moments are cut up and sewn."""
     base = model()
     adapter = adapted(base, active=3)
-    policy = MemoryPolicy(
-        adapter,
+    every_two = MemoryConfig(
         every=2,
         spawn_confidence=1.0,
         spawn_similarity=1.0,
         merge_similarity=0.1,
         prune_usage=0.0,
-        domain="all",
     )
-    module = AdapterModule(
-        base, adapter, config=AdapterConfig(routing="sae"), trainer=trainer, total_steps=STEPS
-    )
+    policy = MemoryPolicy(adapter, every_two, domain="all")
+    module = module_of(base, adapter, trainer)
     facts = train(module, chats(), folder, trainer, [policy])
     state = policy.state_dict()
     note(folder, facts, adapter.state_dict(), events=[e["event"] for e in state["events"]])

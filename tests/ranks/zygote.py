@@ -15,7 +15,9 @@ import runpy
 import signal
 import sys
 
-SLOW = ("deepspeed", "steerlora.cli.experiment", "steerlora.stages", "steerlora.distributed.group")
+from steerlora.engine.steps import STAGES
+
+SLOW = ("deepspeed", "steerlora.cli.experiment", "steerlora.distributed.group")
 
 
 def serve() -> dict | None:
@@ -54,6 +56,7 @@ def become(request: dict) -> None:
 
 for name in SLOW:
     importlib.import_module(name)
+STAGES.items()  # which imports every stage
 asked = serve()
 if asked is not None:
     become(asked)

@@ -161,8 +161,11 @@ class RoutedLoRAConfig(MethodConfig):
     that a domain used most is frozen when the domain ends; "own", each arriving domain trains one
     of its own, the next, and the others are frozen."""
     losses: LossWeights = field(default_factory=LossWeights)
+    """Weights of the losses."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """The memory policy."""
     health: HealthConfig = field(default_factory=HealthConfig)
+    """The health of routing, measured during training."""
 
     not_trained: ClassVar[frozenset[str]] = frozenset(
         {"name", "hard_rank", "health.collapse", "health.collapse_below"}
