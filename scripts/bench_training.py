@@ -29,6 +29,7 @@ from bench_contenders import peft_lora
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
+from steerlora.stages.adapting import check_shares, open_to_train, shape_of
 from torch import nn
 from transformers import Qwen3ForCausalLM
 
@@ -43,14 +44,13 @@ from steerlora.errors import UserError
 from steerlora.lm.flops import training_flops_per_token
 from steerlora.lm.pretrained import qwen3_config
 from steerlora.lm.shapes import model_shape
+from steerlora.methods.module import AdapterModule, scheduled_adamw
 from steerlora.methods.routed_lora.adapter import Adapter, total_rank
 from steerlora.planning import memory
-from steerlora.planning.plan import part_of
+from steerlora.planning.trials import Trials
 from steerlora.saes.autoencoder import SparseAutoencoder
-from steerlora.stages.adapting import check_shares, open_to_train, shape_of
 from steerlora.training.language import next_token_loss
 from steerlora.training.loop import begins_step, ends_step, fit
-from steerlora.methods.module import AdapterModule, scheduled_adamw
 
 WARM_UP = 3  # steps that are not counted
 
@@ -264,12 +264,7 @@ def _summary(config: Config, overrides: list[str], rounds: list[dict[str, dict]]
         statistics.median(each["steerlora"]["seconds"]) / statistics.median(each["peft"]["seconds"])
         for each in rounds
     ]
-    planned = memory.adapter_training(
-        config,
-        model_shape(config.model),
-        part_of(config),
-        scores=memory.SCORES_ON_ACCELERATOR,
-    )
+    planned = memory.method_training(config, Trials(config))
     return {
         "device": rounds[0]["peft"]["device"],
         "overrides": overrides,

@@ -1,4 +1,4 @@
-"""What a configuration trains, built from its own classes, and batches of the size that it asks for.
+"""What a configuration trains, built from its own classes, and batches of the planned size.
 
 Inside a dry run nothing here has storage.
 """
@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from steerlora.config import Config, InterventionConfig
 from steerlora.data.chat import IGNORED, ChatBatch, EncodedChat
-from steerlora.lm.pretrained import qwen3_config
+from steerlora.lm.pretrained import qwen3_config, read_config
 from steerlora.lm.shapes import model_shape
 from steerlora.methods.base import Learner, SiteSAE, Sources, Task
 from steerlora.methods.module import MethodModule
@@ -56,7 +56,7 @@ def _decoder(config: Config) -> PretrainedConfig:
     path = config.model.path or ""
     path = config.model.path or ""
     if path and Path(path).is_dir():
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return read_config(path)
     sizes = qwen3_config(model_shape(config.model)).to_diff_dict()
     sizes.pop("model_type")
     named = path.lower().replace("-", "")
@@ -114,7 +114,7 @@ def batch_of(config: Config, rows: int) -> ChatBatch:
 
 
 def training_batch(config: Config, rows: int) -> ChatBatch:
-    """Such rows with the planned share of labels, and two conversations each where they are packed."""
+    """Such rows with the planned share of labels; where they are packed, of two conversations."""
     batch, length = batch_of(config, rows), config.trainer.max_length
     batch.labels[:, : round(length * (1 - config.plan.labelled))] = IGNORED
     if not config.trainer.packing:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from steerlora.config import Config
-from steerlora.errors import UserError
-from steerlora.lm.decoder import layers_of
 from steerlora.data import activations
 from steerlora.data.chat import ChatBatch
+from steerlora.errors import UserError
+from steerlora.lm.decoder import layers_of
+from steerlora.methods.base import Task
 from steerlora.planning.building import base_model, batch_of, build_for_planning, training_batch
 from steerlora.planning.dry_run import DryRun, NoValues, running
 from steerlora.planning.live import ACTIVATIONS, GRADIENTS, SPACE, LiveMemory, Parts
@@ -57,7 +59,7 @@ class Measured(NamedTuple):
 
 
 def rows_at_once(config: Config) -> int:
-    """Rows that go through the model at once on one rank: its share of the batch, or a part of it."""
+    """Rows that go through the model at once on a rank: its share of the batch, or a part of it."""
     return config.trainer.batch_size // (config.plan.gpus * config.trainer.accumulate)
 
 
@@ -121,7 +123,8 @@ class Trials:
                     callback.on_train_batch_end(trainer, module, None, batch, 0)
 
             def after(trainer: Any) -> None:
-                learner.end(task)
+                name, rows = next(iter(task.rows.items()))  # domain after domain, all alike
+                learner.end(Task({name: rows}))
 
             with self._running(self._live, ACTIVATIONS) as live, learner.training(task):
                 batch = training_batch(config, rows_at_once(config))
@@ -165,9 +168,9 @@ class Trials:
                 live.kind, live.moment = ACTIVATIONS, IN_FORWARD
                 # In inference mode, operations that are made of others reach us whole.
                 harvest = inspect.unwrap(activations.harvest)
-                with torch.no_grad(), suppress(_Enough):
-                    with mock.patch.object(activations, "_ShardWriter"):
-                        harvest(model, _twice(batch), sites, Path())
+                unwritten = mock.patch.object(activations, "_ShardWriter")
+                with torch.no_grad(), unwritten, suppress(_Enough):
+                    harvest(model, _twice(batch), sites, Path())
             self._found[key] = Measured(live.peaks, live.peaks)
         return self._found[key]
 
@@ -188,8 +191,10 @@ class Trials:
         live.kind = kind
         live.peaks, live.ungraded = {}, {}
         block = sparse._ACCELERATOR_BLOCK if self.accelerator else sparse._CPU_BLOCK
-        with mock.patch.object(sparse, "_CPU_BLOCK", block), running(self._dry_run), live:
-            yield live
+        with warnings.catch_warnings(), mock.patch.object(sparse, "_CPU_BLOCK", block):
+            warnings.simplefilter("ignore")
+            with running(self._dry_run), live:
+                yield live
 
 
 class _Enough(Exception):

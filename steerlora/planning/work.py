@@ -8,7 +8,6 @@ from steerlora.config import Config
 from steerlora.distributed.devices import Gpu, rate
 from steerlora.lm import flops
 from steerlora.lm.shapes import DecoderShape
-from steerlora.planning.sharding import FLOAT
 from steerlora.planning.trials import Trials, rows_at_once
 
 HARVEST, SAE, ADAPTER = "activation harvest", "SAE training", "adapter training"

@@ -9,12 +9,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from steerlora.cli import compose
 from steerlora.config import Config
+from steerlora.methods.base import Method, Sources
+from steerlora.methods.config import MethodConfig
 from steerlora.planning import memory
 from steerlora.planning.trials import Trials
 from steerlora.stages.activations import BATCH_SIZE
@@ -61,6 +65,44 @@ def test_the_peak_of_adapter_training_is_the_planned_one(changes, measured_adapt
     config = compose.load([*SMALL, *changes.split()])
     plan, found = planned(config), measured_adapter_training(config)
     assert plan.total == pytest.approx(found.peak, rel=TOLERANCE), plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bent(MethodConfig):
+    """A method that planning has never heard of."""
+
+    def build(self, model: nn.Module, sources: Sources, seed: int) -> Method:
+        return Bend(self, model).attach(model)
+
+
+class Bend(Method):
+    """Adds a small network's output to the stream of every site."""
+
+    def __init__(self, config: Bent, model: nn.Module) -> None:
+        super().__init__(config, model)
+        width = model.config.hidden_size
+        self.networks = nn.ModuleDict(
+            {
+                str(site): nn.Sequential(
+                    nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+                )
+                for site in config.sites
+            }
+        )
+
+    def edits(self):
+        return {site: self._edit(site) for site in self.config.sites}
+
+    def _edit(self, site: int):
+        return lambda stream: stream + self.networks[str(site)](stream)
+
+
+def test_a_new_method_has_a_plan_without_a_line_of_its_own(measured_adapter_training):
+    config = replace(compose.load(SMALL), method=Bent(sites=[1, 2]))
+    plan, found = planned(config), measured_adapter_training(config)
+    assert plan.total == pytest.approx(found.peak, rel=TOLERANCE), plan
+    width = config.model.width
+    assert plan.parts["weights of what trains"] == 4 * 2 * (8 * width**2 + 5 * width)
 
 
 @pytest.mark.parametrize(
