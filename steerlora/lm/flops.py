@@ -5,8 +5,7 @@ D model width, N latents, S sequence, r total rank.
 A multiplication and its addition are two operations. Matrix products are counted, elementwise work
 is not, and attention is counted over the whole sequence, without the causal half: the conventions
 of the usual model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B), so that figures compare.
-Model FLOPs leave recomputation out; with ``checkpointing`` it is counted, which gives the
-hardware's FLOPs.
+Model FLOPs leave recomputation out.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ def training_flops_per_token(
     sequence: float,
     labelled: float = 1.0,
     sae_parameters: int = 0,
-    checkpointing: bool = False,
 ) -> float:
     """Of a step that trains an adapter on a frozen base.
 
@@ -46,7 +44,6 @@ def training_flops_per_token(
     - Backward: through the head, and through the layers that are adapted, with respect to
       activations only; queries, keys and values of the first of them need none. A low-rank product
       costs twice its forward, for its own weights train.
-    - Recomputation, with ``checkpointing``: the adapted layers' forward once more.
 
     Args:
         shape: of the base.
@@ -56,7 +53,6 @@ def training_flops_per_token(
         sequence: S, tokens of a row.
         labelled: share of the tokens that the loss counts.
         sae_parameters: of the encoders that run, D N each; their arithmetic is float32.
-        checkpointing: count recomputation.
     """
     adapted = shape.layers - first_adapted_layer
     weights, attention = layer_weights(shape), attention_flops(shape, sequence)
@@ -64,8 +60,7 @@ def training_flops_per_token(
     first = sum(shape.linears[name][0] * shape.linears[name][1] for name in _FIRST_INPUTS)
     backward = adapted * (2 * weights + 2 * attention) - 2 * first + 4 * adapter_parameters
     head = labelled * 4 * shape.vocabulary * shape.width
-    again = adapted * (2 * weights + attention) + 2 * adapter_parameters
-    return forward + backward + head + 2 * sae_parameters + checkpointing * again
+    return forward + backward + head + 2 * sae_parameters
 
 
 _FIRST_INPUTS = ("q_proj", "k_proj", "v_proj")

@@ -14,9 +14,6 @@ from typing import Any
 from steerlora.config import ModelConfig
 from steerlora.errors import UserError
 
-QUERY_KEY_NORMED = ("qwen3", "gemma3", "olmo2")
-"""Beginnings of transformers' model types whose attention norms every query and key."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderShape:
@@ -46,7 +43,6 @@ class DecoderShape:
     tied: bool = True
     """Whether the output head shares its weights with the embedding."""
 
-    query_key_norm: bool = True
     """Whether queries and keys are normalised, head by head (Qwen3)."""
 
     @property
@@ -90,7 +86,6 @@ class DecoderShape:
             ffn_width=read("intermediate_size"),
             vocabulary=read("vocab_size"),
             tied=True if tied is None else tied,  # transformers' default
-            query_key_norm=str(read("model_type")).startswith(QUERY_KEY_NORMED),
         )
 
     @classmethod
@@ -103,8 +98,7 @@ class DecoderShape:
 def model_shape(config: ModelConfig) -> DecoderShape:
     """Of the configured base: its own ``config.json`` where ``model.path`` is a folder.
 
-    A hub id is not looked up: the sizes in the configuration are those of the model behind it, and
-    its name tells the family.
+    A hub id is not looked up: the sizes in the configuration are those of the model behind it.
 
     Raises:
         UserError: a folder without a readable ``config.json``, or one of another kind of model.
@@ -125,12 +119,7 @@ def model_shape(config: ModelConfig) -> DecoderShape:
                 "num_hidden_layers, hidden_size, num_attention_heads, ..."
             ) from error
     fields = ("layers", "width", "heads", "kv_heads", "head_width", "ffn_width", "vocabulary")
-    family = (config.path or "qwen3").lower().replace("-", "")
-    return DecoderShape(
-        **{name: getattr(config, name) for name in fields},
-        tied=config.tied,
-        query_key_norm=any(name in family for name in QUERY_KEY_NORMED),
-    )
+    return DecoderShape(**{name: getattr(config, name) for name in fields}, tied=config.tied)
 
 
 def layer_weights(shape: DecoderShape) -> int:

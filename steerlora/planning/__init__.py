@@ -1,8 +1,8 @@
 """What a configuration would take, before any GPU is paid for: ``stage=plan``.
 
-Parameters, memory of each device by part, arithmetic, time and disk, all from formulas: nothing is
-loaded. The formulas of memory and arithmetic are compared with measurements of real trainings at
-small shapes in tests/planning.
+Parameters, memory of each device by part, arithmetic, time and disk. The base and the method are
+built from their own classes and run one step without storage, so that a plan has no formula of any
+method; nothing is loaded. tests/planning compares plans with trainings that were measured.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from steerlora.config import Config
@@ -9,26 +11,16 @@ from steerlora.distributed.devices import GPUS, gpu
 from steerlora.errors import UserError
 from steerlora.lm.shapes import DecoderShape, model_shape
 from steerlora.planning import memory
-from steerlora.planning.activations import Part
 from steerlora.planning.memory import Memory
-from steerlora.planning.parameters import (
-    AdapterParameters,
-    BaseParameters,
-    adapted,
-    adapter_parameters,
-    base_parameters,
-    path_of,
-    sae_parameters,
-)
-from steerlora.planning.sharding import precision
+from steerlora.planning.sharding import FLOAT
+from steerlora.planning.trials import Trials
 from steerlora.planning.work import (
     ADAPTER,
     HARVEST,
     SAE,
     Work,
-    activation_bytes,
     harvested_sites,
-    trained_saes,
+    trained_sites,
     works,
 )
 
@@ -44,7 +36,9 @@ class Plan:
     Attributes:
         config: what was planned.
         shape: of the base.
-        base, adapter: parameters.
+        trials: what was built and run without storage.
+        base: parameters of the base.
+        trained: {part of the method: parameters}, of what trains.
         sae: parameters of each SAE.
         saes: how many there are.
         memories: {training: peak memory of one GPU}.
@@ -54,8 +48,9 @@ class Plan:
 
     config: Config
     shape: DecoderShape
-    base: BaseParameters
-    adapter: AdapterParameters
+    trials: Trials
+    base: int
+    trained: dict[str, int]
     sae: int
     saes: int
     memories: dict[str, Memory]
@@ -86,45 +81,38 @@ def make(config: Config) -> Plan:
     """
     gpu(config.plan.gpu)
     shape = model_shape(config.model)
-    check_places(config, shape)
     check_ranks(config)
-    adapter, sae = config.adapter, config.sae
-    monitors = adapter.monitored and config.control.monitor not in config.control.sites
+    trials, method, sites = Trials(config), config.method, harvested_sites(config)
+    read = [*method.sites] * method.reads_features + [method.monitor] * method.compares_with_base
     return Plan(
         config=config,
         shape=shape,
-        base=base_parameters(shape),
-        adapter=adapter_parameters(shape, adapter, config.control, sae.latents),
-        sae=sae_parameters(shape.width, sae.latents),
-        saes=len(config.control.sites) * (adapter.routing == "sae") + monitors,
-        memories=memories(config, shape),
-        works=works(config, shape),
-        disk=activation_bytes(config, shape),
+        trials=trials,
+        base=sum(p.numel() for p in trials.base.values()),
+        trained=trained_parameters(trials),
+        sae=sum(p.numel() for p in trials.new_sae().parameters()),
+        saes=len({*read}),
+        memories=dict(memories(config, trials)),
+        works=works(config, shape, trials),
+        disk=FLOAT * shape.width * config.sae.max_tokens * len(sites),
     )
 
 
-def memories(config: Config, shape: DecoderShape) -> dict[str, Memory]:
-    """{training: peak memory of one GPU}, of what the configuration trains."""
-    scores, ranks = memory.SCORES_ON_ACCELERATOR, config.plan.gpus
-    found = {}
-    if harvested_sites(config):
-        found[HARVEST] = memory.harvesting(config, shape, harvested_sites(config), ranks)
-    if trained_saes(config):
-        found[SAE] = memory.sae_training(config, shape.width, ranks, scores=scores)
-    found[ADAPTER] = memory.adapter_training(config, shape, part_of(config), ranks, scores=scores)
-    return found
+def memories(config: Config, trials: Trials) -> Iterator[tuple[str, Memory]]:
+    """Peak memory of one GPU, of what the configuration trains; what is soon known comes first."""
+    if sites := harvested_sites(config):
+        yield HARVEST, memory.harvesting(config, trials, sites)
+    if trained_sites(config):
+        yield SAE, memory.sae_training(config, trials)
+    yield ADAPTER, memory.method_training(config, trials)
 
 
-def part_of(config: Config) -> Part:
-    """What goes through the model at once on one rank: its share of the batch, or a part of it."""
-    trainer, kinds = config.trainer, precision(config.trainer)
-    return Part(
-        rows=trainer.batch_size // (config.plan.gpus * trainer.accumulate),
-        sequence=trainer.max_length,
-        labelled=config.plan.labelled,
-        element=kinds.compute,
-        copied=kinds.trained != kinds.compute,
-    )
+def fits(config: Config, trials: Trials) -> bool:
+    """Whether a GPU of the configured kind holds everything."""
+    room = GPUS[config.plan.gpu].memory - RESERVED
+    if memory.method_at_least(config, trials) > room:  # which no step need be run for
+        return False
+    return all(found.total <= room for _, found in memories(config, trials))
 
 
 def check_ranks(config: Config) -> None:
@@ -141,23 +129,17 @@ def check_ranks(config: Config) -> None:
             f"trainer.accumulate={trainer.accumulate}: make it a multiple of "
             f"{ranks * trainer.accumulate}"
         )
-    if trained_saes(config) and config.sae.batch_size % ranks:
+    if trained_sites(config) and config.sae.batch_size % ranks:
         raise UserError(
             f"sae.batch_size={config.sae.batch_size} does not divide over plan.gpus={ranks}: make "
             f"it a multiple of {ranks}"
         )
 
 
-def check_places(config: Config, shape: DecoderShape) -> None:
-    """UserError where a site lies beyond the model's last layer, or no module is adapted."""
-    sites, monitor = config.control.sites, config.control.monitor or 0
-    if max(sites) >= shape.layers or monitor > shape.layers:
-        raise UserError(
-            f"control.sites={sites}, control.monitor={config.control.monitor}: {config.model.name} "
-            f"has layers 0 to {shape.layers - 1}"
-        )
-    if not adapted(shape, config.adapter):
-        raise UserError(
-            f"adapter.target_modules={config.adapter.target_modules}: a layer has "
-            f"{', '.join(map(path_of, shape.linears))}"
-        )
+def trained_parameters(trials: Trials) -> dict[str, int]:
+    """{part of the method: parameters that train}; the parts are named as its module has them."""
+    found: Counter[str] = Counter()
+    for name, parameter in trials.trained.items():
+        owner, part, _ = name.split(".", 2)
+        found["in the layers" if owner == "model" else part] += parameter.numel()
+    return found

@@ -31,14 +31,17 @@ def notes(plan: Plan) -> list[str]:
 
 def _parameters(plan: Plan) -> Table:
     table = _table("parameters", "of", "parameters")
-    base, adapter = plan.base, plan.adapter
     tied = " (the head is the embedding)" if plan.shape.tied else ""
-    table.add_row(f"base {plan.config.model.name}{tied}", _count(base.total))
-    table.add_row(f"  {plan.shape.layers} layers of {_count(base.layer)}", _count(base.layers))
-    table.add_row("  embedding and head", _count(base.embedding + base.head))
-    table.add_row(f"adapter {plan.config.adapter.name}, which trains", _count(adapter.total))
-    table.add_row("  low-rank matrices", _count(adapter.low_rank))
-    table.add_row("  routers", _count(adapter.routers))
+    layer = plan.trials.layer
+    table.add_row(f"base {plan.config.model.name}{tied}", _count(plan.base))
+    table.add_row(
+        f"  {plan.shape.layers} layers of {_count(layer)}", _count(plan.shape.layers * layer)
+    )
+    table.add_row("  embedding and head", _count(plan.base - plan.shape.layers * layer))
+    trained = sum(plan.trained.values())
+    table.add_row(f"method {plan.config.method.name}, which trains", _count(trained))
+    for part, count in plan.trained.items():
+        table.add_row(f"  {part}", _count(count))
     if plan.saes:
         table.add_row(f"SAE, {plan.saes} in all, each", _count(plan.sae))
     return table

@@ -6,10 +6,16 @@ P trainable parameters, n ranks. Read from DeepSpeed 0.19 and from torch's Distr
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
+from torch import Tensor
+
 from steerlora.config import TrainerConfig
-from steerlora.planning.activations import FLOAT
+
+FLOAT = 4
+"""Bytes of a float32, the type of what trains whatever the base's."""
 
 REDUCE_BUCKET = 200_000_000
 """Entries of DeepSpeed's bucket of gradients on their way to their owner, filled or not, by
@@ -58,13 +64,18 @@ def precision(trainer: TrainerConfig) -> Precision:
     return Precision(FLOAT if trainer.precision == "32-true" else FLOAT // 2, FLOAT)
 
 
+def sizes(parameters: Iterable[Tensor]) -> dict[int, int]:
+    """{entries of a parameter: how many such parameters}."""
+    return Counter(parameter.numel() for parameter in parameters)
+
+
 def held(trainer: TrainerConfig, ranks: int, base: dict[int, int], trained: dict[int, int]) -> Held:
     """Weights, gradients and optimizer of one rank.
 
     Args:
         trainer: strategy, offloading and precision.
         ranks: n.
-        base: {entries of a parameter: how many such parameters} of what is frozen.
+        base: :func:`sizes` of what is frozen.
         trained: likewise, of what trains.
     """
     kinds = precision(trainer)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
 from steerlora.config import Config
 from steerlora.distributed.devices import Gpu, rate
 from steerlora.lm import flops
 from steerlora.lm.shapes import DecoderShape
-from steerlora.planning.activations import FLOAT
-from steerlora.planning.parameters import adapter_parameters
+from steerlora.planning.trials import Trials, rows_at_once
 
 HARVEST, SAE, ADAPTER = "activation harvest", "SAE training", "adapter training"
 """Names of work whose memory is planned."""
@@ -25,7 +22,7 @@ class Work(NamedTuple):
         tokens: that go through it, all in all.
         model: model FLOPs a token, in the precision of the trainer.
         again: FLOPs a token that are recomputed.
-        single: FLOPs a token of SAEs: float32 whatever the trainer's precision.
+        single: FLOPs a token in float32 whatever the trainer's precision: of SAEs.
     """
 
     name: str
@@ -41,32 +38,25 @@ class Work(NamedTuple):
         return self.tokens * (half + self.single / rate(on, "32-true")) / (gpus * utilisation)
 
 
-def harvested_sites(config: Config) -> int:
+def trained_sites(config: Config) -> tuple[int, ...]:
+    """Sites whose SAEs are trained here: the control sites, where the method reads features and
+    none are given, and the one at which it is compared with the base."""
+    method = config.method
+    own = method.sites if method.reads_features and config.sae.path is None else ()
+    return tuple(dict.fromkeys([*own, *([method.monitor] if method.compares_with_base else [])]))
+
+
+def harvested_sites(config: Config) -> tuple[int, ...]:
     """Sites whose activations are stored: none where no SAE is to be trained on them."""
-    control, monitored = config.control, config.adapter.monitored
-    trains = config.adapter.routing == "sae" and config.sae.path is None
-    if not trains and not monitored:
-        return 0
-    return len({*control.sites, *([control.monitor] if control.monitor is not None else [])})
+    if not trained_sites(config):
+        return ()
+    method = config.method
+    return tuple(sorted({*method.sites, *([] if method.monitor is None else [method.monitor])}))
 
 
-def trained_saes(config: Config) -> int:
-    """SAEs that are trained here: one a control site, and the monitor's."""
-    control = config.control
-    own = config.adapter.routing == "sae" and config.sae.path is None
-    apart = config.adapter.monitored and not (own and control.monitor in control.sites)
-    return own * len(control.sites) + apart
-
-
-def activation_bytes(config: Config, shape: DecoderShape) -> float:
-    """Disk for stored activations: float32, one vector a token and site."""
-    return FLOAT * shape.width * config.sae.max_tokens * harvested_sites(config)
-
-
-def works(config: Config, shape: DecoderShape) -> tuple[Work, ...]:
+def works(config: Config, shape: DecoderShape, trials: Trials) -> tuple[Work, ...]:
     """Everything that trains under this configuration, in the order in which it is done."""
-    trainer, sae, control = config.trainer, config.sae, config.control
-    row = row_tokens(config)
+    trainer, sae, row = config.trainer, config.sae, row_tokens(config)
     found = []
     if config.model.path is None:
         found.append(
@@ -76,16 +66,14 @@ def works(config: Config, shape: DecoderShape) -> tuple[Work, ...]:
                 flops.pretraining_flops_per_token(shape, row),
             )
         )
-    if harvested_sites(config):
-        highest = max([*control.sites, control.monitor or 0])
-        each = flops.harvesting_flops_per_token(shape, highest, row)
+    if sites := harvested_sites(config):
+        each = flops.harvesting_flops_per_token(shape, max(sites), row)
         found.append(Work(HARVEST, sae.max_tokens, each))
-    if trained_saes(config):
-        with torch.device("meta"):
-            each = sae.build(shape.width).training_flops_per_token()
-        tokens = trained_saes(config) * sae.steps_over(sae.max_tokens) * sae.batch_size
+    if sites := trained_sites(config):
+        each = trials.new_sae().training_flops_per_token()
+        tokens = len(sites) * sae.steps_over(sae.max_tokens) * sae.batch_size
         found.append(Work(SAE, tokens, 0, 0, each))
-    one = adapter_work(config, shape, row)
+    one = method_work(config, trials)
     sequence = len(config.domains.names) * config.order.steps_per_domain
     return (
         *found,
@@ -101,36 +89,8 @@ def row_tokens(config: Config) -> float:
     return config.plan.tokens_per_row
 
 
-def adapter_work(config: Config, shape: DecoderShape, row: float) -> Work:
-    """Adapter training on one token of rows of so many."""
-    adapter, control, latents = config.adapter, config.control, config.sae.latents
-    first = min(control.sites)
-    low_rank = adapter_parameters(shape, adapter, control, latents).low_rank
-
-    def per_token(checkpointing: bool) -> float:
-        return flops.training_flops_per_token(
-            shape,
-            adapter_parameters=low_rank,
-            first_adapted_layer=first,
-            sequence=row,
-            labelled=config.plan.labelled,
-            checkpointing=checkpointing,
-        )
-
-    model = per_token(False)
-    again = per_token(config.trainer.activation_checkpointing) - model
-    encoders = len(control.sites) * (adapter.routing == "sae") + 2 * adapter.monitored
-    if adapter.monitored:  # the base's stream from the first site to the monitor's
-        model += flops.harvesting_flops_per_token(shape, control.monitor - first, row)
-    if adapter.routing != "none":
-        model += flops.harvesting_flops_per_token(shape, _second_forward(config, shape), row)
-    return Work(ADAPTER, 1, model, again, 2 * encoders * shape.width * latents)
-
-
-def _second_forward(config: Config, shape: DecoderShape) -> int:
-    """Layers of the separate forward of the frozen base from which sites read, where there is
-    one (``control.source``)."""
-    control = config.control
-    if control.source == "base_last":
-        return shape.layers
-    return max(control.sites) if control.source == "base" and len(control.sites) > 1 else 0
+def method_work(config: Config, trials: Trials) -> Work:
+    """The method's training on one token, of rows of the greatest length."""
+    found, tokens = trials.step(config), rows_at_once(config) * config.trainer.max_length
+    half, single, again = (count / tokens for count in (found.half, found.single, found.again))
+    return Work(ADAPTER, 1, half - again, again, single)

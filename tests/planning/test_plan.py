@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import yaml
@@ -13,15 +14,41 @@ from rich.console import Console
 
 from steerlora import planning
 from steerlora.cli import compose
+from steerlora.config import Config
 from steerlora.errors import UserError
-from steerlora.planning import fitting
+from steerlora.lm import flops
+from steerlora.planning import fitting, plan
 from steerlora.planning.plan import make
+from steerlora.planning.trials import Trials
 from steerlora.planning.work import ADAPTER, HARVEST, SAE
 
-SECTIONS = ("plan", "trainer", "sae", "control", "adapter", "evaluation")
+SECTIONS = ("plan", "trainer", "sae", "evaluation")
 
-QWEN3_8B = ("model=qwen3_8b", "model.sae_path=null", "trainer=gpu", "trainer.accumulate=1")
-QWEN3_32B = ("model=qwen3_32b", "trainer=gpu", "trainer.accumulate=1")
+# Layers of the true shapes, few of them.
+QWEN3_8B = (
+    *("model=qwen3_8b", "model.sae_path=null", "model.layers=4", "method.sites=[1]"),
+    *("trainer=gpu", "trainer.accumulate=1"),
+)
+QWEN3_32B = (
+    *("model=qwen3_32b", "model.layers=16", "method.sites=[12]", "sae.latents=8192"),
+    *("trainer=gpu", "trainer.accumulate=1", "trainer.max_length=256"),
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def measured_once() -> Iterator[None]:
+    """What does not count in a trial is left out of the configurations that one is kept for."""
+    known: dict[str, Trials] = {}
+
+    def trials(config: Config) -> Trials:
+        trainer = config.trainer
+        counts = (trainer.max_length, trainer.precision, trainer.packing, config.plan.labelled)
+        key = repr((config.model, config.method, config.sae, config.domains.names, counts))
+        return known.setdefault(key, known.get(key) or Trials(config))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "Trials", trials)
+        yield
 
 
 def plan_of(*overrides: str):
@@ -45,29 +72,43 @@ def advised(*overrides: str) -> list[str]:
     return advice.split(" or set ")[0].split()
 
 
-def test_an_8b_adapter_in_parts_fits_an_h100():
+def test_an_adapter_in_parts_fits_an_h100():
     plan = plan_of(*QWEN3_8B, "trainer.accumulate=8")
     assert plan.fits("h100-80gb")
     fitting.refuse(plan)
     memory = plan.memories[ADAPTER]
-    assert memory.parts["weights of the base"] == 2 * plan.base.total
-    assert plan.base.total == pytest.approx(8.19e9, rel=0.001)
+    assert memory.parts["weights of the base"] == 2 * plan.base
     assert sum(memory.parts.values()) == memory.total
 
 
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [("qwen3_0.6b", 596_049_920), ("qwen3_8b", 8_190_735_360), ("qwen3_32b", 32_762_123_264)],
+)
+def test_a_base_has_as_many_parameters_as_its_publisher_says(model, parameters):
+    trials = Trials(compose.load(["stage=plan", f"model={model}"]))
+    assert sum(p.numel() for p in trials.base.values()) == parameters
+
+
+@pytest.mark.parametrize("model", ["gemma2_2b", "llama3.2_1b"])
+def test_a_hub_id_has_the_family_of_its_name(model):
+    trials = Trials(compose.load(["stage=plan", f"model={model}"]))
+    normed = any("q_norm" in name for name in trials.base)
+    assert not normed  # as Qwen3's attention is
+
+
 def test_the_whole_batch_at_once_does_not_and_the_fewest_parts_that_do_are_advised():
-    assert advised(*QWEN3_8B) == ["trainer.accumulate=4"]
-    fitting.refuse(plan_of(*QWEN3_8B, "trainer.accumulate=4"))
-    assert not plan_of(*QWEN3_8B, "trainer.accumulate=2").fits("h100-80gb")
+    assert advised(*QWEN3_8B) == ["trainer.accumulate=2"]
+    fitting.refuse(plan_of(*QWEN3_8B, "trainer.accumulate=2"))
 
 
 def test_recomputation_is_advised_where_parts_are_not_enough():
-    tight = (*QWEN3_8B, "trainer.max_length=16384", "method=lora")
+    tight = (*QWEN3_8B, "trainer.max_length=32768", "method=lora")
     assert advised(*tight)[0] == "trainer.activation_checkpointing=true"
     fitting.refuse(plan_of(*tight, *advised(*tight)))
 
 
-@pytest.mark.parametrize("gpu", ["a100-40gb", "rtx4090-24gb"])
+@pytest.mark.parametrize("gpu", ["t4-16gb", "v100-16gb"])
 def test_a_base_that_one_gpu_cannot_hold_is_spread_over_several(gpu):
     told = advised(*QWEN3_32B, f"plan.gpu={gpu}")
     assert {"trainer.strategy=zero3", "evaluation.spread=true"} <= {*told}
@@ -77,16 +118,16 @@ def test_a_base_that_one_gpu_cannot_hold_is_spread_over_several(gpu):
 
 
 def test_offloading_is_named_beside_more_gpus():
-    told = refusal(*QWEN3_32B, "plan.gpu=a100-40gb", "method=lora")
+    told = refusal(*QWEN3_32B, "plan.gpu=v100-16gb", "method=lora")
     more, offloaded = told.rpartition(" GB: set ")[2].split(" or set ")
-    assert more.startswith("plan.gpus=4 ")
+    assert more.startswith("plan.gpus=2 ")
     assert "trainer.offload=true" in offloaded
     for changes in (more, offloaded):
-        fitting.refuse(plan_of(*QWEN3_32B, "plan.gpu=a100-40gb", "method=lora", *changes.split()))
+        fitting.refuse(plan_of(*QWEN3_32B, "plan.gpu=v100-16gb", "method=lora", *changes.split()))
 
 
 def test_on_several_gpus_shards_are_advised_before_more_of_them():
-    told = advised(*QWEN3_32B, "trainer.strategy=ddp", "plan.gpus=4", "plan.gpu=a100-40gb")
+    told = advised(*QWEN3_32B, "trainer.strategy=ddp", "plan.gpus=4", "plan.gpu=v100-16gb")
     assert told[0] == "trainer.strategy=zero3"
     assert not any(change.startswith("plan.gpus") for change in told)
 
@@ -98,9 +139,8 @@ def test_a_larger_gpu_is_advised_where_shards_do_not_help():
 
 
 def test_where_nothing_helps_the_text_is_to_be_shortened():
-    assert refusal(*QWEN3_8B, "trainer.max_length=1000000").endswith(
-        "shorten trainer.max_length or lower sae.latents"
-    )
+    long = ("method=lora", "trainer.max_length=200000", "trainer.batch_size=4")
+    assert refusal(*QWEN3_8B, *long).endswith("shorten trainer.max_length or lower sae.latents")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +151,7 @@ def test_where_nothing_helps_the_text_is_to_be_shortened():
         ("trainer.accumulate=5", "make it a multiple of 5"),
         ("trainer.strategy=ddp plan.gpus=2 sae.batch_size=1023", "sae.batch_size=1023"),
         ("plan.gpu=h100", "plan.gpu=h100: did you mean"),
-        ("method.target_modules=[c_attn]", "a layer has self_attn.q_proj, self_attn.k_proj"),
+        ("method.target_modules=[c_attn]", "linear modules are self_attn.q_proj (Linear), self_"),
     ],
 )
 def test_a_plan_that_means_nothing_is_refused(overrides, says):
@@ -122,10 +162,10 @@ def test_a_plan_that_means_nothing_is_refused(overrides, says):
 
 def test_a_folder_with_fewer_layers_than_the_configuration_says_is_refused(tmp_path):
     shape = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
-    shape |= {"intermediate_size": 96, "vocab_size": 99}
+    shape |= {"intermediate_size": 96, "vocab_size": 99, "model_type": "qwen3"}
     (tmp_path / "config.json").write_text(json.dumps(shape))
     with pytest.raises(UserError, match="has layers 0 to 3"):
-        plan_of(*QWEN3_8B, f"model.path={tmp_path}")
+        plan_of(*QWEN3_8B, "model.layers=8", "method.sites=[5]", f"model.path={tmp_path}")
 
 
 def test_more_ranks_take_less_each():
@@ -135,7 +175,7 @@ def test_more_ranks_take_less_each():
     assert fewer["logits"] == parts["logits"] / 4
     assert fewer["weights of the base"] == parts["weights of the base"]
     for name, seconds in alone.seconds("h100-80gb").items():
-        assert shared.seconds("h100-80gb")[name] == pytest.approx(seconds / 4)
+        assert shared.seconds("h100-80gb")[name] == pytest.approx(seconds / 4, rel=1e-4)
 
 
 def test_what_is_trained_is_what_is_planned():
@@ -164,7 +204,7 @@ def test_packed_rows_are_full():
 def test_disk_is_of_every_site_and_the_monitor():
     one = plan_of(*QWEN3_8B, "sae.max_tokens=1000")
     assert one.disk == 4 * 4096 * 1000
-    more = plan_of(*QWEN3_8B, "sae.max_tokens=1000", "method.sites=[13,20]", "method.monitor=36")
+    more = plan_of(*QWEN3_8B, "sae.max_tokens=1000", "method.sites=[1,2]", "method.monitor=4")
     assert more.disk == 3 * one.disk
 
 
@@ -174,9 +214,25 @@ def test_monitored_losses_and_second_forwards_cost_their_share():
         return work.model + work.single
 
     plain = each()
-    assert each("method.monitor=36", "method.losses.preservation=1") > 1.2 * plain
-    assert each("method=x_lora") > 1.2 * plain
+    assert each("method.monitor=4", "method.losses.preservation=1") > 1.2 * plain
+    assert each("method=x_lora") > 1.1 * plain
     assert each("plan.labelled=0.1") < plain
+
+
+@pytest.mark.parametrize("recompute", ["false", "true"])
+def test_the_arithmetic_that_is_counted_is_that_of_the_utilisation(recompute):
+    changes = ("method=lora", "plan.labelled=0.25", f"trainer.activation_checkpointing={recompute}")
+    found = plan_of(*QWEN3_8B, *changes)
+    (work,) = (w for w in found.works if w.name == ADAPTER)
+    said = flops.training_flops_per_token(
+        found.shape,
+        adapter_parameters=sum(found.trained.values()),
+        first_adapted_layer=1,
+        sequence=found.config.trainer.max_length,
+        labelled=0.25,
+    )
+    assert work.model + work.single == pytest.approx(said, rel=0.03)
+    assert (work.again > 0.2 * said) == (recompute == "true")
 
 
 def test_tokens_a_row_count_for_time_and_not_for_memory():
@@ -192,7 +248,13 @@ def test_the_tables_name_every_part_and_mark_the_gpu():
     config = compose.load(["stage=plan", *QWEN3_8B, "trainer.accumulate=8", "plan.gpu=a100-80gb"])
     planning.show(Console(file=written, width=160), config)
     text = written.getvalue()
-    for part in ("8.19 B", "weights of the base", "logits", "optimizer", "SAEs and prototypes"):
+    for part in (
+        "4 layers of 193 M",
+        "weights of the base",
+        "logits",
+        "optimizer",
+        "SAEs and prototypes",
+    ):
         assert part in text
     assert "a100-80gb *" in text
     assert "assumption" in text
@@ -213,14 +275,3 @@ def test_the_command_prints_tables_and_refuses_in_one_line(tmp_path):
     assert bad.stderr.startswith("error: adapter training needs")
     assert bad.stderr.count("\n") == 1
     assert [*tmp_path.iterdir()] == []  # nothing is written
-
-
-def test_planning_needs_no_torch():
-    program = (
-        "import sys, json; from steerlora import compose, planning; "
-        "from rich.console import Console; "
-        "planning.show(Console(file=sys.stderr), compose.load(['stage=plan'])); "
-        "print(json.dumps('torch' in sys.modules))"
-    )
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert json.loads(ran.stdout) is False, ran.stderr
