@@ -88,20 +88,33 @@ class Method(nn.Module):
     Args:
         config: of the method.
         model: the base; it is frozen here, and changed by :meth:`attach`.
+        saes: {site: SAE} that it runs in every forward, where ``config.reads_features``. They are
+            frozen, follow to another device, and keep their own type: in another one their features
+            would not be the same.
 
     Raises:
-        ValueError: the model carries a method already, or keeps no keys and values.
+        ValueError: the model carries a method already, or keeps no keys and values; a site's SAE is
+            missing, or reads another width.
+
+    Attributes:
+        saes: those; a plain dict, so that they are no part of the state dict.
     """
 
-    saes: Mapping[int, SparseAutoencoder]
-    """SAEs that it runs in every forward, by site."""
     forward_state: ForwardState
 
-    def __init__(self, config: MethodConfig, model: nn.Module) -> None:
+    def __init__(
+        self,
+        config: MethodConfig,
+        model: nn.Module,
+        saes: Mapping[int, SparseAutoencoder] | None = None,
+    ) -> None:
         super().__init__()
         refuse_changed(model)
         parameters_of_forward(decoder_of(model))
-        self.config, self.saes, self.forward_state = config, {}, ForwardState()
+        given = dict(saes or {}) if config.reads_features else {}
+        _check_saes(config, given, decoder_of(model).config.hidden_size)
+        self.saes = {site: sae.eval().requires_grad_(False) for site, sae in given.items()}
+        self.config, self.forward_state = config, ForwardState()
         # What undoes the attachment; a list, so that the model is no part of this module.
         self._attached: list[tuple[nn.Module, ObservedForward, dict[str, Target]]] = []
         model.requires_grad_(False)
@@ -219,6 +232,25 @@ class Method(nn.Module):
     def parameter_count(self) -> int:
         """Trainable parameters."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def _apply(self, function, *args, **kwargs):
+        super()._apply(function, *args, **kwargs)
+        device = next(self.parameters()).device
+        for sae in self.saes.values():
+            sae.to(device)
+        return self
+
+
+def _check_saes(config: MethodConfig, saes: Mapping[int, SparseAutoencoder], width: int) -> None:
+    """ValueError unless there is an SAE of the model's width for each site that needs one."""
+    missing = [site for site in config.sites if site not in saes] if config.reads_features else []
+    if missing:
+        raise ValueError(f"no SAE for control site {missing[0]}; SAEs are given for {sorted(saes)}")
+    for site, sae in saes.items():
+        if sae.width != width:
+            raise ValueError(
+                f"the SAE at site {site} reads width {sae.width}, the model has {width}"
+            )
 
 
 class Task(NamedTuple):

@@ -43,8 +43,7 @@ class Spliced(Method):
     """x -> a_c SAE_c(x) at every site c, the first token of a sequence excepted."""
 
     def __init__(self, config, model, sources):
-        super().__init__(config, model)
-        self.saes = {site: given.sae.requires_grad_(False) for site, given in sources.saes.items()}
+        super().__init__(config, model, {site: given.sae for site, given in sources.saes.items()})
         self.gains = nn.ParameterDict(
             {str(site): nn.Parameter(torch.ones(())) for site in config.sites}
         )

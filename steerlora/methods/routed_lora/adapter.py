@@ -82,12 +82,10 @@ class Adapter(Method):
         feature_scales: Mapping[int, float] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(config, model)
-        saes = dict(saes or {}) if config.reads_features else {}
+        super().__init__(config, model, saes)
         generator = torch.Generator().manual_seed(seed)
         targets = self.targets(model)
         width = decoder_of(model).config.hidden_size
-        _check_saes(config, saes, width)
         self.layers_path = layers_path(model)
         self.layers = nn.ModuleDict(
             {
@@ -100,10 +98,8 @@ class Adapter(Method):
         self.routers, self.scales = nn.ModuleDict(), _Scales()
         self.forward_state = CurrentForward()
         self.sites: dict[int, Site] = {}
-        # Held outside the module tree: the SAEs are inputs of the adapter, not part of it.
-        self.saes = _Frozen(saes)
         for site in config.sites if config.routed else ():
-            sae = saes.get(site)
+            sae = self.saes.get(site)
             signal_width = width if sae is None else sae.latents
             modules = len(self.modules_of(site)) if config.per_module else 1
             router = ROUTERS[config.router](signal_width, config, modules, generator)
@@ -320,41 +316,9 @@ class Adapter(Method):
     def export_peft(self, directory: Path, *, base_path: str) -> None:
         export_peft(self, directory, base_path=base_path)
 
-    def _apply(self, function, *args, **kwargs):
-        super()._apply(function, *args, **kwargs)
-        # The SAEs follow to another device; in another type their features would not be the same.
-        device = next(self.parameters()).device
-        for sae in self.saes.values():
-            sae.to(device)
-        return self
-
-
-def _check_saes(
-    config: RoutedLoRAConfig, saes: Mapping[int, SparseAutoencoder], width: int
-) -> None:
-    """ValueError unless there is an SAE of the model's width for each site that needs one."""
-    ROUTERS.check("method.router", config.router)
-    if not config.reads_features:
-        return
-    missing = [site for site in config.sites if site not in saes]
-    if missing:
-        raise ValueError(f"no SAE for control site {missing[0]}; SAEs are given for {sorted(saes)}")
-    for site, sae in saes.items():
-        if sae.width != width:
-            raise ValueError(
-                f"the SAE at site {site} reads width {sae.width}, the model has {width}"
-            )
-
 
 class _Scales(nn.Module):
     """{site: a number}: buffers, since sharding engines take no parameter without a dimension."""
 
     def __getitem__(self, site: str) -> Tensor:
         return self._buffers[site]
-
-
-class _Frozen(dict):
-    """{site: SAE}, frozen and in evaluation mode; a plain dict, so never in the state dict."""
-
-    def __init__(self, saes: Mapping[int, SparseAutoencoder]) -> None:
-        super().__init__({site: sae.eval().requires_grad_(False) for site, sae in saes.items()})
