@@ -23,6 +23,8 @@ from steerlora.errors import UserError, nearest
 from steerlora.lm.decoder import first_real_token, residual_streams
 
 STORE_FILE = "store.json"
+HARVEST_ROWS = 64
+"""Rows that a harvest runs at once."""
 _SHARD_BYTES = 2**26
 # A site up to this size is copied into memory; a larger one stays mapped from its files.
 _MEMORY_BYTES = 2**31

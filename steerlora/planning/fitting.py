@@ -55,16 +55,20 @@ def _first(config: Config, trials: Trials, ladders: Iterable[Sequence[Change]]) 
     """The first change under which everything fits; empty where none does.
 
     Args:
-        ladders: changes that take less and less memory; the last of each is tried first.
+        ladders: changes that take less and less memory.
     """
 
     def enough(change: Change) -> bool:
         return fits(changed(config, change), trials)
 
     for ladder in ladders:
-        if enough(ladder[-1]):
+        if enough(ladder[0]):  # often measured already
+            change = ladder[0]
+        elif enough(ladder[-1]):
             change = ladder[bisect_left(ladder, True, key=enough)]
-            return " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
+        else:
+            continue
+        return " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
     return ""
 
 

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from steerlora.config import Config
+from steerlora.data.activations import HARVEST_ROWS
 from steerlora.planning.live import GRADIENTS, SPACE, Parts
 from steerlora.planning.sharding import Held, held, sizes
 from steerlora.planning.trials import FIXED, IN_STEP, Measured, Trials
-from steerlora.stages.activations import BATCH_SIZE
 
 BASE, WATCHING = "weights of the base", "SAEs and prototypes"
 
@@ -64,7 +64,7 @@ def harvesting(config: Config, trials: Trials, sites: tuple[int, ...]) -> Memory
     layers lie on all GPUs with ``evaluation.spread``, else on one."""
     weights = sum(p.nbytes for p in trials.base.values())
     weights /= config.plan.gpus if config.evaluation.spread else 1
-    return _highest(config, Held(weights, 0, 0, 0), {}, trials.harvest(sites, BATCH_SIZE))
+    return _highest(config, Held(weights, 0, 0, 0), {}, trials.harvest(sites, HARVEST_ROWS))
 
 
 def _highest(config: Config, on_rank: Held, others: Parts, measured: Measured) -> Memory:

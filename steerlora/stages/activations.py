@@ -9,13 +9,11 @@ from itertools import count, islice
 from torch import Tensor
 
 from steerlora.config import Config
-from steerlora.data.activations import harvest
+from steerlora.data.activations import HARVEST_ROWS, harvest
 from steerlora.data.chat import ChatBatches, encode_chats
 from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.stages import base, domains
 from steerlora.stages.common import WHERE, load_base, read_rows, training_rows
-
-BATCH_SIZE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +74,7 @@ def build(context: Context) -> dict:
 
 def _one_epoch(rows: list, pad_token_id: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     batches = ChatBatches(
-        rows, [-1] * len(rows), batch_size=BATCH_SIZE, pad_token_id=pad_token_id, seed=seed
+        rows, [-1] * len(rows), batch_size=HARVEST_ROWS, pad_token_id=pad_token_id, seed=seed
     )
     for batch in map(batches, islice(count(), len(rows) // batches.batch_size)):
         yield batch.input_ids, batch.attention_mask
