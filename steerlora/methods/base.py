@@ -20,6 +20,7 @@ from steerlora.lm.decoder import (
     ObservedForward,
     attach_edits,
     decoder_of,
+    layers_of,
     parameters_of_forward,
     remove_edits,
 )
@@ -93,8 +94,8 @@ class Method(nn.Module):
             would not be the same.
 
     Raises:
-        ValueError: the model carries a method already, or keeps no keys and values; a site's SAE is
-            missing, or reads another width.
+        ValueError: the model carries a method already, keeps no keys and values, or does not have
+            all the sites; a site's SAE is missing, or reads another width.
 
     Attributes:
         saes: those; a plain dict, so that they are no part of the state dict.
@@ -111,6 +112,11 @@ class Method(nn.Module):
         super().__init__()
         refuse_changed(model)
         parameters_of_forward(decoder_of(model))
+        layers = len(layers_of(model))
+        if max(config.sites) >= layers:
+            raise ValueError(
+                f"control sites {config.sites}: the model has layers 0 to {layers - 1}"
+            )
         given = dict(saes or {}) if config.reads_features else {}
         _check_saes(config, given, decoder_of(model).config.hidden_size)
         self.saes = {site: sae.eval().requires_grad_(False) for site, sae in given.items()}

@@ -82,7 +82,9 @@ def test_an_experiment_says_where_its_results_go():
 
 
 def test_every_stage_has_an_option():
-    assert compose.groups()["stage"] == sorted([*STAGES, "plan", "report", "status"])
+    # Other tests register stages of their own.
+    ours = [name for name, stage in STAGES.items() if stage.build.__module__.startswith("steerlora.")]
+    assert compose.groups()["stage"] == sorted([*ours, "plan", "report", "status"])
 
 
 def test_the_whole_configuration_is_plain_values():

@@ -17,11 +17,11 @@ from torch import nn
 
 from steerlora.cli import compose
 from steerlora.config import Config
+from steerlora.data.activations import HARVEST_ROWS
 from steerlora.methods.base import Method, Sources
 from steerlora.methods.config import MethodConfig
 from steerlora.planning import memory
 from steerlora.planning.trials import Trials
-from steerlora.stages.activations import BATCH_SIZE
 
 TOLERANCE = 0.05
 """Of the plan, as a share of what was measured."""
@@ -147,7 +147,7 @@ def test_the_peak_of_sae_training_is_the_planned_one(changes, measured_sae_train
 def test_the_peak_of_a_harvest_is_the_planned_one(changes, sites, measured_harvest):
     config = compose.load([*SMALL, *changes.split()])
     plan = memory.harvesting(config, on_a_cpu(config), sites)
-    found = measured_harvest(config, sites, BATCH_SIZE)
+    found = measured_harvest(config, sites, HARVEST_ROWS)
     assert plan.total == pytest.approx(found, rel=TOLERANCE), plan
 
 

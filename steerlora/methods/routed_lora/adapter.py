@@ -27,7 +27,7 @@ from steerlora.lm.decoder import (
     layers_path,
     residual_streams,
 )
-from steerlora.lm.targets import Target, size_of
+from steerlora.lm.targets import size_of
 from steerlora.methods.base import Method, Sources
 from steerlora.methods.interventions import INTERVENTIONS
 from steerlora.methods.routed_lora.config import RoutedLoRAConfig
@@ -143,14 +143,6 @@ class Adapter(Method):
         super().observe(model, given)
         cached = given.get("past_key_values") is not None
         self.forward_state.base_streams = self._base_streams(model, given, cached=cached)
-
-    def targets(self, model: nn.Module) -> dict[str, Target]:
-        layers = len(layers_of(model))
-        if max(self.config.sites) >= layers:
-            raise ValueError(
-                f"control sites {self.config.sites}: the model has layers 0 to {layers - 1}"
-            )
-        return super().targets(model)
 
     def modules_of(self, site: int) -> list[str]:
         """Names in ``layers`` of the modules that a site controls, lowest layer first."""
