@@ -9,7 +9,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from steerlora.saes.autoencoder import SparseAutoencoder
 
 from steerlora.config import Config
 from steerlora.data.activations import harvest
@@ -126,7 +125,7 @@ def measured_sae_training(tmp_path: Path) -> Callable[[Config], int]:
 
     def measure(config: Config) -> int:
         with Watched() as live:
-            sae = SparseAutoencoder(config.model.width, config.sae.latents, k=config.sae.k)
+            sae = config.sae.build(config.model.width)
             batch = torch.randn(config.sae.batch_size, config.model.width)
             fit(
                 SAEModule(sae, total_steps=STEPS),

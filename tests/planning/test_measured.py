@@ -197,4 +197,5 @@ def test_a_process_grows_by_what_is_planned():
         # Every tensor has pages of its own, which go when it does: no gaps of the C library's.
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
     )
-    assert plan.total == pytest.approx(int(ran.stdout.split()[-1]), rel=TOLERANCE), plan
+    # A process is looked at every 5 ms, and a busy machine looks less often.
+    assert plan.total == pytest.approx(int(ran.stdout.split()[-1]), rel=0.1), plan
