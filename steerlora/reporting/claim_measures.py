@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from steerlora.evaluation.records import Ablation, DomainSequence, Evaluation
 from steerlora.evaluation.statistics import Interval, run_difference
 from steerlora.reporting.claims import Claim, overlaps, verdict
-from steerlora.reporting.effects import (
-    Measure,
-    drop,
-    drop_advantage,
-    fingerprints,
-    gain,
-    select,
-)
+from steerlora.reporting.effects import Measure, drop, drop_advantage, fingerprints, gain, select
 from steerlora.reporting.health import OverTraining, over_training
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.sequences import broad_first, reduction
@@ -66,75 +60,97 @@ def measure_claims(
         _controls(own, methods.paper),
         _fixed_rank(own, methods.paper),
         _reduction(
-            reduction(orders, methods.paper, methods.baseline),
+            orders,
             methods,
+            "all orders",
             id="C6",
             text="Less positive forgetting in sequential adaptation",
-            figure=13.1,
-            which="all orders",
+            high=13.1,
         ),
         _reduction(
-            reduction(first, methods.paper, methods.baseline),
+            first,
             methods,
+            "the orders that begin with the broad domain",
             id="C7",
             text="Much less when broad instruction data comes first",
-            figure=38.3,
-            which="the orders that begin with the broad domain",
+            high=38.3,
         ),
         _collapse(evaluations, methods),
     )
 
 
-def _gain(
-    evaluations: list[Evaluation],
-    method: str,
-    group: str,
+def _claim(
+    measures: Iterable[Measure | None],
     *,
-    id: str,
-    text: str,
-    low: float,
-    high: float,
+    high: float | None,
+    low: float | None = None,
+    direction: Sequence[Interval] | None = None,
+    agrees: bool | None = None,
+    **said: Any,
+) -> Claim:
+    """A claim with its verdict.
+
+    Args:
+        measures: those that are not None are ours.
+        low, high: the paper's range.
+        direction: intervals that the claim says are positive; the measures' unless given.
+        agrees: whether the figures agree with the paper's; unless given, whether all of the
+            measures' intervals overlap its range.
+        said: the claim's other fields.
+    """
+    measures = tuple(measure for measure in measures if measure is not None)
+    intervals = [measure.interval for measure in measures]
+    if agrees is None:
+        agrees = all(overlaps(interval, low, high) for interval in intervals)
+    reached = verdict(intervals if direction is None else direction, agrees=agrees)
+    return Claim(low=low, high=high, measures=measures, verdict=reached, **said)
+
+
+def _percentage(
+    measures: Iterable[Measure | None], *, high: float, low: float | None = None, **said: Any
+) -> Claim:
+    """A claim of a percentage: a range, or one figure where ``low`` is None."""
+    paper = f"{high} %" if low is None else f"{low} to {high} %"
+    low = high if low is None else low
+    return _claim(measures, low=low, high=high, paper=paper, unit="percent", **said)
+
+
+def _gain(
+    evaluations: list[Evaluation], method: str, group: str, *, low: float, high: float, **said: str
 ) -> Claim:
     measures = _gains(evaluations, method, group)
-    intervals = [measure.interval for measure in measures]
-    return Claim(
-        id=id,
-        text=text,
-        paper=f"{number(low, sign=True)} to {number(high, sign=True)}",
+    return _claim(
+        measures,
         low=low,
         high=high,
+        paper=f"{number(low, sign=True)} to {number(high, sign=True)}",
         unit="score",
         definition=(
             f"Average of the {group.replace('_', ' ')} tasks with {method}, less the base model's; "
             "mean over seeds, for every model, paired by item."
         ),
-        measures=measures,
-        verdict=verdict(intervals, agrees=all(overlaps(i, low, high) for i in intervals)),
         note="One model only: scale was not tested." if len(measures) == 1 else "",
+        **said,
     )
 
 
-def _gains(evaluations: list[Evaluation], method: str, group: str) -> tuple[Measure, ...]:
+def _gains(evaluations: list[Evaluation], method: str, group: str) -> list[Measure]:
     models = dict.fromkeys(record.model for record in evaluations)
     measures = (gain(evaluations, model, method, group) for model in models)
-    return tuple(measure for measure in measures if measure is not None)
+    return [measure for measure in measures if measure is not None]
 
 
 def _marginal(evaluations: list[Evaluation], method: str) -> Claim:
-    measures = tuple(
+    measures = [
         measure._replace(label=f"{measure.label}, {name}")
         for group, name in (("mmlu_pro", "MMLU-Pro"), ("gsm8k", "GSM8K"))
         for measure in _gains(evaluations, method, group)
-    )
-    below = [
-        Interval(LARGEST_GAIN - value, LARGEST_GAIN - high, LARGEST_GAIN - low, seeds, items)
-        for value, low, high, seeds, items in (measure.interval for measure in measures)
     ]
-    return Claim(
+    return _claim(
+        measures,
         id="C3",
         text="MMLU-Pro and GSM8K move marginally, or fall for larger models",
         paper="marginal or negative",
-        low=None,
         high=SMALLEST_GAIN,
         unit="score",
         definition=(
@@ -143,94 +159,73 @@ def _marginal(evaluations: list[Evaluation], method: str) -> Claim:
             f"its smallest gain ({number(SMALLEST_GAIN, sign=True)}), direction reproduced if "
             f"wholly below its largest ({number(LARGEST_GAIN, sign=True)})."
         ),
-        measures=measures,
-        verdict=verdict(below, agrees=all(m.interval.high < SMALLEST_GAIN for m in measures)),
+        direction=[
+            Interval(LARGEST_GAIN - value, LARGEST_GAIN - high, LARGEST_GAIN - low, seeds, items)
+            for value, low, high, seeds, items in (measure.interval for measure in measures)
+        ],
+        agrees=all(measure.interval.high < SMALLEST_GAIN for measure in measures),
     )
 
 
 def _controls(ablations: list[Ablation], method: str) -> Claim:
-    low, high = 33.6, 65.6
-    domains = ablations[0].domains if ablations else []
-    found = [drop(ablations, name, domains) for name in CONTROLS] if ablations else []
-    measures = tuple(measure for measure in found if measure is not None)
-    intervals = [measure.interval for measure in measures]
-    missing = [n for n in CONTROLS if n not in [measure.label for measure in measures]]
-    return Claim(
+    measures = {name: drop(ablations, name) for name in CONTROLS}
+    missing = [name for name, measure in measures.items() if measure is None]
+    return _percentage(
+        measures.values(),
         id="C4",
         text="Replacing, randomizing, shuffling or inverting the SAE signal cuts target scores",
-        paper=f"{low} to {high} %",
-        low=low,
-        high=high,
-        unit="percent",
+        low=33.6,
+        high=65.6,
         definition=(
             f"Drop of {method}'s mean target-domain score under {', '.join(CONTROLS)} at "
             "evaluation time, in percent of the intact adapter's; ratio of means over domains "
             "and seeds."
         ),
-        measures=measures,
-        verdict=verdict(
-            intervals, agrees=not missing and all(overlaps(i, low, high) for i in intervals)
-        ),
-        note=f"Not run: {', '.join(missing)}." if measures and missing else "",
+        agrees=False if missing else None,
+        note=f"Not run: {', '.join(missing)}." if 0 < len(missing) < len(CONTROLS) else "",
     )
 
 
 def _fixed_rank(ablations: list[Ablation], method: str) -> Claim:
-    figure = 11.8
-    domains = ablations[0].domains if ablations else []
-    measure = drop(ablations, "fixed_rank", domains) if ablations else None
-    advantage = drop_advantage(ablations, CONTROLS, "fixed_rank", domains) if ablations else None
-    note = ""
-    if measure is not None and advantage is not None:
+    advantage = drop_advantage(ablations, CONTROLS, "fixed_rank")
+    direction, note = [], ""
+    if advantage is not None:
+        direction = [advantage.interval]
         note = (
             "Mean drop of C4's controls less this one, in points: "
             f"{interval_text(advantage.interval, 1)}."
         )
-    return Claim(
+    return _percentage(
+        [drop(ablations, "fixed_rank")],
         id="C5",
         text="Removing dynamic rank alone cuts them far less",
-        paper=f"{figure} %",
-        low=figure,
-        high=figure,
-        unit="percent",
+        high=11.8,
         definition=(
             f"Drop of {method}'s mean target-domain score under fixed_rank, as in C4. Direction: "
             "C4's controls cut more than fixed_rank does, paired by item. In range: the interval "
             "of the drop also holds the paper's figure."
         ),
-        measures=(measure,) if measure is not None else (),
-        verdict=verdict(
-            [advantage.interval] if advantage is not None else [],
-            agrees=measure is not None and overlaps(measure.interval, figure, figure),
-        ),
+        direction=direction,
         note=note,
     )
 
 
 def _reduction(
-    measure: Measure | None, methods: Methods, *, id: str, text: str, figure: float, which: str
+    sequentials: list[DomainSequence], methods: Methods, which: str, **said: Any
 ) -> Claim:
-    note = ""
-    if measure is not None and not measure.interval.known:
-        note = f"{methods.baseline} forgot next to nothing, so a percentage of it means nothing."
-    return Claim(
-        id=id,
-        text=text,
-        paper=f"{figure} %",
-        low=figure,
-        high=figure,
-        unit="percent",
+    measure = reduction(sequentials, methods.paper, methods.baseline)
+    unknown = measure is not None and not measure.interval.known
+    return _percentage(
+        [measure],
         definition=(
             f"Percentage by which {methods.paper}'s mean positive forgetting is below that of "
             f"{methods.baseline} with as many parameters, over {which} and seeds; items: those of "
             "one domain's score."
         ),
-        measures=(measure,) if measure is not None else (),
-        verdict=verdict(
-            [measure.interval] if measure is not None else [],
-            agrees=measure is not None and overlaps(measure.interval, figure, figure),
-        ),
-        note=note,
+        note=f"{methods.baseline} forgot next to nothing, so a percentage of it means nothing."
+        if unknown
+        else "",
+        **said,
     )
 
 
@@ -245,7 +240,7 @@ def _collapse(evaluations: list[Evaluation], methods: Methods) -> Claim:
         for name in (paper, dense_routing)
     }
     shared = [key for key in runs[paper] if key in runs[dense_routing]]
-    measures, note, agrees, interval = (), "", False, []
+    measures, note, agrees = [], "", False
     if shared:
         pairs = [over_training(runs[paper][key], runs[dense_routing][key]) for key in shared]
         own, dense = zip(*pairs, strict=True)
@@ -253,14 +248,14 @@ def _collapse(evaluations: list[Evaluation], methods: Methods) -> Claim:
             [run.usage_entropy for run in dense], [run.usage_entropy for run in own]
         )._replace(seeds=len({seed for _, seed in shared}))
         used = fingerprints(runs[name][key] for name in runs for key in shared)
-        measures, interval = (Measure(f"{paper} less {dense_routing}", entropy, used),), [entropy]
+        measures = [Measure(f"{paper} less {dense_routing}", entropy, used)]
         agrees = not any(run.died for run in own) and 2 * sum(r.died for r in dense) >= len(shared)
         note = _collapse_note(methods, own, dense)
-    return Claim(
+    return _claim(
+        measures,
         id="C8",
         text="SAE routing prevents the expert collapse of dense-state routing",
         paper="no collapse, against collapse",
-        low=None,
         high=None,
         unit="usage entropy / log E",
         definition=(
@@ -270,8 +265,7 @@ def _collapse(evaluations: list[Evaluation], methods: Methods) -> Claim:
             f"{paper} has a dead specialist at any measurement after the first, and at least "
             f"half of {dense_routing}'s do."
         ),
-        measures=measures,
-        verdict=verdict(interval, agrees=agrees),
+        agrees=agrees,
         note=note,
     )
 

@@ -130,7 +130,7 @@ def retrained_table(
         for name in in_order((r.intervention for r in own), labels.INTERVENTIONS):
             chosen = {record.seed: record for record in select(own, intervention=name)}
             after = retrained_drop(intact, chosen)
-            before = drop(ablated, name, ablated[0].domains) if ablated else None
+            before = drop(ablated, name)
             beside = [record for record in intact if record.seed in chosen]
             rows.append(
                 where

@@ -78,7 +78,7 @@ def ablation_bars(ablations: list[Ablation], model: str, method: str) -> Figure 
         return None
     domains = records[0].domains
     names = in_order((n for r in records for n in r.interventions), labels.INTERVENTIONS)
-    measures = {name: drop(records, name, domains) for name in names if name != INTACT}
+    measures = {name: drop(records, name) for name in names if name != INTACT}
     shown = [name for name, measure in measures.items() if measure is not None]
     if not shown:
         return None
@@ -121,11 +121,10 @@ def dose_response(ablations: list[Ablation], model: str, method: str) -> Figure 
     strengths = dose_strengths(records)
     if not strengths:
         return None
-    domains = records[0].domains
     curves = {}
     for name in in_order(strengths, labels.INTERVENTIONS):
-        found = {at: dose_drop(records, name, at, domains) for at in strengths[name]}
-        found[1.0] = drop(records, name, domains)
+        found = {at: dose_drop(records, name, at) for at in strengths[name]}
+        found[1.0] = drop(records, name)
         known = [(at, *m.interval[:3]) for at, m in found.items() if m is not None]
         # No strength, no change: the intact scores themselves.
         curves[name] = np.array([(0.0, 0.0, 0.0, 0.0), *known]).T
