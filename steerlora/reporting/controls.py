@@ -16,13 +16,13 @@ from steerlora.reporting.effects import ablation_strata, drop, retrained_drop, s
 from steerlora.reporting.labels import in_order
 from steerlora.reporting.tables import (
     MISSING,
-    Cell,
     Table,
     interval_fields,
-    interval_text,
     mean_and_error,
+    mean_text,
     number,
-    plus_minus,
+    row_interval,
+    row_of,
 )
 
 
@@ -44,7 +44,7 @@ def ablation_table(ablations: list[Ablation]) -> Table | None:
         texts += [intervention, *(_drop_text(by_place.get(place)) for place in places)]
         intact = intervention == INTACT
         texts += ["", ""] if intact else [number(average["d_z"], 2), number(average["p_holm"])]
-        cells.append([Cell(text) for text in texts])
+        cells.append(row_of(*texts))
     seeds, items = int(data.seeds.max()), int(data[data.domain == "average"]["items"].max())
     who = "" if len(keys) > 1 else f" of {' '.join(keys[0])}"
     caption = (
@@ -70,7 +70,7 @@ def _ablation_rows(ablations: list[Ablation], model: str, method: str) -> list[d
             strata = ablation_strata(records, name, members)
             row = {"model": model, "method": method, "intervention": name, "domain": place}
             row |= mean_and_error("score", scores)
-            row |= interval_fields("drop", measure and measure.interval, "percent")
+            row |= interval_fields("drop_percent", measure and measure.interval)
             row |= {
                 "d_z": np.nan,
                 "p_holm": np.nan,
@@ -108,8 +108,7 @@ def _drop_text(row: dict | None) -> str:
         return MISSING
     if row["drop_percent"] != row["drop_percent"]:
         return number(row["score"])
-    bounds = [row[key] for key in ("drop_percent", "drop_low", "drop_high")]
-    return f"{number(row['score'])}, {interval_text(bounds, 1, ' %')}"
+    return f"{number(row['score'])}, {row_interval(row, 'drop_percent', 1)}"
 
 
 def retrained_table(
@@ -137,25 +136,23 @@ def retrained_table(
                 | {"intervention": name, "seeds": len(chosen)}
                 | mean_and_error("intact", [r.averages.get("target") for r in beside])
                 | mean_and_error("retrained", [r.averages.get("target") for r in chosen.values()])
-                | interval_fields("retrained_drop", after and after.interval, "percent")
-                | interval_fields("evaluation_drop", before and before.interval, "percent")
+                | interval_fields("retrained_drop_percent", after and after.interval)
+                | interval_fields("evaluation_drop_percent", before and before.interval)
             )
     if not rows:
         return None
     data = pd.DataFrame(rows)
     cells = [
-        [
-            Cell(f"{row.model} {row.method}"),
-            Cell(row.intervention),
-            Cell(str(row.seeds)),
-            Cell(plus_minus(row.intact, row.intact_stderr)),
-            Cell(plus_minus(row.retrained, row.retrained_stderr)),
-            *(
-                Cell(interval_text([getattr(row, f"{which}_{k}") for k in BOUNDS], 1, " %"))
-                for which in ("retrained_drop", "evaluation_drop")
-            ),
-        ]
-        for row in data.itertuples()
+        row_of(
+            f"{row.model} {row.method}",
+            row.intervention,
+            str(row.seeds),
+            mean_text(row, "intact"),
+            mean_text(row, "retrained"),
+            row_interval(row, "retrained_drop_percent", 1),
+            row_interval(row, "evaluation_drop_percent", 1),
+        )
+        for _, row in data.iterrows()
     ]
     headings = ["Model", "Intervention", "Seeds", "Intact", "Retrained"]
     headings += ["Drop, retrained", "Drop, at evaluation only"]
@@ -167,6 +164,3 @@ def retrained_table(
         "wins back, it does without the signal."
     )
     return Table("retrained", caption, data, headings, cells)
-
-
-BOUNDS = ("percent", "low", "high")

@@ -24,11 +24,12 @@ from steerlora.reporting.sequences import (
 from steerlora.reporting.tables import (
     Cell,
     Table,
-    best_cells,
     interval_fields,
-    interval_text,
+    leaders,
+    mean_text,
     number,
-    plus_minus,
+    row_interval,
+    row_of,
 )
 
 MAX_ORDERS = 6
@@ -56,43 +57,24 @@ def forgetting_table(
             chosen = [record for record in records if keep(record)]
             rows += _forgetting_rows({"model": model, "part": kind, "order": name}, chosen, methods)
     data = pd.DataFrame(rows)
-    best = {}
-    for _, part in data.groupby(["model", "part", "order"], sort=False):
-        lowest = best_cells(
-            (-part.positive_forgetting).tolist(),
-            part.positive_forgetting_stderr.tolist(),
-            meaningful=meaningful,
-        )
-        best |= dict(zip(part.index, lowest, strict=True))
+    groups = ["model", "part", "order"]
+    best = leaders(data, "positive_forgetting", groups, meaningful=meaningful, lowest=True)
     many = data[data.part == "order"].order.nunique() > MAX_ORDERS
     shown = data[data.part == "class"] if many else data
     general = data.general.notna().any()
     cells = [
-        [
-            Cell(row.model),
-            Cell(labels.ORDER_CLASSES[row.order] if row.part == "class" else row.order),
-            Cell(methods.label(row.method)),
-            Cell(str(row.runs)),
-            Cell(
-                plus_minus(row.positive_forgetting, row.positive_forgetting_stderr), best[row.Index]
-            ),
-            *(
-                Cell(number(getattr(row, name), sign="transfer" in name))
-                for name in list(labels.METRICS)[1:]
-            ),
-            *(
-                [Cell(interval_text((row.general, row.general_low, row.general_high), 2))]
-                if general
-                else []
-            ),
-            Cell(
-                interval_text(
-                    (row.reduction_percent, row.reduction_low, row.reduction_high), 1, " %"
-                )
-            ),
-            Cell("" if row.method == methods.baseline else number(row.p_holm)),
-        ]
-        for row in shown.itertuples()
+        row_of(
+            row.model,
+            labels.ORDER_CLASSES[row.order] if row.part == "class" else row.order,
+            methods.label(row.method),
+            str(row.runs),
+            Cell(mean_text(row, "positive_forgetting"), index in best),
+            *(number(row[name], sign="transfer" in name) for name in list(labels.METRICS)[1:]),
+            *([row_interval(row, "general", 2)] if general else []),
+            row_interval(row, "reduction_percent", 1),
+            "" if row.method == methods.baseline else number(row.p_holm),
+        )
+        for index, row in shown.iterrows()
     ]
     headings = ["Model", "Order", "Method", "Runs", *labels.METRICS.values()]
     headings += ["General kept"] if general else []
@@ -137,7 +119,7 @@ def _forgetting_row(records: list[DomainSequence], method: str, baseline: str) -
     )
     measure = reduction(records, method, baseline) if method != baseline else None
     row |= interval_fields("general", kept(own))
-    return row | interval_fields("reduction", measure and measure.interval, "percent")
+    return row | interval_fields("reduction_percent", measure and measure.interval)
 
 
 def corrected(p_values: dict[str, float]) -> dict[str, float]:
@@ -173,20 +155,16 @@ def order_effects_table(sequentials: list[DomainSequence], methods: Methods) -> 
         return None
     data = pd.DataFrame(rows)
     cells = [
-        [
-            Cell(row.model),
-            Cell(methods.label(row.method)),
-            Cell(f"{row.pairs} ({row.orders})"),
-            Cell(number(row.broad_first)),
-            Cell(number(row.broad_later)),
-            Cell(
-                interval_text(
-                    (row.difference, row.difference_low, row.difference_high), 3, sign=True
-                )
-            ),
-            Cell(number(row.p_holm)),
-        ]
-        for row in data.itertuples()
+        row_of(
+            row.model,
+            methods.label(row.method),
+            f"{row.pairs} ({row.orders})",
+            number(row.broad_first),
+            number(row.broad_later),
+            row_interval(row, "difference", 3, sign=True),
+            number(row.p_holm),
+        )
+        for _, row in data.iterrows()
     ]
     headings = ["Model", "Method", "Pairs (orders)", "Broad first", "Broad later", "Difference"]
     caption = (

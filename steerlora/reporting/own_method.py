@@ -16,12 +16,14 @@ from steerlora.reporting.sequences import final, forgotten, kept, p_value, ratio
 from steerlora.reporting.tables import (
     Cell,
     Table,
-    best_cells,
     interval_fields,
     interval_text,
+    leaders,
     mean_and_error,
+    mean_text,
     number,
-    plus_minus,
+    row_interval,
+    row_of,
 )
 
 MOST_FORGETTING, LEAST_GENERAL, LEAST_FINAL = 0.2, 0.95, 2.0
@@ -67,26 +69,21 @@ def method_table(
         ]
     )
     lowest, highest = (
-        best_cells(
-            (sign * data[name]).tolist(), data[f"{name}_stderr"].tolist(), meaningful=meaningful
-        )
-        for sign, name in ((-1, "positive_forgetting"), (1, "final_average"))
+        leaders(data, name, ["model"], meaningful=meaningful, lowest=name == "positive_forgetting")
+        for name in ("positive_forgetting", "final_average")
     )
     cells = [
-        [
-            Cell(methods.long_label(row.method)),
-            Cell(f"{row.orders} × {row.seeds}" if row.full else f"{row.runs} runs"),
-            Cell(
-                plus_minus(row.positive_forgetting, row.positive_forgetting_stderr),
-                lowest[row.Index],
-            ),
-            Cell(_bounds(row, "forgetting_ratio")),
-            Cell(plus_minus(row.final_average, row.final_average_stderr), highest[row.Index]),
-            Cell(_bounds(row, "final_ratio")),
-            Cell(_bounds(row, "general")),
-            Cell("" if row.method == methods.own else number(row.p_holm)),
-        ]
-        for row in data.itertuples()
+        row_of(
+            methods.long_label(row.method),
+            f"{row.orders} × {row.seeds}" if row.full else f"{row.runs} runs",
+            Cell(mean_text(row, "positive_forgetting"), index in lowest),
+            row_interval(row, "forgetting_ratio", 2),
+            Cell(mean_text(row, "final_average"), index in highest),
+            row_interval(row, "final_ratio", 2),
+            row_interval(row, "general", 2),
+            "" if row.method == methods.own else number(row.p_holm),
+        )
+        for index, row in data.iterrows()
     ]
     headings = ["Method", "Orders × seeds", "Positive forgetting", f"Of {methods.baseline}'s"]
     headings += ["Final average", f"Of {methods.baseline}'s", "General kept", "p (Holm)"]
@@ -128,10 +125,6 @@ def _row(records: list[DomainSequence], method: str, methods: Methods) -> dict:
         measure = ratio(records, method, methods.baseline, read) if compared else None
         row |= interval_fields(f"{short}_ratio", measure and measure.interval)
     return row | interval_fields("general", kept(own))
-
-
-def _bounds(row, name: str) -> str:
-    return interval_text([getattr(row, f"{name}{end}") for end in ("", "_low", "_high")], 2)
 
 
 def aims(records: list[DomainSequence], methods: Methods) -> tuple[Aim, ...]:

@@ -23,6 +23,11 @@ class Cell(NamedTuple):
     best: bool = False
 
 
+def row_of(*entries: str | Cell) -> list[Cell]:
+    """A row of a table for people; text alone is not the best of anything."""
+    return [Cell(entry) if isinstance(entry, str) else entry for entry in entries]
+
+
 class Table(NamedTuple):
     """A table, twice."""
 
@@ -143,12 +148,6 @@ def interval_text(
     return f"{value}{unit} [{low}, {high}]" if known else f"{value}{unit}"
 
 
-def plus_minus(value: float, error: float) -> str:
-    """``value ± error``, or the value alone where the error is not known."""
-    text = number(value)
-    return text if MISSING in (text, number(error)) else f"{text} ± {number(error)}"
-
-
 def mean_and_error(name: str, scores: Sequence[Estimate | None]) -> dict[str, float]:
     """Columns ``name`` and ``name_stderr`` of a CSV file: scores of several seeds, or NaN."""
     known = [score for score in scores if score is not None]
@@ -158,10 +157,38 @@ def mean_and_error(name: str, scores: Sequence[Estimate | None]) -> dict[str, fl
     return {name: float(np.mean(values)), f"{name}_stderr": combined_error(values, errors)}
 
 
-def interval_fields(name: str, interval: Interval | None, unit: str = "") -> dict[str, float]:
-    """Columns ``name(_unit)``, ``name_low`` and ``name_high`` of a CSV file."""
+def mean_text(row: pd.Series, name: str) -> str:
+    """What `mean_and_error` has put into a row: ``value ± error``, or what of it is known."""
+    text, error = number(row[name]), number(row[f"{name}_stderr"])
+    return text if MISSING in (text, error) else f"{text} ± {error}"
+
+
+def interval_fields(name: str, interval: Interval | None) -> dict[str, float]:
+    """Columns ``name``, ``name_low`` and ``name_high`` of a CSV file; ``_percent`` of a name is
+    left out of the bounds' columns."""
     value, low, high = interval[:3] if interval is not None else (np.nan,) * 3
-    return {f"{name}_{unit}" if unit else name: value, f"{name}_low": low, f"{name}_high": high}
+    bounds = name.removesuffix("_percent")
+    return {name: value, f"{bounds}_low": low, f"{bounds}_high": high}
+
+
+def row_interval(row: pd.Series | dict, name: str, digits: int, *, sign: bool = False) -> str:
+    """What `interval_fields` has put into a row, as `interval_text`."""
+    bounds = name.removesuffix("_percent")
+    unit = " %" if name.endswith("_percent") else ""
+    values = row[name], row[f"{bounds}_low"], row[f"{bounds}_high"]
+    return interval_text(values, digits, unit, sign=sign)
+
+
+def leaders(
+    data: pd.DataFrame, name: str, by: Sequence[str], *, meaningful: bool, lowest: bool = False
+) -> set[int]:
+    """Index of the rows that are the best of their group in a column, by `best_cells`."""
+    found: set[int] = set()
+    for _, part in data.groupby(list(by), sort=False):
+        values = -part[name] if lowest else part[name]
+        marks = best_cells(values.tolist(), part[f"{name}_stderr"].tolist(), meaningful=meaningful)
+        found.update(part.index[marks])
+    return found
 
 
 def best_cells(values: Sequence[float], errors: Sequence[float], *, meaningful: bool) -> list[bool]:
