@@ -15,8 +15,12 @@ from steerlora.reporting.sequences import broad_first, reduction
 from steerlora.reporting.tables import interval_text, number
 
 CONTROLS = ("replace_dense", "replace_random_sae", "randomize", "shuffle", "invert")
-SMALLEST_GAIN, LARGEST_GAIN = 0.016, 0.052
-"""The range of C1, which also says what C3's "marginal" can mean."""
+GAINS = {"instruction_following": (0.016, 0.052), "general_knowledge": (0.017, 0.023)}
+"""The ranges of C1 and C2."""
+SMALLEST_GAIN, LARGEST_GAIN = GAINS["instruction_following"]
+"""They also say what C3's "marginal" can mean."""
+CONTROLS_CUT, FIXED_RANK_CUTS = (33.6, 65.6), 11.8
+"""Percentages of C4 and C5."""
 
 
 def measure_claims(
@@ -44,8 +48,6 @@ def measure_claims(
             "instruction_following",
             id="C1",
             text="Instruction following improves over the base model at every scale",
-            low=SMALLEST_GAIN,
-            high=LARGEST_GAIN,
         ),
         _gain(
             evaluations,
@@ -53,8 +55,6 @@ def measure_claims(
             "general_knowledge",
             id="C2",
             text="General knowledge improves over the base model",
-            low=0.017,
-            high=0.023,
         ),
         _marginal(evaluations, methods.paper),
         _controls(own, methods.paper),
@@ -115,9 +115,8 @@ def _percentage(
     return _claim(measures, low=low, high=high, paper=paper, unit="percent", **said)
 
 
-def _gain(
-    evaluations: list[Evaluation], method: str, group: str, *, low: float, high: float, **said: str
-) -> Claim:
+def _gain(evaluations: list[Evaluation], method: str, group: str, **said: str) -> Claim:
+    low, high = GAINS[group]
     measures = _gains(evaluations, method, group)
     return _claim(
         measures,
@@ -174,8 +173,8 @@ def _controls(ablations: list[Ablation], method: str) -> Claim:
         measures.values(),
         id="C4",
         text="Replacing, randomizing, shuffling or inverting the SAE signal cuts target scores",
-        low=33.6,
-        high=65.6,
+        low=CONTROLS_CUT[0],
+        high=CONTROLS_CUT[1],
         definition=(
             f"Drop of {method}'s mean target-domain score under {', '.join(CONTROLS)} at "
             "evaluation time, in percent of the intact adapter's; ratio of means over domains "
@@ -199,7 +198,7 @@ def _fixed_rank(ablations: list[Ablation], method: str) -> Claim:
         [drop(ablations, "fixed_rank")],
         id="C5",
         text="Removing dynamic rank alone cuts them far less",
-        high=11.8,
+        high=FIXED_RANK_CUTS,
         definition=(
             f"Drop of {method}'s mean target-domain score under fixed_rank, as in C4. Direction: "
             "C4's controls cut more than fixed_rank does, paired by item. In range: the interval "

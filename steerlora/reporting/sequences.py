@@ -23,8 +23,8 @@ from steerlora.evaluation.scores import Estimate
 from steerlora.evaluation.statistics import Interval, Runs
 from steerlora.reporting.effects import Measure, fingerprints, select
 
-Read = Callable[[DomainSequence], Estimate | None]
-"""From a record to a number of its run; None where the record does not hold it."""
+Read = Callable[[DomainSequence], Estimate]
+"""From a record to a number of its run."""
 
 
 def ordered(record: DomainSequence) -> tuple[np.ndarray, ...]:
@@ -49,16 +49,6 @@ def final(record: DomainSequence) -> Estimate:
     )
 
 
-def general_before(record: DomainSequence) -> Estimate | None:
-    """General knowledge of the base model."""
-    return record.general and record.general.before
-
-
-def general_after(record: DomainSequence) -> Estimate | None:
-    """General knowledge after the last stage of a run."""
-    return record.general and record.general.after
-
-
 def broad_first(record: DomainSequence) -> bool:
     """Whether the broad domain comes before every narrower one."""
     return record.sequence[0] == record.broad
@@ -81,8 +71,9 @@ def apart_by_replay(sequentials: Iterable[DomainSequence]) -> list[DomainSequenc
 
 def mean(records: Sequence[DomainSequence], read: Read) -> Interval | None:
     """Mean over runs of one method, with its interval over orders, seeds and items."""
-    known = [record for record in records if read(record) is not None]
-    return statistics.summary_mean(_grid(known, known, read), _items(known)) if known else None
+    if not records:
+        return None
+    return statistics.summary_mean(_grid(records, records, read), _items(records))
 
 
 def kept(records: Sequence[DomainSequence]) -> Interval | None:
@@ -90,7 +81,8 @@ def kept(records: Sequence[DomainSequence]) -> Interval | None:
     known = [record for record in records if record.general]
     if not known:
         return None
-    before, after = (_grid(known, known, read) for read in (general_before, general_after))
+    before = _grid(known, known, lambda record: record.general.before)
+    after = _grid(known, known, lambda record: record.general.after)
     return statistics.summary_ratio(before, after, _items(known))
 
 
@@ -158,7 +150,7 @@ def _grid(records: Sequence[DomainSequence], like: Sequence[DomainSequence], rea
 
 
 def _items(records: Iterable[DomainSequence]) -> int:
-    return max((record.items for record in records), default=0)
+    return max(record.items for record in records)
 
 
 class Twins(NamedTuple):
