@@ -54,21 +54,18 @@ class Suite:
 
     domains: Domains
     """Whose own tasks are the targets."""
-    groups: dict[str, list[str]]
-    """{average: tasks}; the configuration's where it has any, else the domains'."""
-    metrics: dict[str, str]
-    """{task: the metric key that is THE score}; the configuration's first."""
     config: EvaluationConfig
     """How tasks are run."""
 
-    @classmethod
-    def of(cls, domains: Domains, config: EvaluationConfig) -> Suite:
-        return cls(
-            domains=domains,
-            groups=config.groups or domains.groups,
-            metrics=domains.metrics | config.metrics,
-            config=config,
-        )
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """{average: tasks}; the configuration's where it has any, else the domains'."""
+        return self.config.groups or self.domains.groups
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """{task: the metric key that is THE score}; the configuration's first."""
+        return self.domains.metrics | self.config.metrics
 
     @property
     def averaged(self) -> dict[str, list[str]]:
