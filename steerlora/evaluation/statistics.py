@@ -205,11 +205,11 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     """P-values adjusted for their number by Holm's step-down method (Holm 1979).
 
     ``p~_(i) = max_{j<=i} min(1, (m - j + 1) p_(j))`` over the sorted values; same order out as in.
+    NaN, a test that could not be made, stays NaN and does not count.
     """
-    p_values = np.asarray(p_values, dtype=np.float64)
-    order = np.argsort(p_values)
-    stepped = p_values[order] * np.arange(len(p_values), 0, -1)
-    adjusted = np.empty_like(p_values)
+    adjusted = np.array(p_values, dtype=np.float64)
+    order = np.argsort(adjusted)[: np.count_nonzero(~np.isnan(adjusted))]  # NaN is sorted last
+    stepped = adjusted[order] * np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(stepped))
     return adjusted
 

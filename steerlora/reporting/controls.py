@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
 import pandas as pd
 
 from steerlora.evaluation.records import INTACT, Ablation, Evaluation
-from steerlora.evaluation.scores import Estimate, Score
 from steerlora.evaluation.statistics import effect_size, holm, paired_test
 from steerlora.reporting import labels
-from steerlora.reporting.effects import ablation_strata, drop, retrained_drop, select
+from steerlora.reporting.effects import ablation_strata, drop, mean_of, retrained_drop, select
 from steerlora.reporting.labels import in_order
 from steerlora.reporting.tables import (
     MISSING,
@@ -65,7 +63,12 @@ def _ablation_rows(ablations: list[Ablation], model: str, method: str) -> list[d
     rows = []
     for name in names:
         for place, members in [("average", domains), *((d, [d]) for d in domains)]:
-            scores = [_average(r.interventions.get(name, {}), members) for r in records]
+            found = [r.interventions.get(name, {}) for r in records]
+            scores = [
+                mean_of([run[domain] for domain in members])
+                for run in found
+                if run.keys() >= set(members)
+            ]
             measure = drop(records, name, members) if name != INTACT else None
             strata = ablation_strata(records, name, members)
             row = {"model": model, "method": method, "intervention": name, "domain": place}
@@ -74,7 +77,7 @@ def _ablation_rows(ablations: list[Ablation], model: str, method: str) -> list[d
             row |= {
                 "d_z": np.nan,
                 "p_holm": np.nan,
-                "seeds": sum(score is not None for score in scores),
+                "seeds": len(scores),
                 "items": sum(s.baseline.shape[1] for s in strata) if strata else 0,
             }
             if name != INTACT and strata is not None:
@@ -86,21 +89,9 @@ def _ablation_rows(ablations: list[Ablation], model: str, method: str) -> list[d
                 if place == "average":
                     row["p_holm"] = paired_test(intact, changed)
             rows.append(row)
-    tested = [row for row in rows if row["p_holm"] == row["p_holm"]]
-    for row, adjusted in zip(tested, holm([row["p_holm"] for row in tested]), strict=True):
+    for row, adjusted in zip(rows, holm([row["p_holm"] for row in rows]), strict=True):
         row["p_holm"] = float(adjusted)
     return rows
-
-
-def _average(scores: dict[str, Score], domains: Sequence[str]) -> Estimate | None:
-    """Mean over domains of the scores of one run, with its error; None unless all are there."""
-    if not all(domain in scores for domain in domains):
-        return None
-    errors = np.array([scores[domain].stderr for domain in domains])
-    return Estimate(
-        float(np.mean([scores[domain].value for domain in domains])),
-        float(np.sqrt((errors**2).sum()) / len(errors)),
-    )
 
 
 def _drop_text(row: dict | None) -> str:

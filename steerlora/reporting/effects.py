@@ -14,7 +14,7 @@ import numpy as np
 
 from steerlora.evaluation import statistics
 from steerlora.evaluation.records import BASE, INTACT, Ablation, Evaluation, Record
-from steerlora.evaluation.scores import Score
+from steerlora.evaluation.scores import Estimate, Score
 from steerlora.evaluation.statistics import Interval, Paired, Runs
 
 
@@ -45,6 +45,13 @@ def retrained(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
 def fingerprints(records: Iterable[Record]) -> tuple[str, ...]:
     """The distinct fingerprints of some records, in their order."""
     return tuple(dict.fromkeys(record.fingerprint for record in records))
+
+
+def mean_of(scores: Sequence[Score | Estimate]) -> Estimate:
+    """Their mean, with the error that it has if they are independent."""
+    errors = np.array([score.stderr for score in scores])
+    mean = np.mean([score.value for score in scores])
+    return Estimate(float(mean), float(np.sqrt((errors**2).sum()) / len(errors)))
 
 
 def base_pairs(

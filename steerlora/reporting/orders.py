@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from steerlora.evaluation.forgetting import METRICS, positive_forgetting
+from steerlora.evaluation.forgetting import METRICS
 from steerlora.evaluation.records import DomainSequence
-from steerlora.evaluation.statistics import combined_error, holm, standard_error
+from steerlora.evaluation.statistics import holm, standard_error
 from steerlora.reporting import labels
 from steerlora.reporting.effects import select
 from steerlora.reporting.labels import in_order
@@ -26,6 +26,7 @@ from steerlora.reporting.tables import (
     Table,
     interval_fields,
     leaders,
+    mean_and_error,
     mean_text,
     number,
     row_interval,
@@ -94,39 +95,29 @@ def forgetting_table(
 
 def _forgetting_rows(where: dict, records: list[DomainSequence], methods: Methods) -> list[dict]:
     """A row a method; ``records`` are those of one model and class of orders."""
-    names, baseline = methods.sorted(record.method for record in records), methods.baseline
-    p_values = corrected(
-        {name: p_value(records, name, baseline, forgotten) for name in names if name != baseline}
-    )
-    return [
-        where
-        | {"method": name}
-        | _forgetting_row(records, name, baseline)
-        | {"p_holm": p_values.get(name, np.nan)}
-        for name in names
-    ]
+    baseline, rows = methods.baseline, []
+    p_values = against(records, baseline)
+    for name in methods.sorted(record.method for record in records):
+        own = select(records, method=name)
+        row = where | {"method": name, "runs": len(own), "seeds": len({r.seed for r in own})}
+        for metric in METRICS:
+            values = [metric(ordered(record)[0]) for record in own]
+            row[metric.__name__] = float(np.mean(values))
+            row[f"{metric.__name__}_stderr"] = standard_error(values) if len(own) > 1 else np.nan
+        # Of this metric the items' error is known too.
+        row |= mean_and_error("positive_forgetting", [forgotten(record) for record in own])
+        measure = reduction(records, name, baseline) if name != baseline else None
+        row |= interval_fields("general", kept(own))
+        row |= interval_fields("reduction_percent", measure and measure.interval)
+        rows.append(row | {"p_holm": p_values.get(name, np.nan)})
+    return rows
 
 
-def _forgetting_row(records: list[DomainSequence], method: str, baseline: str) -> dict:
-    own = select(records, method=method)
-    metrics = {m.__name__: [m(ordered(record)[0]) for record in own] for m in METRICS}
-    row: dict = {"runs": len(own), "seeds": len({record.seed for record in own})}
-    for name, values in metrics.items():
-        row[name] = float(np.mean(values))
-        row[f"{name}_stderr"] = standard_error(values) if len(values) > 1 else np.nan
-    row["positive_forgetting_stderr"] = combined_error(
-        metrics[positive_forgetting.__name__], [forgotten(record).stderr for record in own]
-    )
-    measure = reduction(records, method, baseline) if method != baseline else None
-    row |= interval_fields("general", kept(own))
-    return row | interval_fields("reduction_percent", measure and measure.interval)
-
-
-def corrected(p_values: dict[str, float]) -> dict[str, float]:
-    """P-values after Holm's correction over those that are known."""
-    known = {name: p for name, p in p_values.items() if p == p}
-    adjusted = holm(list(known.values())).tolist()
-    return p_values | dict(zip(known, adjusted, strict=True))
+def against(records: list[DomainSequence], reference: str) -> dict[str, float]:
+    """{any other method: its p-value of forgetting against ``reference``, Holm-corrected}."""
+    others = [name for name in dict.fromkeys(r.method for r in records) if name != reference]
+    p_values = holm([p_value(records, name, reference, forgotten) for name in others])
+    return dict(zip(others, p_values.tolist(), strict=True))
 
 
 def order_effects_table(sequentials: list[DomainSequence], methods: Methods) -> Table | None:
@@ -137,7 +128,7 @@ def order_effects_table(sequentials: list[DomainSequence], methods: Methods) -> 
         names = methods.sorted(record.method for record in records)
         found = {name: twins(select(records, method=name)) for name in names}
         found = {name: effect for name, effect in found.items() if effect is not None}
-        p_values = corrected({name: effect.p for name, effect in found.items()})
+        p_values = holm([effect.p for effect in found.values()]).tolist()
         rows += [
             {
                 "model": model,
@@ -148,8 +139,8 @@ def order_effects_table(sequentials: list[DomainSequence], methods: Methods) -> 
                 "broad_later": effect.later,
             }
             | interval_fields("difference", effect.difference)
-            | {"p_holm": p_values[name]}
-            for name, effect in found.items()
+            | {"p_holm": p_holm}
+            for (name, effect), p_holm in zip(found.items(), p_values, strict=True)
         ]
     if not rows:
         return None

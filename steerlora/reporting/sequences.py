@@ -13,7 +13,6 @@ import numpy as np
 
 from steerlora.evaluation import statistics
 from steerlora.evaluation.forgetting import (
-    final_average,
     positive_forgetting,
     positive_forgetting_stderr,
     score_matrix,
@@ -21,7 +20,7 @@ from steerlora.evaluation.forgetting import (
 from steerlora.evaluation.records import DomainSequence
 from steerlora.evaluation.scores import Estimate
 from steerlora.evaluation.statistics import Interval, Runs
-from steerlora.reporting.effects import Measure, fingerprints, select
+from steerlora.reporting.effects import Measure, fingerprints, mean_of, select
 
 Read = Callable[[DomainSequence], Estimate]
 """From a record to a number of its run."""
@@ -44,9 +43,7 @@ def forgotten(record: DomainSequence) -> Estimate:
 def final(record: DomainSequence) -> Estimate:
     """Average score of all domains after the last stage of a run."""
     scores, stderr = ordered(record)
-    return Estimate(
-        final_average(scores), float(np.sqrt((stderr[-1] ** 2).sum()) / scores.shape[1])
-    )
+    return mean_of([Estimate(*domain) for domain in zip(scores[-1], stderr[-1], strict=True)])
 
 
 def broad_first(record: DomainSequence) -> bool:
