@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steerlora.config import EvaluationConfig
+from steerlora.evaluation.records import typed
 
 TARGET = "target"
 """The average of the domains' own tasks."""
@@ -36,16 +37,8 @@ class Domains:
     @classmethod
     def read(cls, directory: Path) -> Domains:
         said = json.loads((directory / "domains.json").read_text())
-        return cls(
-            directory=directory,
-            kind=said["kind"],
-            version=said["version"],
-            names=tuple(said["names"]),
-            target_tasks=said["target_tasks"],
-            groups=said["groups"],
-            metrics=said["metrics"],
-            extra_tasks=tuple(said.get("extra_tasks", ())),
-        )
+        fields = {name: value for name, value in said.items() if name in cls.__annotations__}
+        return typed(cls, {"directory": directory, **fields})
 
 
 @dataclass(frozen=True)

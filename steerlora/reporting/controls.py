@@ -127,7 +127,7 @@ def retrained_table(
                 | {"intervention": name, "seeds": len(chosen)}
                 | mean_and_error("intact", [r.averages.get("target") for r in beside])
                 | mean_and_error("retrained", [r.averages.get("target") for r in chosen.values()])
-                | interval_fields("retrained_drop_percent", after and after.interval)
+                | interval_fields("retrained_drop_percent", after)
                 | interval_fields("evaluation_drop_percent", before and before.interval)
             )
     if not rows:

@@ -185,7 +185,7 @@ def dose_drop(ablations: list[Ablation], intervention: str, strength: float) -> 
 
 def retrained_drop(
     evaluations: list[Evaluation], record_of: dict[int, Evaluation]
-) -> Measure | None:
+) -> Interval | None:
     """Percentage drop of the mean target score of retrained controls, against intact ones.
 
     Args:
@@ -194,7 +194,4 @@ def retrained_drop(
     """
     pairs = [(r, record_of[r.seed]) for r in evaluations if r.seed in record_of]
     strata = _group_strata(pairs, "target") if pairs else None
-    if strata is None:
-        return None
-    used = fingerprints(record for pair in pairs for record in pair)
-    return Measure("retrained", statistics.paired_drop(strata), used)
+    return statistics.paired_drop(strata) if strata else None

@@ -25,13 +25,12 @@ from steerlora.reporting.claims import (
 from steerlora.reporting.controls import ablation_table, retrained_table
 from steerlora.reporting.drawing import STYLE, save
 from steerlora.reporting.effects import fingerprints, retrained, uncontrolled
-from steerlora.reporting.labels import BANNER
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.orders import forgetting_table, order_effects_table
 from steerlora.reporting.own_method import method_table
 from steerlora.reporting.scale import scale_table
 from steerlora.reporting.sequences import apart_by_replay
-from steerlora.reporting.tables import Table, markdown_parts, write_table
+from steerlora.reporting.tables import Table, banner, markdown_parts, write_table
 
 FIGURES = {
     "scale_gains": "Gain over the base model, with 95 % intervals.",
@@ -179,10 +178,9 @@ def _provenance(given: dict, name: str, meaningful: bool, records: list[Record])
 def _index(
     name: str, meaningful: bool, claims: tuple[Claim, ...], tables: list[Table], drawn: list[Path]
 ) -> str:
-    parts = [f"# Results: {name}"]
-    if not meaningful:
-        parts.append(f"> **{BANNER}**")
-    parts += [
+    parts = [
+        f"# Results: {name}",
+        *banner(meaningful),
         "## Claims",
         claims_grid(claims),
         "How each is measured and judged: [claims.md](claims.md), for programs "

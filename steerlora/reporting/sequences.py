@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from steerlora.evaluation import statistics
 from steerlora.evaluation.forgetting import (
@@ -70,7 +71,7 @@ def mean(records: Sequence[DomainSequence], read: Read) -> Interval | None:
     """Mean over runs of one method, with its interval over orders, seeds and items."""
     if not records:
         return None
-    return statistics.summary_mean(_grid(records, records, read), _items(records))
+    return statistics.summary_mean(_grid(records, read), _items(records))
 
 
 def kept(records: Sequence[DomainSequence]) -> Interval | None:
@@ -78,8 +79,8 @@ def kept(records: Sequence[DomainSequence]) -> Interval | None:
     known = [record for record in records if record.general]
     if not known:
         return None
-    before = _grid(known, known, lambda record: record.general.before)
-    after = _grid(known, known, lambda record: record.general.after)
+    before = _grid(known, lambda record: record.general.before)
+    after = _grid(known, lambda record: record.general.after)
     return statistics.summary_ratio(before, after, _items(known))
 
 
@@ -128,22 +129,17 @@ def _compared(
     own, others = _shared(sequentials, method, baseline)
     if not own:
         return None
-    grids = [_grid(side, own, read) for side in (others, own)]
     used = [*others, *own]
-    interval = statistic(*grids, _items(used))
+    interval = statistic(_grid(others, read), _grid(own, read), _items(used))
     return Measure(f"{method} against {baseline}", interval, fingerprints(select(used)))
 
 
-def _grid(records: Sequence[DomainSequence], like: Sequence[DomainSequence], read: Read) -> Runs:
-    """[O, S] values and errors of some records, in the orders and seeds of ``like``; NaN: none."""
-    orders, seeds = sorted({one.order for one in like}), sorted({one.seed for one in like})
-    values = np.full((len(orders), len(seeds)), np.nan)
-    stderr = np.zeros_like(values)
-    for record in records:
-        cell = orders.index(record.order), seeds.index(record.seed)
-        found = read(record)
-        values[cell], stderr[cell] = found.value, found.stderr
-    return Runs(values, stderr)
+def _grid(records: Iterable[DomainSequence], read: Read) -> Runs:
+    """[O, S] values and errors of some records, by order and seed; NaN: no such run."""
+    found = {(record.order, record.seed): read(record) for record in records}
+    values = pd.Series({run: estimate.value for run, estimate in found.items()}).unstack()
+    stderr = pd.Series({run: estimate.stderr for run, estimate in found.items()}).unstack()
+    return Runs(*map(np.ascontiguousarray, (values, stderr.fillna(0.0))))
 
 
 def _items(records: Iterable[DomainSequence]) -> int:
@@ -184,12 +180,13 @@ def twins(records: Sequence[DomainSequence]) -> Twins | None:
             first.append(replace(by_run[front, seed], order=record.order))
     if not later:
         return None
-    grids = [_grid(side, later, forgotten) for side in (later, first)]
     values = [[forgotten(record).value for record in side] for side in (later, first)]
     return Twins(
         float(np.mean(values[1])),
         float(np.mean(values[0])),
-        statistics.summary_difference(*grids, _items(later)),
+        statistics.summary_difference(
+            _grid(later, forgotten), _grid(first, forgotten), _items(later)
+        ),
         statistics.paired_test(*values),
         len(later),
         len({record.order for record in later}),

@@ -67,8 +67,12 @@ def write_table(table: Table, directory: Path, *, meaningful: bool) -> list[Path
 
 def markdown(table: Table, *, meaningful: bool) -> str:
     """The table in GitHub's Markdown: banner if need be, caption, table, notes."""
-    parts = [] if meaningful else [f"> **{BANNER}**"]
-    return "\n\n".join([*parts, *markdown_parts(table)]) + "\n"
+    return "\n\n".join([*banner(meaningful), *markdown_parts(table)]) + "\n"
+
+
+def banner(meaningful: bool) -> list[str]:
+    """The paragraph in Markdown that marks a smoke run; none of any other."""
+    return [] if meaningful else [f"> **{BANNER}**"]
 
 
 def markdown_parts(table: Table) -> list[str]:
