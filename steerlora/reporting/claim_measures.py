@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 from steerlora.evaluation.records import Ablation, DomainSequence, Evaluation
 from steerlora.evaluation.statistics import Interval, run_difference
@@ -15,12 +15,36 @@ from steerlora.reporting.sequences import broad_first, reduction
 from steerlora.reporting.tables import interval_text, number
 
 CONTROLS = ("replace_dense", "replace_random_sae", "randomize", "shuffle", "invert")
-GAINS = {"instruction_following": (0.016, 0.052), "general_knowledge": (0.017, 0.023)}
-"""The ranges of C1 and C2."""
-SMALLEST_GAIN, LARGEST_GAIN = GAINS["instruction_following"]
-"""They also say what C3's "marginal" can mean."""
-CONTROLS_CUT, FIXED_RANK_CUTS = (33.6, 65.6), 11.8
-"""Percentages of C4 and C5."""
+
+
+class Said(NamedTuple):
+    """What the paper says, and the range of its figure, if it gives one."""
+
+    text: str
+    low: float | None = None
+    high: float | None = None
+
+
+SMALLEST_GAIN, LARGEST_GAIN = 0.016, 0.052
+"""The range of C1, which also says what C3's "marginal" can mean."""
+CLAIMS = {
+    "C1": Said(
+        "Instruction following improves over the base model at every scale",
+        SMALLEST_GAIN,
+        LARGEST_GAIN,
+    ),
+    "C2": Said("General knowledge improves over the base model", 0.017, 0.023),
+    "C3": Said("MMLU-Pro and GSM8K move marginally, or fall for larger models", high=SMALLEST_GAIN),
+    "C4": Said(
+        "Replacing, randomizing, shuffling or inverting the SAE signal cuts target scores",
+        33.6,
+        65.6,
+    ),
+    "C5": Said("Removing dynamic rank alone cuts them far less", 11.8, 11.8),
+    "C6": Said("Less positive forgetting in sequential adaptation", 13.1, 13.1),
+    "C7": Said("Much less when broad instruction data comes first", 38.3, 38.3),
+    "C8": Said("SAE routing prevents the expert collapse of dense-state routing"),
+}
 
 
 def measure_claims(
@@ -42,94 +66,69 @@ def measure_claims(
     orders = select(sequentials, model=main_model)
     first = [record for record in orders if broad_first(record)]
     return (
-        _gain(
-            evaluations,
-            methods.paper,
-            "instruction_following",
-            id="C1",
-            text="Instruction following improves over the base model at every scale",
-        ),
-        _gain(
-            evaluations,
-            methods.paper,
-            "general_knowledge",
-            id="C2",
-            text="General knowledge improves over the base model",
-        ),
+        _gain("C1", evaluations, methods.paper, "instruction_following"),
+        _gain("C2", evaluations, methods.paper, "general_knowledge"),
         _marginal(evaluations, methods.paper),
         _controls(own, methods.paper),
         _fixed_rank(own, methods.paper),
-        _reduction(
-            orders,
-            methods,
-            "all orders",
-            id="C6",
-            text="Less positive forgetting in sequential adaptation",
-            high=13.1,
-        ),
-        _reduction(
-            first,
-            methods,
-            "the orders that begin with the broad domain",
-            id="C7",
-            text="Much less when broad instruction data comes first",
-            high=38.3,
-        ),
+        _reduction("C6", orders, methods, "all orders"),
+        _reduction("C7", first, methods, "the orders that begin with the broad domain"),
         _collapse(evaluations, methods),
     )
 
 
 def _claim(
+    id: str,
     measures: Iterable[Measure | None],
+    definition: str,
     *,
-    high: float | None,
-    low: float | None = None,
+    unit: str = "percent",
+    paper: str | None = None,
     direction: Sequence[Interval] | None = None,
     agrees: bool | None = None,
-    **said: Any,
+    note: str = "",
 ) -> Claim:
     """A claim with its verdict.
 
     Args:
         measures: those that are not None are ours.
-        low, high: the paper's range.
+        definition, unit, note: as in `Claim`.
+        paper: the paper's figure as text; its range unless given.
         direction: intervals that the claim says are positive; the measures' unless given.
         agrees: whether the figures agree with the paper's; unless given, whether all of the
             measures' intervals overlap its range.
-        said: the claim's other fields.
     """
+    text, low, high = CLAIMS[id]
     measures = tuple(measure for measure in measures if measure is not None)
     intervals = [measure.interval for measure in measures]
+    if paper is None:
+        ends = [str(end) if unit == "percent" else number(end, sign=True) for end in (low, high)]
+        paper = " to ".join(dict.fromkeys(ends)) + (" %" if unit == "percent" else "")
     if agrees is None:
         agrees = all(overlaps(interval, low, high) for interval in intervals)
-    reached = verdict(intervals if direction is None else direction, agrees=agrees)
-    return Claim(low=low, high=high, measures=measures, verdict=reached, **said)
-
-
-def _percentage(
-    measures: Iterable[Measure | None], *, high: float, low: float | None = None, **said: Any
-) -> Claim:
-    """A claim of a percentage: a range, or one figure where ``low`` is None."""
-    paper = f"{high} %" if low is None else f"{low} to {high} %"
-    low = high if low is None else low
-    return _claim(measures, low=low, high=high, paper=paper, unit="percent", **said)
-
-
-def _gain(evaluations: list[Evaluation], method: str, group: str, **said: str) -> Claim:
-    low, high = GAINS[group]
-    measures = _gains(evaluations, method, group)
-    return _claim(
-        measures,
+    return Claim(
+        id=id,
+        text=text,
+        paper=paper,
         low=low,
         high=high,
-        paper=f"{number(low, sign=True)} to {number(high, sign=True)}",
+        unit=unit,
+        definition=definition,
+        measures=measures,
+        verdict=verdict(intervals if direction is None else direction, agrees=agrees),
+        note=note,
+    )
+
+
+def _gain(id: str, evaluations: list[Evaluation], method: str, group: str) -> Claim:
+    measures = _gains(evaluations, method, group)
+    return _claim(
+        id,
+        measures,
+        f"Average of the {group.replace('_', ' ')} tasks with {method}, less the base model's; "
+        "mean over seeds, for every model, paired by item.",
         unit="score",
-        definition=(
-            f"Average of the {group.replace('_', ' ')} tasks with {method}, less the base model's; "
-            "mean over seeds, for every model, paired by item."
-        ),
         note="One model only: scale was not tested." if len(measures) == 1 else "",
-        **said,
     )
 
 
@@ -146,18 +145,14 @@ def _marginal(evaluations: list[Evaluation], method: str) -> Claim:
         for measure in _gains(evaluations, method, group)
     ]
     return _claim(
+        "C3",
         measures,
-        id="C3",
-        text="MMLU-Pro and GSM8K move marginally, or fall for larger models",
-        paper="marginal or negative",
-        high=SMALLEST_GAIN,
+        f"Gain of {method} over the base model on each set, for every model. The paper gives "
+        f"no figure, so C1's are the yardstick: in range if every interval lies wholly below "
+        f"its smallest gain ({number(SMALLEST_GAIN, sign=True)}), direction reproduced if "
+        f"wholly below its largest ({number(LARGEST_GAIN, sign=True)}).",
         unit="score",
-        definition=(
-            f"Gain of {method} over the base model on each set, for every model. The paper gives "
-            f"no figure, so C1's are the yardstick: in range if every interval lies wholly below "
-            f"its smallest gain ({number(SMALLEST_GAIN, sign=True)}), direction reproduced if "
-            f"wholly below its largest ({number(LARGEST_GAIN, sign=True)})."
-        ),
+        paper="marginal or negative",
         direction=[
             Interval(LARGEST_GAIN - value, LARGEST_GAIN - high, LARGEST_GAIN - low, seeds, items)
             for value, low, high, seeds, items in (measure.interval for measure in measures)
@@ -169,17 +164,12 @@ def _marginal(evaluations: list[Evaluation], method: str) -> Claim:
 def _controls(ablations: list[Ablation], method: str) -> Claim:
     measures = {name: drop(ablations, name) for name in CONTROLS}
     missing = [name for name, measure in measures.items() if measure is None]
-    return _percentage(
+    return _claim(
+        "C4",
         measures.values(),
-        id="C4",
-        text="Replacing, randomizing, shuffling or inverting the SAE signal cuts target scores",
-        low=CONTROLS_CUT[0],
-        high=CONTROLS_CUT[1],
-        definition=(
-            f"Drop of {method}'s mean target-domain score under {', '.join(CONTROLS)} at "
-            "evaluation time, in percent of the intact adapter's; ratio of means over domains "
-            "and seeds."
-        ),
+        f"Drop of {method}'s mean target-domain score under {', '.join(CONTROLS)} at "
+        "evaluation time, in percent of the intact adapter's; ratio of means over domains "
+        "and seeds.",
         agrees=False if missing else None,
         note=f"Not run: {', '.join(missing)}." if 0 < len(missing) < len(CONTROLS) else "",
     )
@@ -190,41 +180,31 @@ def _fixed_rank(ablations: list[Ablation], method: str) -> Claim:
     direction, note = [], ""
     if advantage is not None:
         direction = [advantage.interval]
-        note = (
-            "Mean drop of C4's controls less this one, in points: "
-            f"{interval_text(advantage.interval, 1)}."
-        )
-    return _percentage(
+        points = interval_text(advantage.interval, 1)
+        note = f"Mean drop of C4's controls less this one, in points: {points}."
+    return _claim(
+        "C5",
         [drop(ablations, "fixed_rank")],
-        id="C5",
-        text="Removing dynamic rank alone cuts them far less",
-        high=FIXED_RANK_CUTS,
-        definition=(
-            f"Drop of {method}'s mean target-domain score under fixed_rank, as in C4. Direction: "
-            "C4's controls cut more than fixed_rank does, paired by item. In range: the interval "
-            "of the drop also holds the paper's figure."
-        ),
+        f"Drop of {method}'s mean target-domain score under fixed_rank, as in C4. Direction: "
+        "C4's controls cut more than fixed_rank does, paired by item. In range: the interval "
+        "of the drop also holds the paper's figure.",
         direction=direction,
         note=note,
     )
 
 
-def _reduction(
-    sequentials: list[DomainSequence], methods: Methods, which: str, **said: Any
-) -> Claim:
+def _reduction(id: str, sequentials: list[DomainSequence], methods: Methods, which: str) -> Claim:
     measure = reduction(sequentials, methods.paper, methods.baseline)
-    unknown = measure is not None and not measure.interval.known
-    return _percentage(
+    note = ""
+    if measure is not None and not measure.interval.known:
+        note = f"{methods.baseline} forgot next to nothing, so a percentage of it means nothing."
+    return _claim(
+        id,
         [measure],
-        definition=(
-            f"Percentage by which {methods.paper}'s mean positive forgetting is below that of "
-            f"{methods.baseline} with as many parameters, over {which} and seeds; items: those of "
-            "one domain's score."
-        ),
-        note=f"{methods.baseline} forgot next to nothing, so a percentage of it means nothing."
-        if unknown
-        else "",
-        **said,
+        f"Percentage by which {methods.paper}'s mean positive forgetting is below that of "
+        f"{methods.baseline} with as many parameters, over {which} and seeds; items: those of "
+        "one domain's score.",
+        note=note,
     )
 
 
@@ -251,19 +231,15 @@ def _collapse(evaluations: list[Evaluation], methods: Methods) -> Claim:
         agrees = not any(run.died for run in own) and 2 * sum(r.died for r in dense) >= len(shared)
         note = _collapse_note(methods, own, dense)
     return _claim(
+        "C8",
         measures,
-        id="C8",
-        text="SAE routing prevents the expert collapse of dense-state routing",
-        paper="no collapse, against collapse",
-        high=None,
+        f"Usage entropy of {paper}'s gates less that of {dense_routing}'s, in units of log E, "
+        "mean over the training's measurements (a batch each) and the final evaluation's "
+        "tokens, over all runs (model, seed) that both have. In range: also no run of "
+        f"{paper} has a dead specialist at any measurement after the first, and at least "
+        f"half of {dense_routing}'s do.",
         unit="usage entropy / log E",
-        definition=(
-            f"Usage entropy of {paper}'s gates less that of {dense_routing}'s, in units of log E, "
-            "mean over the training's measurements (a batch each) and the final evaluation's "
-            "tokens, over all runs (model, seed) that both have. In range: also no run of "
-            f"{paper} has a dead specialist at any measurement after the first, and at least "
-            f"half of {dense_routing}'s do."
-        ),
+        paper="no collapse, against collapse",
         agrees=agrees,
         note=note,
     )

@@ -10,11 +10,16 @@ from matplotlib.figure import Figure
 
 from steerlora.evaluation.records import BASE, INTACT, Ablation, Evaluation
 from steerlora.reporting import labels
-from steerlora.reporting.claim_measures import CONTROLS_CUT, FIXED_RANK_CUTS, GAINS
+from steerlora.reporting.claim_measures import CLAIMS
 from steerlora.reporting.drawing import COLOURS, PAPER, WIDTH, bars, name_ticks, panels
 from steerlora.reporting.effects import dose_drop, dose_strengths, drop, gain, select
 from steerlora.reporting.labels import in_order
 from steerlora.reporting.methods import Methods
+
+PAPER_GAINS = {
+    "instruction_following": CLAIMS["C1"][1:],
+    "general_knowledge": CLAIMS["C2"][1:],
+}
 
 
 def scale_gains(evaluations: list[Evaluation], _: str, methods: Methods) -> Figure | None:
@@ -38,8 +43,8 @@ def scale_gains(evaluations: list[Evaluation], _: str, methods: Methods) -> Figu
         for index, name in enumerate(names):
             bounds = [m.interval[:3] if m else (np.nan,) * 3 for m in gains[group][index]]
             bars(axis, bounds, index, len(names), name, methods.colour(name))
-        if group in GAINS:
-            axis.axhspan(*GAINS[group], color=PAPER, zorder=0, label="paper's range")
+        if group in PAPER_GAINS:
+            axis.axhspan(*PAPER_GAINS[group], color=PAPER, zorder=0, label="paper's range")
         axis.set_title(labels.GROUPS[group])
         name_ticks(axis, models, rotate=len(models) > 2)
         axis.axhline(0, color="black", linewidth=0.8)
@@ -59,8 +64,8 @@ def ablation(ablations: list[Ablation], model: str, methods: Methods) -> Figure 
         return None
     axis = Figure(figsize=(WIDTH, 4.0)).subplots()
     cut = {"alpha": 0.6, "zorder": 0, "label": "paper: SAE-signal controls"}
-    axis.axhspan(*CONTROLS_CUT, color=PAPER, **cut)
-    axis.axhline(FIXED_RANK_CUTS, color="#777777", linestyle="--", label="paper: fixed_rank")
+    axis.axhspan(*CLAIMS["C4"][1:], color=PAPER, **cut)
+    axis.axhline(CLAIMS["C5"].high, color="#777777", linestyle="--", label="paper: fixed_rank")
     bars(axis, [m.interval[:3] for m in shown.values()], 0, 1, "mean over domains")
     domains = records[0].domains
     for index, domain in enumerate(domains):
