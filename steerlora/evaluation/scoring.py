@@ -58,20 +58,15 @@ class Scorer:
         for name in SPLITS_SENTENCES:
             if name in names:
                 self._find_sentence_splitter(name)
-        by_lm_eval = [name for name in names if not self._is_cross_entropy(name)]
-        scores = {}
-        if by_lm_eval:
-            scores = self.harness.run(
-                self.model,
-                self.tokenizer,
-                by_lm_eval,
-                batch_size=self.config.batch_size,
-                max_length=self.max_length,
-            )
-        owners = self.suite.owners
-        for name in names:
-            if self._is_cross_entropy(name):
-                scores[name] = self._likelihood(owners[name])
+        by_likelihood = [n for n in names if self.domains.metrics.get(n) == "cross_entropy"]
+        scores = self.harness.run(
+            self.model,
+            self.tokenizer,
+            [name for name in names if name not in by_likelihood],
+            batch_size=self.config.batch_size,
+            max_length=self.max_length,
+        )
+        scores |= {name: self._likelihood(self.suite.owners[name]) for name in by_likelihood}
         return {name: scores[name] for name in names}
 
     def targets(self, names: Sequence[str] | None = None) -> dict[str, Score]:
@@ -79,9 +74,6 @@ class Scorer:
         own = {name: self.domains.target_tasks[name] for name in names or self.domains.names}
         scores = self.tasks(list(own.values()))
         return {name: scores[task] for name, task in own.items()}
-
-    def _is_cross_entropy(self, task: str) -> bool:
-        return self.domains.metrics.get(task) == "cross_entropy"
 
     def _likelihood(self, domain: str) -> Score:
         rows = self._heldout(domain)[: self.config.limit]
