@@ -17,7 +17,7 @@ from rich.text import Text
 from steerlora.evaluation.statistics import Interval
 from steerlora.reporting.effects import Measure
 from steerlora.reporting.labels import BANNER
-from steerlora.reporting.tables import MISSING, banner, interval_text, markdown_grid, number, row_of
+from steerlora.reporting.tables import MISSING, interval_text, markdown_grid, number, page, row_of
 
 IN_RANGE = "in range"
 DIRECTION = "direction reproduced"
@@ -148,8 +148,7 @@ def claims_grid(claims: Sequence[Claim]) -> str:
 
 def claims_markdown(claims: Sequence[Claim], *, name: str, meaningful: bool) -> str:
     """``claims.md``: the table, the rule, then every claim with its definition and sources."""
-    parts = [f"# Claims: {name}", *banner(meaningful), claims_grid(claims)]
-    parts.append(f"How a verdict is reached. {RULE}")
+    parts = [claims_grid(claims), f"How a verdict is reached. {RULE}"]
     for claim in claims:
         parts.append(f"## {claim.id}: {claim.verdict}")
         parts.append(f"{claim.text}. Paper: {claim.paper}. Ours: {claim.definition}")
@@ -160,7 +159,7 @@ def claims_markdown(claims: Sequence[Claim], *, name: str, meaningful: bool) -> 
         if claim.fingerprints:
             sources = ", ".join(f"`{fingerprint[:12]}`" for fingerprint in claim.fingerprints)
             parts.append(f"From artifacts {sources}.")
-    return "\n\n".join(parts) + "\n"
+    return page(parts, meaningful=meaningful, title=f"Claims: {name}")
 
 
 def claims_json(claims: Sequence[Claim], *, name: str, meaningful: bool) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from steerlora.evaluation.records import INTACT, Ablation, Evaluation
-from steerlora.evaluation.statistics import effect_size, holm, paired_test
+from steerlora.evaluation.statistics import effect_size, holm, paired_drop, paired_test
 from steerlora.reporting import labels
 from steerlora.reporting.effects import ablation_strata, drop, mean_of, retrained_drop, select
 from steerlora.reporting.labels import in_order
@@ -69,18 +69,18 @@ def _ablation_rows(ablations: list[Ablation], model: str, method: str) -> list[d
                 for run in found
                 if run.keys() >= set(members)
             ]
-            measure = drop(records, name, members) if name != INTACT else None
             strata = ablation_strata(records, name, members)
+            compared = name != INTACT and strata is not None
             row = {"model": model, "method": method, "intervention": name, "domain": place}
             row |= mean_and_error("score", scores)
-            row |= interval_fields("drop_percent", measure and measure.interval)
+            row |= interval_fields("drop_percent", paired_drop(strata) if compared else None)
             row |= {
                 "d_z": np.nan,
                 "p_holm": np.nan,
                 "seeds": len(scores),
                 "items": sum(s.baseline.shape[1] for s in strata) if strata else 0,
             }
-            if name != INTACT and strata is not None:
+            if compared:
                 intact, changed = (
                     np.concatenate([stratum[side].mean(axis=0) for stratum in strata])
                     for side in (0, 1)

@@ -16,6 +16,7 @@ from steerlora.evaluation import statistics
 from steerlora.evaluation.records import BASE, INTACT, Ablation, Evaluation, Record
 from steerlora.evaluation.scores import Estimate, Score
 from steerlora.evaluation.statistics import Interval, Paired, Runs
+from steerlora.reporting.methods import Methods
 
 
 class Measure(NamedTuple):
@@ -30,6 +31,13 @@ def select(records: Iterable[Record], **where: object) -> list[Record]:
     """Records whose fields equal the given ones, by seed."""
     chosen = [r for r in records if all(getattr(r, key) == value for key, value in where.items())]
     return sorted(chosen, key=lambda record: record.seed)
+
+
+def by_method(records: Iterable[Record], model: str, methods: Methods) -> dict[str, list[Record]]:
+    """{method: its records of one model}, in the report's order of methods."""
+    chosen = select(records, model=model)
+    names = methods.sorted(record.method for record in chosen)
+    return {name: select(chosen, method=name) for name in names}
 
 
 def uncontrolled(evaluations: Iterable[Evaluation]) -> list[Evaluation]:

@@ -16,10 +16,7 @@ from steerlora.reporting.effects import dose_drop, dose_strengths, drop, gain, s
 from steerlora.reporting.labels import in_order
 from steerlora.reporting.methods import Methods
 
-PAPER_GAINS = {
-    "instruction_following": CLAIMS["C1"][1:],
-    "general_knowledge": CLAIMS["C2"][1:],
-}
+PAPER_GAINS = {"instruction_following": CLAIMS["C1"][1:], "general_knowledge": CLAIMS["C2"][1:]}
 
 
 def scale_gains(evaluations: list[Evaluation], _: str, methods: Methods) -> Figure | None:

@@ -9,7 +9,7 @@ from steerlora.evaluation.forgetting import METRICS
 from steerlora.evaluation.records import DomainSequence
 from steerlora.evaluation.statistics import holm, standard_error
 from steerlora.reporting import labels
-from steerlora.reporting.effects import select
+from steerlora.reporting.effects import by_method, select
 from steerlora.reporting.labels import in_order
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.sequences import (
@@ -124,9 +124,8 @@ def order_effects_table(sequentials: list[DomainSequence], methods: Methods) -> 
     """What it changes to move the broad domain to the front, method by method."""
     rows = []
     for model in dict.fromkeys(record.model for record in sequentials):
-        records = select(sequentials, model=model)
-        names = methods.sorted(record.method for record in records)
-        found = {name: twins(select(records, method=name)) for name in names}
+        runs = by_method(sequentials, model, methods)
+        found = {name: twins(records) for name, records in runs.items()}
         found = {name: effect for name, effect in found.items() if effect is not None}
         p_values = holm([effect.p for effect in found.values()]).tolist()
         rows += [

@@ -65,12 +65,8 @@ def method_table(
     if methods.own not in names:
         return None
     p_values = against(records, methods.own)
-    data = pd.DataFrame(
-        [
-            {"model": model} | _row(records, name, methods) | {"p_holm": p_values.get(name)}
-            for name in names
-        ]
-    )
+    rows = [_row(records, name, methods) | {"p_holm": p_values.get(name)} for name in names]
+    data = pd.DataFrame(rows)
     lowest, highest = (
         leaders(data, name, ["model"], meaningful=meaningful, lowest=name == "positive_forgetting")
         for name in ("positive_forgetting", "final_average")
@@ -107,6 +103,7 @@ def _row(records: list[DomainSequence], method: str, methods: Methods) -> dict:
     own = select(records, method=method)
     orders, seeds = len({record.order for record in own}), len({record.seed for record in own})
     row = {
+        "model": own[0].model,
         "method": method,
         "runs": len(own),
         "orders": orders,

@@ -30,7 +30,7 @@ from steerlora.reporting.orders import forgetting_table, order_effects_table
 from steerlora.reporting.own_method import method_table
 from steerlora.reporting.scale import scale_table
 from steerlora.reporting.sequences import apart_by_replay
-from steerlora.reporting.tables import Table, banner, markdown_parts, write_table
+from steerlora.reporting.tables import Table, markdown_parts, page, write_table
 
 FIGURES = {
     "scale_gains": "Gain over the base model, with 95 % intervals.",
@@ -179,8 +179,6 @@ def _index(
     name: str, meaningful: bool, claims: tuple[Claim, ...], tables: list[Table], drawn: list[Path]
 ) -> str:
     parts = [
-        f"# Results: {name}",
-        *banner(meaningful),
         "## Claims",
         claims_grid(claims),
         "How each is measured and judged: [claims.md](claims.md), for programs "
@@ -197,4 +195,4 @@ def _index(
         parts.append("## Figures")
     for file in drawn:
         parts.append(f"![{FIGURES[file.stem]}]({file.name})\n\n{FIGURES[file.stem]}")
-    return "\n\n".join(parts) + "\n"
+    return page(parts, meaningful=meaningful, title=f"Results: {name}")

@@ -47,9 +47,8 @@ def rank_by_domain(evaluations: list[Evaluation], model: str, methods: Methods) 
     axis = Figure(figsize=(7.0, 3.2)).subplots()
     domains = list(next(iter(found.values()))[0].routing.rank_by_domain)
     for index, (method, records) in enumerate(found.items()):
-        ranks = np.array(
-            [[r.routing.rank_by_domain.get(d, np.nan) for d in domains] for r in records]
-        )
+        ranks = pd.DataFrame([record.routing.rank_by_domain for record in records])
+        ranks = ranks.reindex(columns=domains).to_numpy()
         bounds = [(mean, np.nan, np.nan) for mean in ranks.mean(axis=0)]
         places = bars(axis, bounds, index, len(found), method, methods.colour(method))
         axis.plot(places, ranks.T, "o", color="black", markersize=3, alpha=0.7)
@@ -64,26 +63,23 @@ def rank_by_layer(evaluations: list[Evaluation], model: str, methods: Methods) -
 
     Of methods with several sites only: one site is what `rank_by_domain` shows.
     """
-    found = {
-        method: [record.routing_by_site for record in records]
-        for method, records in routed(evaluations, model, methods).items()
-        if all(len(record.routing_by_site) > 1 for record in records)
-    }
-    if not found:
-        return None
     ranks = {}
-    for method, runs in found.items():
-        sites = sorted(runs[0])
-        domains = list(runs[0][sites[0]].rank_by_domain)
-        values = [
-            [[run[s].rank_by_domain.get(d, np.nan) for s in sites] for d in domains] for run in runs
-        ]
-        ranks[method] = domains, list(map(str, sites)), np.mean(values, axis=0)
-    everything = np.concatenate([values.ravel() for *_, values in ranks.values()])
+    for method, records in routed(evaluations, model, methods).items():
+        if all(len(record.routing_by_site) > 1 for record in records):
+            runs = [
+                pd.DataFrame({s: at.rank_by_domain for s, at in record.routing_by_site.items()})
+                for record in records
+            ]
+            ranks[method] = (sum(runs) / len(runs)).reindex(runs[0].index).sort_index(axis=1)
+    if not ranks:
+        return None
+    everything = np.concatenate([mean.to_numpy().ravel() for mean in ranks.values()])
     low, high = everything.min(), everything.max()
     figure, axes = panels(len(ranks), columns=2, height=2.6)
-    for axis, (method, (domains, sites, values)) in zip(axes, ranks.items(), strict=True):
-        image = heat_map(axis, values, domains, sites, low, high, size=8, digits=1)
+    for axis, (method, mean) in zip(axes, ranks.items(), strict=True):
+        sites = list(map(str, mean.columns))
+        values = mean.to_numpy()
+        image = heat_map(axis, values, list(mean.index), sites, low, high, size=8, digits=1)
         axis.set(xlabel="control site (layer)", title=method)
     figure.colorbar(image, ax=axes, label="mean token rank", aspect=30)
     return figure

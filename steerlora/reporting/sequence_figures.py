@@ -17,17 +17,11 @@ from steerlora.evaluation.records import DomainSequence
 from steerlora.evaluation.scores import Estimate
 from steerlora.evaluation.statistics import Interval, Runs, summary_mean
 from steerlora.reporting.drawing import WIDTH, heat_map
-from steerlora.reporting.effects import select
+from steerlora.reporting.effects import by_method, select
 from steerlora.reporting.labels import in_order
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.own_method import LEAST_FINAL, LEAST_GENERAL, MOST_FORGETTING
-from steerlora.reporting.sequences import (
-    final,
-    forgotten,
-    kept,
-    mean,
-    ordered,
-)
+from steerlora.reporting.sequences import final, forgotten, kept, mean, ordered
 
 MAX_ORDERS = 4
 """Orders in one figure; more would not be readable."""
@@ -80,12 +74,10 @@ def pareto(sequentials: list[DomainSequence], model: str, methods: Methods) -> F
 
     Below and to the right of the line, a method is beaten in both means by another.
     """
-    records = select(sequentials, model=model)
-    if not records:
+    runs = by_method(sequentials, model, methods)
+    if not runs:
         return None
-    names = methods.sorted(record.method for record in records)
-    runs = {name: select(records, method=name) for name in names}
-    points = {name: (mean(runs[name], forgotten), mean(runs[name], final)) for name in names}
+    points = {name: (mean(own, forgotten), mean(own, final)) for name, own in runs.items()}
     axis = Figure(figsize=(WIDTH, 4.6)).subplots()
     for name, (x, y) in points.items():
         across, up = ([read(r).value for r in runs[name]] for read in (forgotten, final))
@@ -132,15 +124,14 @@ def general_drift(sequentials: list[DomainSequence], model: str, methods: Method
 
     Switches of our method are left out: they would hide the methods.
     """
-    records = [r for r in select(sequentials, model=model) if r.drift]
-    names = methods.sorted(record.method for record in records)
-    names = [name for name in names if name not in methods.variants]
+    runs = by_method([record for record in sequentials if record.drift], model, methods)
+    names = [name for name in runs if name not in methods.variants]
     if not names:
         return None
-    stages = range(1, len(records[0].drift) + 1)
+    stages = range(1, len(runs[names[0]][0].drift) + 1)
     axis = Figure(figsize=(WIDTH, 3.6)).subplots()
     for index, name in enumerate(names):
-        bounds = [_drift(select(records, method=name), stage) for stage in stages]
+        bounds = [_drift(runs[name], stage) for stage in stages]
         axis.errorbar(
             np.array(stages) + 0.04 * (index - (len(names) - 1) / 2),
             [interval.value for interval in bounds],
@@ -168,11 +159,9 @@ def method(sequentials: list[DomainSequence], model: str, methods: Methods) -> F
 
     The dots below are orders, means over seeds.
     """
-    records = select(sequentials, model=model)
-    names = methods.sorted(record.method for record in records)
-    if methods.own not in names:
+    runs = by_method(sequentials, model, methods)
+    if methods.own not in runs:
         return None
-    runs = {name: select(records, method=name) for name in names}
     times = f"× {methods.baseline}'s"
     columns = [
         (
@@ -184,13 +173,13 @@ def method(sequentials: list[DomainSequence], model: str, methods: Methods) -> F
         ),
         ("final average\n(more is better)", partial(mean, read=final), final, LEAST_FINAL, times),
     ]
-    if any(record.general for record in records):
+    if any(record.general for own in runs.values() for record in own):
         title = "general knowledge kept\n(more is better)"
         columns.append((title, kept, _kept_share, LEAST_GENERAL, "of the base's"))
-    figure = Figure(figsize=(WIDTH, 1.3 + 0.34 * len(names)))
+    figure = Figure(figsize=(WIDTH, 1.3 + 0.34 * len(runs)))
     axes = figure.subplots(1, len(columns), sharey=True)
     for axis, (title, summary, read, factor, of) in zip(axes, columns, strict=True):
-        bounds = {name: summary(runs[name]) for name in names}
+        bounds = {name: summary(own) for name, own in runs.items()}
         for row, (name, interval) in enumerate(bounds.items()):
             scores = pd.Series([read(run).value for run in runs[name]])
             orders = scores.groupby([run.order for run in runs[name]], sort=False).mean()
@@ -208,8 +197,8 @@ def method(sequentials: list[DomainSequence], model: str, methods: Methods) -> F
         axis.set_title(title)
         axis.grid(axis="x")
         axis.set_axisbelow(True)
-    axes[0].set_yticks(range(len(names)), [methods.short_label(name) for name in names])
-    axes[0].set_ylim(len(names) - 0.4, -0.6)
+    axes[0].set_yticks(range(len(runs)), map(methods.short_label, runs))
+    axes[0].set_ylim(len(runs) - 0.4, -0.6)
     figure.suptitle(f"Sequential adaptation on {model}: means and 95 % intervals", fontsize=10)
     return figure
 

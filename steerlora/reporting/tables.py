@@ -55,7 +55,7 @@ def write_table(table: Table, directory: Path, *, meaningful: bool) -> list[Path
         The files, in that order.
     """
     contents = {
-        "md": markdown(table, meaningful=meaningful),
+        "md": page(markdown_parts(table), meaningful=meaningful),
         "csv": (table.data if meaningful else table.data.assign(note=BANNER)).to_csv(index=False),
         "tex": latex(table, meaningful=meaningful),
     }
@@ -65,18 +65,15 @@ def write_table(table: Table, directory: Path, *, meaningful: bool) -> list[Path
     return files
 
 
-def markdown(table: Table, *, meaningful: bool) -> str:
-    """The table in GitHub's Markdown: banner if need be, caption, table, notes."""
-    return "\n\n".join([*banner(meaningful), *markdown_parts(table)]) + "\n"
-
-
-def banner(meaningful: bool) -> list[str]:
-    """The paragraph in Markdown that marks a smoke run; none of any other."""
-    return [] if meaningful else [f"> **{BANNER}**"]
+def page(parts: Sequence[str], *, meaningful: bool, title: str = "") -> str:
+    """A file in Markdown: its title, the banner of a smoke run, and paragraphs."""
+    head = [f"# {title}"] if title else []
+    head += [] if meaningful else [f"> **{BANNER}**"]
+    return "\n\n".join([*head, *parts]) + "\n"
 
 
 def markdown_parts(table: Table) -> list[str]:
-    """Caption, table and notes, a paragraph each."""
+    """Caption, table in GitHub's Markdown, and notes, a paragraph each."""
     parts = [table.caption, markdown_grid(table.columns, table.rows)]
     return [*parts, "\n".join(f"- {note}" for note in table.notes)] if table.notes else parts
 
@@ -84,22 +81,21 @@ def markdown_parts(table: Table) -> list[str]:
 def markdown_grid(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     """Heading, rule and rows; pipes in the text are escaped."""
 
-    def line(texts: Sequence[str]) -> str:
+    def line(cells: Sequence[Cell]) -> str:
+        texts = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]
         return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
-    body = [[f"**{cell.text}**" if cell.best else cell.text for cell in row] for row in rows]
-    return "\n".join([line(columns), line(["---"] * len(columns)), *map(line, body)])
+    return "\n".join(map(line, [row_of(*columns), row_of(*["---"] * len(columns)), *rows]))
 
 
 def latex(table: Table, *, meaningful: bool) -> str:
     """The table as a LaTeX ``table`` with booktabs rules, to be \\input."""
+
+    def line(cells: Sequence[Cell]) -> str:
+        texts = [(escape(cell.text), cell.best) for cell in cells]
+        return " & ".join(f"\\textbf{{{t}}}" if best else t for t, best in texts) + " \\\\"
+
     caption = table.caption if meaningful else f"{BANNER.upper()}. {table.caption}"
-    body = [
-        " & ".join(
-            f"\\textbf{{{escape(cell.text)}}}" if cell.best else escape(cell.text) for cell in row
-        )
-        for row in table.rows
-    ]
     lines = [
         "% needs \\usepackage{booktabs}",
         "\\begin{table}",
@@ -109,9 +105,9 @@ def latex(table: Table, *, meaningful: bool) -> str:
         f"\\label{{tab:{table.name}}}",
         f"\\begin{{tabular}}{{{'l' * len(table.columns)}}}",
         "\\toprule",
-        " & ".join(map(escape, table.columns)) + " \\\\",
+        line(row_of(*table.columns)),
         "\\midrule",
-        *(f"{row} \\\\" for row in body),
+        *map(line, table.rows),
         "\\bottomrule",
         "\\end{tabular}",
         *(f"\\par {escape(note)}" for note in table.notes),
