@@ -14,7 +14,7 @@ from steerlora.reporting.claim_measures import CLAIMS
 from steerlora.reporting.drawing import COLOURS, PAPER, WIDTH, bars, name_ticks, panels
 from steerlora.reporting.effects import dose_drop, dose_strengths, drop, gain, select
 from steerlora.reporting.labels import in_order
-from steerlora.reporting.methods import Methods
+from steerlora.reporting.methods import WHITE_EDGE, Methods
 
 PAPER_GAINS = {"instruction_following": CLAIMS["C1"][1:], "general_knowledge": CLAIMS["C2"][1:]}
 
@@ -67,18 +67,10 @@ def ablation(ablations: list[Ablation], model: str, methods: Methods) -> Figure 
     domains = records[0].domains
     for index, domain in enumerate(domains):
         drops = [drop(records, name, [domain]) for name in shown]
+        values = [measure.interval.value if measure else np.nan for measure in drops]
         places = np.arange(len(shown)) + 0.09 * (index - (len(domains) - 1) / 2)
-        axis.plot(
-            places,
-            [measure.interval.value if measure else np.nan for measure in drops],
-            linestyle="none",
-            marker="o",
-            markersize=4,
-            markeredgecolor="white",
-            markeredgewidth=0.5,
-            color=COLOURS[1 + index % 5],
-            label=domain,
-        )
+        look = {"color": COLOURS[1 + index % 5], "markersize": 4} | WHITE_EDGE
+        axis.plot(places, values, "o", label=domain, **look)
     name_ticks(axis, list(shown), rotate=len(shown) > 5)
     axis.axhline(0, color="black", linewidth=0.8)
     title = f"{methods.paper} on {model}: score lost under interventions"

@@ -82,17 +82,10 @@ def pareto(sequentials: list[DomainSequence], model: str, methods: Methods) -> F
     for name, (x, y) in points.items():
         across, up = ([read(r).value for r in runs[name]] for read in (forgotten, final))
         axis.plot(across, up, ".", color=methods.colour(name), alpha=0.3, markersize=4, zorder=0)
-        axis.errorbar(
-            x.value,
-            y.value,
-            xerr=_arms(x),
-            yerr=_arms(y),
-            elinewidth=1,
-            label=methods.short_label(name),
-            linestyle="none",
-            zorder=2 if name in methods.variants else 3,
-            **methods.marker(name),
-        )
+        look = methods.marker(name) | {"linestyle": "none", "elinewidth": 1}
+        look["zorder"] = 2 if name in methods.variants else 3
+        label = methods.short_label(name)
+        axis.errorbar(x.value, y.value, yerr=_arms(y), xerr=_arms(x), label=label, **look)
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     axis.set(xlim=(min(0.0, left), right), ylim=(bottom, top))
     front = [points[name] for name in pareto_front(points)]
@@ -132,14 +125,10 @@ def general_drift(sequentials: list[DomainSequence], model: str, methods: Method
     axis = Figure(figsize=(WIDTH, 3.6)).subplots()
     for index, name in enumerate(names):
         bounds = [_drift(runs[name], stage) for stage in stages]
-        axis.errorbar(
-            np.array(stages) + 0.04 * (index - (len(names) - 1) / 2),
-            [interval.value for interval in bounds],
-            np.hstack([_arms(interval) for interval in bounds]),
-            elinewidth=1,
-            label=name,
-            **methods.marker(name) | {"markersize": 5},
-        )
+        places = np.array(stages) + 0.04 * (index - (len(names) - 1) / 2)
+        values, arms = zip(*((interval.value, _arms(interval)) for interval in bounds), strict=True)
+        look = methods.marker(name) | {"markersize": 5, "elinewidth": 1}
+        axis.errorbar(places, values, np.hstack(arms), label=name, **look)
     axis.set_ylim(bottom=0)
     axis.grid(axis="y")
     title = f"Change of general features, as a share of their power in the base, {model}"
