@@ -97,8 +97,7 @@ class Scorer:
 
     def _find_sentence_splitter(self, task: str) -> None:
         """Before the task is loaded: its import would download what is not there."""
-        rows = (row for name in self.domains.names for row in self._heldout(name))
-        texts = [prompt for prompt, _ in rows]
+        texts = [prompt for name in self.domains.names for prompt, _ in self._heldout(name)]
         note = f"{task}: sentence splitter trained on local text"
         stands_in = ensure_punkt(Path(self._scratch.name) / "nltk", texts)
         if stands_in and note not in self.stand_ins:

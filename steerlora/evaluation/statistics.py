@@ -103,11 +103,8 @@ def paired_drop_difference(first: Sequence[Sequence[Paired]], second: Sequence[P
 
     All share one baseline and are resampled together, so what they have in common cancels.
     """
-    points, replicates = [], []
-    for strata in [*first, second]:
-        point, replicate = _bootstrap(strata, 0, _percent_drop)
-        points.append(point)
-        replicates.append(replicate)
+    drops = (_bootstrap(strata, 0, _percent_drop) for strata in [*first, second])
+    points, replicates = zip(*drops, strict=True)
     difference = np.mean(replicates[:-1], axis=0) - replicates[-1]
     value = float(np.mean(points[:-1]) - points[-1])
     return Interval(value, *_bounds(difference), *_sizes(second))
@@ -144,9 +141,7 @@ def run_difference(baseline: ArrayLike, treatment: ArrayLike) -> Interval:
     """
     difference = np.asarray(treatment, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     count = len(difference)
-    bounds = (float("nan"), float("nan"))
-    if count > 1:
-        bounds = _bounds(_resampling(count, 0) @ difference)
+    bounds = _bounds(_resampling(count, 0) @ difference) if count > 1 else (math.nan, math.nan)
     return Interval(float(difference.mean()), *bounds, count, 0)
 
 

@@ -166,29 +166,14 @@ def drop_advantage(
     return Measure(f"controls less {spared}", interval, fingerprints(ablations))
 
 
-def dose_strengths(ablations: list[Ablation]) -> dict[str, list[float]]:
-    """{intervention: its strengths below 1, rising}, of those that were run at any."""
-    found: dict[str, set[float]] = {}
+def dose_drops(ablations: list[Ablation], intervention: str) -> dict[float, Measure | None]:
+    """{strength: `drop`} at every strength below 1 that was run, rising."""
+    at: dict[float, list[Ablation]] = {}
     for record in ablations:
-        for name, doses in record.doses.items():
-            found.setdefault(name, set()).update(doses)
-    return {name: sorted(strengths) for name, strengths in found.items() if strengths}
-
-
-def dose_drop(ablations: list[Ablation], intervention: str, strength: float) -> Measure | None:
-    """As `drop`, at a strength below 1."""
-    at_strength = [
-        replace(
-            record,
-            interventions={
-                INTACT: record.interventions[INTACT],
-                intervention: record.doses[intervention][strength],
-            },
-        )
-        for record in ablations
-        if strength in record.doses.get(intervention, {})
-    ]
-    return drop(at_strength, intervention)
+        for strength, scores in record.doses.get(intervention, {}).items():
+            changed = {INTACT: record.interventions[INTACT], intervention: scores}
+            at.setdefault(strength, []).append(replace(record, interventions=changed))
+    return {strength: drop(at[strength], intervention) for strength in sorted(at)}
 
 
 def retrained_drop(

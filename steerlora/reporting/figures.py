@@ -12,7 +12,7 @@ from steerlora.evaluation.records import BASE, INTACT, Ablation, Evaluation
 from steerlora.reporting import labels
 from steerlora.reporting.claim_measures import CLAIMS
 from steerlora.reporting.drawing import COLOURS, PAPER, WIDTH, bars, name_ticks, panels
-from steerlora.reporting.effects import dose_drop, dose_strengths, drop, gain, select
+from steerlora.reporting.effects import dose_drops, drop, gain, select
 from steerlora.reporting.labels import in_order
 from steerlora.reporting.methods import WHITE_EDGE, Methods
 
@@ -85,16 +85,14 @@ def dose_response(ablations: list[Ablation], model: str, methods: Methods) -> Fi
     Strength 0 is the method as trained, 1 the intervention in full.
     """
     records = select(ablations, model=model, method=methods.paper)
-    strengths = dose_strengths(records)
-    if not strengths:
-        return None
     curves = {}
-    for name in in_order(strengths, labels.INTERVENTIONS):
-        found = {at: dose_drop(records, name, at) for at in strengths[name]}
-        found[1.0] = drop(records, name)
+    for name in in_order((n for r in records for n in r.doses), labels.INTERVENTIONS):
+        found = dose_drops(records, name) | {1.0: drop(records, name)}
         known = [(at, *m.interval[:3]) for at, m in found.items() if m is not None]
         # No strength, no change: the intact scores themselves.
         curves[name] = np.array([(0.0, 0.0, 0.0, 0.0), *known]).T
+    if not curves:
+        return None
     figure, axes = panels(len(curves), columns=4, height=2.2, sharex=True, sharey=True)
     for axis, name in zip(axes, curves, strict=True):
         for other, (at, value, _, _) in curves.items():

@@ -5,6 +5,7 @@ Shapes: T stages, O orders, S seeds.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -52,16 +53,13 @@ def broad_first(record: DomainSequence) -> bool:
     return record.sequence[0] == record.broad
 
 
-def apart_by_replay(sequentials: Iterable[DomainSequence]) -> list[DomainSequence]:
+def apart_by_replay(sequentials: Sequence[DomainSequence]) -> list[DomainSequence]:
     """The records, those with replay under a name of their own where the method has both kinds."""
-    sequentials = list(sequentials)
-    ratios: dict[tuple[str, str], set[float]] = {}
-    for record in sequentials:
-        key = record.model, record.method
-        ratios.setdefault(key, set()).add(record.replay)
+    ratios = {(record.model, record.method, record.replay) for record in sequentials}
+    kinds = Counter((model, method) for model, method, _ in ratios)
     return [
         replace(record, method=f"{record.method} replay {record.replay:g}")
-        if record.replay and len(ratios[record.model, record.method]) > 1
+        if record.replay and kinds[record.model, record.method] > 1
         else record
         for record in sequentials
     ]
