@@ -6,14 +6,14 @@ B batch, S sequence, D model width, V vocabulary, R response tokens of a batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from steerlora.data.chat import EncodedChat, collate, encode_chat
+from steerlora.data.chat import EncodedChat, collate, encode_chats
 
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Config fields of models whose logits are more than the output embedding of the hidden state."""
@@ -31,14 +31,14 @@ class CrossEntropy(NamedTuple):
     Techniques*, section 6.4); NaN for a single row."""
 
 
+@torch.no_grad()
 def heldout_cross_entropy(
     model: nn.Module,
     tokenizer,
-    rows: Sequence[Mapping[str, str]],
+    rows: Sequence[tuple[str, str]],
     *,
     batch_size: int,
     max_length: int,
-    progress: Callable[[int], None] | None = None,
 ) -> CrossEntropy:
     """Score the responses of ``rows``, end of turn included and prompt excluded.
 
@@ -49,34 +49,28 @@ def heldout_cross_entropy(
     Args:
         model: a causal language model of transformers, adapted or not; left in the mode it was in.
         tokenizer: its tokenizer, with a chat template and a padding token.
-        rows: held-out rows with ``prompt`` and ``response``.
+        rows: held-out (prompt, response) pairs.
         batch_size: rows a batch.
-        max_length: most tokens of a row; see :func:`steerlora.data.chat.encode_chat`.
-        progress: called after each batch with the number of rows done so far.
+        max_length: most tokens of a row; see :func:`steerlora.data.chat.encode_chats`.
 
     Returns:
         The losses by row, their mean by token in nats, and its standard error.
     """
     assert rows, "no rows to score"
-    encoded = [encode_chat(tokenizer, row["prompt"], row["response"], max_length) for row in rows]
+    encoded = encode_chats(tokenizer, rows, max_length)
     by_length = sorted(range(len(rows)), key=lambda index: len(encoded[index].input_ids))
-    per_item: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
-    done, training = 0, model.training
+    per_item: dict[int, tuple[float, int]] = {}
+    training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            for start in range(0, len(rows), batch_size):
-                indices = by_length[start : start + batch_size]
-                batch = [encoded[index] for index in indices]
-                losses = _response_losses(model, batch, tokenizer.pad_token_id)
-                for index, item in zip(indices, losses, strict=True):
-                    per_item[index] = item
-                done += len(batch)
-                if progress is not None:
-                    progress(done)
+        for start in range(0, len(rows), batch_size):
+            indices = by_length[start : start + batch_size]
+            batch = [encoded[index] for index in indices]
+            losses = _response_losses(model, batch, tokenizer.pad_token_id)
+            per_item |= zip(indices, losses, strict=True)
     finally:
         model.train(training)
-    return summarise(per_item)
+    return summarise([per_item[index] for index in range(len(rows))])
 
 
 def summarise(per_item: list[tuple[float, int]]) -> CrossEntropy:

@@ -80,17 +80,23 @@ class Routing(RoutingSummary):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """The base model or an adapted one on every task."""
+class OfOneRun:
+    """Where a record comes from."""
 
     model: str
     """Name of the base model."""
     method: str
     """Name of the method that adapted it; `BASE` for none."""
     seed: int
-    """Of the adapted model; 0 for the base."""
+    """Of the adapted model, its data order and the interventions' draws; 0 for the base."""
     fingerprint: str
     """Of the artifact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(OfOneRun):
+    """The base model or an adapted one on every task."""
+
     domains: tuple[str, ...]
     """The D domains, in order."""
     tasks: dict[str, Score]
@@ -119,17 +125,9 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ablation:
+class Ablation(OfOneRun):
     """A trained method under every intervention, on every domain's own task."""
 
-    model: str
-    """Name of the base model."""
-    method: str
-    """Name of the method."""
-    seed: int
-    """Of the adapted model and of the interventions' draws."""
-    fingerprint: str
-    """Of the artifact."""
     domains: tuple[str, ...]
     """The D domains, in order."""
     interventions: dict[str, dict[str, Score]]
@@ -165,17 +163,9 @@ class MemoryEvent:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DomainSequence:
+class DomainSequence(OfOneRun):
     """One method trained on the domains one after the other, scored on all of them after each."""
 
-    model: str
-    """Name of the base model."""
-    method: str
-    """Name of the method."""
-    seed: int
-    """Of the method and of its data order."""
-    fingerprint: str
-    """Of the artifact."""
     order: str
     """Name of the order."""
     sequence: tuple[str, ...]

@@ -10,7 +10,7 @@ from pathlib import Path
 from lm_eval.models.utils import resolve_max_length
 
 from steerlora.config import EvaluationConfig
-from steerlora.data.jsonl import read_objects
+from steerlora.data.jsonl import read_rows
 from steerlora.engine.artifacts import Artifact
 from steerlora.evaluation.cross_entropy import heldout_cross_entropy
 from steerlora.evaluation.harness import Harness
@@ -42,7 +42,7 @@ class Scorer:
 
     def __init__(self, source: Artifact, model, tokenizer, config: EvaluationConfig) -> None:
         self.domains = Domains.read(source.path)
-        self.suite = Suite.of(self.domains, config)
+        self.suite = Suite(self.domains, config)
         self.max_length = config.max_length or resolve_max_length(model.config, tokenizer)
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self._scratch = tempfile.TemporaryDirectory(prefix="steerlora-tasks-")
@@ -53,36 +53,27 @@ class Scorer:
             local_task_yamls(source.path, extra[0], limit=config.generation_items)
         self.harness = Harness(self.suite, extra)
 
-    def tasks(self, names: Sequence[str] | None = None) -> dict[str, Score]:
-        """lm-eval's tasks: the named ones, or all in force."""
-        names = list(names if names is not None else self.config.tasks or self.suite.tasks)
+    def tasks(self, names: Sequence[str]) -> dict[str, Score]:
+        """{task: score}."""
         for name in SPLITS_SENTENCES:
             if name in names:
                 self._find_sentence_splitter(name)
-        by_lm_eval = [name for name in names if not self._is_cross_entropy(name)]
-        scores = {}
-        if by_lm_eval:
-            scores = self.harness.run(
-                self.model,
-                self.tokenizer,
-                by_lm_eval,
-                batch_size=self.config.batch_size,
-                max_length=self.max_length,
-            )
-        owners = self.suite.owners
-        for name in names:
-            if self._is_cross_entropy(name):
-                scores[name] = self._likelihood(owners[name])
+        by_likelihood = [n for n in names if self.domains.metrics.get(n) == "cross_entropy"]
+        scores = self.harness.run(
+            self.model,
+            self.tokenizer,
+            [name for name in names if name not in by_likelihood],
+            batch_size=self.config.batch_size,
+            max_length=self.max_length,
+        )
+        scores |= {name: self._likelihood(self.suite.owners[name]) for name in by_likelihood}
         return {name: scores[name] for name in names}
 
     def targets(self, names: Sequence[str] | None = None) -> dict[str, Score]:
         """{domain: score} of the domains' own tasks."""
-        names = list(names if names is not None else self.domains.names)
-        scores = self.tasks([self.domains.target_tasks[name] for name in names])
-        return {name: scores[self.domains.target_tasks[name]] for name in names}
-
-    def _is_cross_entropy(self, task: str) -> bool:
-        return self.domains.metrics.get(task) == "cross_entropy"
+        own = {name: self.domains.target_tasks[name] for name in names or self.domains.names}
+        scores = self.tasks(list(own.values()))
+        return {name: scores[task] for name, task in own.items()}
 
     def _likelihood(self, domain: str) -> Score:
         rows = self._heldout(domain)[: self.config.limit]
@@ -106,12 +97,11 @@ class Scorer:
 
     def _find_sentence_splitter(self, task: str) -> None:
         """Before the task is loaded: its import would download what is not there."""
-        rows = (row for name in self.domains.names for row in self._heldout(name))
-        texts = [row["prompt"] for row in rows]
+        texts = [prompt for name in self.domains.names for prompt, _ in self._heldout(name)]
         note = f"{task}: sentence splitter trained on local text"
         stands_in = ensure_punkt(Path(self._scratch.name) / "nltk", texts)
         if stands_in and note not in self.stand_ins:
             self.stand_ins.append(note)
 
-    def _heldout(self, domain: str) -> list[dict[str, str]]:
-        return [row for _, row in read_objects(self.domains.directory / f"heldout/{domain}.jsonl")]
+    def _heldout(self, domain: str) -> list[tuple[str, str]]:
+        return read_rows(self.domains.directory / f"heldout/{domain}.jsonl")

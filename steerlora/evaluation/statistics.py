@@ -86,9 +86,7 @@ def paired_difference(strata: Sequence[Paired], *, seed: int = 0) -> Interval:
         strata: at least one; the same S in all, its own items in each.
         seed: of the bootstrap; equal seeds resample alike.
     """
-    return _interval(
-        strata, seed, lambda baseline, treatment: np.asarray(treatment) - np.asarray(baseline)
-    )
+    return _interval(strata, seed, _difference)
 
 
 def paired_drop(strata: Sequence[Paired], *, seed: int = 0) -> Interval:
@@ -100,59 +98,50 @@ def paired_drop(strata: Sequence[Paired], *, seed: int = 0) -> Interval:
     return _interval(strata, seed, _percent_drop)
 
 
-def paired_drop_difference(
-    first: Sequence[Sequence[Paired]], second: Sequence[Paired], *, seed: int = 0
-) -> Interval:
+def paired_drop_difference(first: Sequence[Sequence[Paired]], second: Sequence[Paired]) -> Interval:
     """Mean drop over the treatments ``first`` less the drop of ``second``, in percentage points.
 
     All share one baseline and are resampled together, so what they have in common cancels.
     """
-    points, replicates = [], []
-    for strata in [*first, second]:
-        point, replicate = _bootstrap(strata, seed, _percent_drop)
-        points.append(point)
-        replicates.append(replicate)
+    drops = (_bootstrap(strata, 0, _percent_drop) for strata in [*first, second])
+    points, replicates = zip(*drops, strict=True)
     difference = np.mean(replicates[:-1], axis=0) - replicates[-1]
     value = float(np.mean(points[:-1]) - points[-1])
     return Interval(value, *_bounds(difference), *_sizes(second))
 
 
-def summary_difference(baseline: Runs, treatment: Runs, items: int, *, seed: int = 0) -> Interval:
+def summary_difference(baseline: Runs, treatment: Runs, items: int) -> Interval:
     """``treatment - baseline`` of means over runs, where only summaries are known."""
-    return _summary_interval(baseline, treatment, items, seed, lambda b, t: t - b)
+    return _summary_interval(baseline, treatment, items, _difference)
 
 
-def summary_reduction(baseline: Runs, treatment: Runs, items: int, *, seed: int = 0) -> Interval:
+def summary_reduction(baseline: Runs, treatment: Runs, items: int) -> Interval:
     """Percentage reduction ``100 (1 - treatment / baseline)`` of means over orders and seeds.
 
     As for positive forgetting of one method against another. Only runs (order, seed) that both
     methods have count. Bounds are NaN unless the baseline is positive in every replicate.
     """
-    return _summary_interval(baseline, treatment, items, seed, _percent_drop)
+    return _summary_interval(baseline, treatment, items, _percent_drop)
 
 
-def summary_ratio(baseline: Runs, treatment: Runs, items: int, *, seed: int = 0) -> Interval:
+def summary_ratio(baseline: Runs, treatment: Runs, items: int) -> Interval:
     """``treatment / baseline``, under the conditions of `summary_reduction`."""
-    return _summary_interval(
-        baseline, treatment, items, seed, lambda b, t: 1 - _percent_drop(b, t) / 100
-    )
+    return _summary_interval(baseline, treatment, items, lambda b, t: 1 - _percent_drop(b, t) / 100)
 
 
-def summary_mean(runs: Runs, items: int, *, seed: int = 0) -> Interval:
+def summary_mean(runs: Runs, items: int) -> Interval:
     """Mean over orders and seeds, with the interval that resampling them and the items gives."""
-    return _summary_interval(runs, runs, items, seed, lambda _, t: t)
+    return _summary_interval(runs, runs, items, lambda _, t: t)
 
 
-def run_difference(baseline: ArrayLike, treatment: ArrayLike, *, seed: int = 0) -> Interval:
+def run_difference(baseline: ArrayLike, treatment: ArrayLike) -> Interval:
     """Mean paired difference over runs, bootstrapped over runs alone; NaN bounds below two.
 
     For numbers over so many tokens that only the run matters, such as routing health.
     """
     difference = np.asarray(treatment, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     count = len(difference)
-    bounds = (float("nan"), float("nan"))
-    if count > 1:
-        bounds = _bounds(_resampling(count, seed) @ difference)
+    bounds = _bounds(_resampling(count, 0) @ difference) if count > 1 else (math.nan, math.nan)
     return Interval(float(difference.mean()), *bounds, count, 0)
 
 
@@ -211,11 +200,11 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     """P-values adjusted for their number by Holm's step-down method (Holm 1979).
 
     ``p~_(i) = max_{j<=i} min(1, (m - j + 1) p_(j))`` over the sorted values; same order out as in.
+    NaN, a test that could not be made, stays NaN and does not count.
     """
-    p_values = np.asarray(p_values, dtype=np.float64)
-    order = np.argsort(p_values)
-    stepped = p_values[order] * np.arange(len(p_values), 0, -1)
-    adjusted = np.empty_like(p_values)
+    adjusted = np.array(p_values, dtype=np.float64)
+    order = np.argsort(adjusted)[: np.count_nonzero(~np.isnan(adjusted))]  # NaN is sorted last
+    stepped = adjusted[order] * np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(stepped))
     return adjusted
 
@@ -224,10 +213,12 @@ Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(mean baseline, mean treatment), scalars or [B], to the statistic of the same shape."""
 
 
+def _difference(baseline: np.ndarray, treatment: np.ndarray) -> np.ndarray:
+    return treatment - baseline
+
+
 def _percent_drop(baseline: np.ndarray, treatment: np.ndarray) -> np.ndarray:
-    baseline = np.asarray(baseline, dtype=np.float64)
-    positive = np.where(baseline > 0, baseline, np.nan)
-    return 100 * (1 - treatment / positive)
+    return 100 * (1 - treatment / np.where(baseline > 0, baseline, np.nan))
 
 
 def _interval(strata: Sequence[Paired], seed: int, statistic: Statistic) -> Interval:
@@ -257,25 +248,25 @@ def _bootstrap(
 
 
 def _summary_interval(
-    baseline: Runs, treatment: Runs, items: int, seed: int, statistic: Statistic
+    baseline: Runs, treatment: Runs, items: int, statistic: Statistic
 ) -> Interval:
     """Resample orders and seeds; a condition's item noise is drawn afresh in every replicate."""
     shared = np.isfinite(baseline.values) & np.isfinite(treatment.values)
     orders, seeds = shared.shape
-    seed_count = int(shared.any(axis=0).sum())
     if not shared.any():
         return Interval(float("nan"), float("nan"), float("nan"), 0, items)
-    weights = _resampling(orders, (seed, 0))[:, :, None] * _resampling(seeds, (seed, 1))[:, None, :]
+    weights = _resampling(orders, (0, 0))[:, :, None] * _resampling(seeds, (0, 1))[:, None, :]
     weights = weights * shared
     totals = weights.sum(axis=(1, 2))
     weights = weights[totals > 0] / totals[totals > 0, None, None]
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     means, points = [], []
     for runs in (baseline, treatment):
         values, stderr = np.where(shared, runs.values, 0.0), np.where(shared, runs.stderr, 0.0)
         noise = generator.standard_normal((len(weights), 1, 1)) * stderr
         means.append((weights * (values + noise)).sum(axis=(1, 2)))
         points.append(values[shared].mean())
+    seed_count = int(shared.any(axis=0).sum())
     return Interval(float(statistic(*points)), *_bounds(statistic(*means)), seed_count, items)
 
 

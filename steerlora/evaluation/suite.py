@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steerlora.config import EvaluationConfig
+from steerlora.evaluation.records import typed
 
 TARGET = "target"
 """The average of the domains' own tasks."""
@@ -36,16 +37,8 @@ class Domains:
     @classmethod
     def read(cls, directory: Path) -> Domains:
         said = json.loads((directory / "domains.json").read_text())
-        return cls(
-            directory=directory,
-            kind=said["kind"],
-            version=said["version"],
-            names=tuple(said["names"]),
-            target_tasks=said["target_tasks"],
-            groups=said["groups"],
-            metrics=said["metrics"],
-            extra_tasks=tuple(said.get("extra_tasks", ())),
-        )
+        fields = {name: value for name, value in said.items() if name in cls.__annotations__}
+        return typed(cls, {"directory": directory, **fields})
 
 
 @dataclass(frozen=True)
@@ -54,21 +47,18 @@ class Suite:
 
     domains: Domains
     """Whose own tasks are the targets."""
-    groups: dict[str, list[str]]
-    """{average: tasks}; the configuration's where it has any, else the domains'."""
-    metrics: dict[str, str]
-    """{task: the metric key that is THE score}; the configuration's first."""
     config: EvaluationConfig
     """How tasks are run."""
 
-    @classmethod
-    def of(cls, domains: Domains, config: EvaluationConfig) -> Suite:
-        return cls(
-            domains=domains,
-            groups=config.groups or domains.groups,
-            metrics=domains.metrics | config.metrics,
-            config=config,
-        )
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """{average: tasks}; the configuration's where it has any, else the domains'."""
+        return self.config.groups or self.domains.groups
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """{task: the metric key that is THE score}; the configuration's first."""
+        return self.domains.metrics | self.config.metrics
 
     @property
     def averaged(self) -> dict[str, list[str]]:

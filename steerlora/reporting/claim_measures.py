@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from steerlora.evaluation.records import Ablation, DomainSequence, Evaluation
 from steerlora.evaluation.statistics import Interval, run_difference
 from steerlora.reporting.claims import Claim, overlaps, verdict
-from steerlora.reporting.effects import (
-    Measure,
-    drop,
-    drop_advantage,
-    fingerprints,
-    gain,
-    select,
-)
+from steerlora.reporting.effects import Measure, drop, drop_advantage, fingerprints, gain, select
 from steerlora.reporting.health import OverTraining, over_training
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.sequences import broad_first, reduction
 from steerlora.reporting.tables import interval_text, number
 
 CONTROLS = ("replace_dense", "replace_random_sae", "randomize", "shuffle", "invert")
+
+
+class Said(NamedTuple):
+    """What the paper says, and the range of its figure, if it gives one."""
+
+    text: str
+    low: float | None = None
+    high: float | None = None
+
+
 SMALLEST_GAIN, LARGEST_GAIN = 0.016, 0.052
 """The range of C1, which also says what C3's "marginal" can mean."""
+CLAIMS = {
+    "C1": Said(
+        "Instruction following improves over the base model at every scale",
+        SMALLEST_GAIN,
+        LARGEST_GAIN,
+    ),
+    "C2": Said("General knowledge improves over the base model", 0.017, 0.023),
+    "C3": Said("MMLU-Pro and GSM8K move marginally, or fall for larger models", high=SMALLEST_GAIN),
+    "C4": Said(
+        "Replacing, randomizing, shuffling or inverting the SAE signal cuts target scores",
+        33.6,
+        65.6,
+    ),
+    "C5": Said("Removing dynamic rank alone cuts them far less", 11.8, 11.8),
+    "C6": Said("Less positive forgetting in sequential adaptation", 13.1, 13.1),
+    "C7": Said("Much less when broad instruction data comes first", 38.3, 38.3),
+    "C8": Said("SAE routing prevents the expert collapse of dense-state routing"),
+}
 
 
 def measure_claims(
@@ -44,192 +66,144 @@ def measure_claims(
     orders = select(sequentials, model=main_model)
     first = [record for record in orders if broad_first(record)]
     return (
-        _gain(
-            evaluations,
-            methods.paper,
-            "instruction_following",
-            id="C1",
-            text="Instruction following improves over the base model at every scale",
-            low=SMALLEST_GAIN,
-            high=LARGEST_GAIN,
-        ),
-        _gain(
-            evaluations,
-            methods.paper,
-            "general_knowledge",
-            id="C2",
-            text="General knowledge improves over the base model",
-            low=0.017,
-            high=0.023,
-        ),
+        _gain("C1", evaluations, methods.paper, "instruction_following"),
+        _gain("C2", evaluations, methods.paper, "general_knowledge"),
         _marginal(evaluations, methods.paper),
         _controls(own, methods.paper),
         _fixed_rank(own, methods.paper),
-        _reduction(
-            reduction(orders, methods.paper, methods.baseline),
-            methods,
-            id="C6",
-            text="Less positive forgetting in sequential adaptation",
-            figure=13.1,
-            which="all orders",
-        ),
-        _reduction(
-            reduction(first, methods.paper, methods.baseline),
-            methods,
-            id="C7",
-            text="Much less when broad instruction data comes first",
-            figure=38.3,
-            which="the orders that begin with the broad domain",
-        ),
+        _reduction("C6", orders, methods, "all orders"),
+        _reduction("C7", first, methods, "the orders that begin with the broad domain"),
         _collapse(evaluations, methods),
     )
 
 
-def _gain(
-    evaluations: list[Evaluation],
-    method: str,
-    group: str,
-    *,
+def _claim(
     id: str,
-    text: str,
-    low: float,
-    high: float,
+    measures: Iterable[Measure | None],
+    definition: str,
+    *,
+    unit: str = "percent",
+    paper: str | None = None,
+    direction: Sequence[Interval] | None = None,
+    agrees: bool | None = None,
+    note: str = "",
 ) -> Claim:
-    measures = _gains(evaluations, method, group)
+    """A claim with its verdict.
+
+    Args:
+        measures: those that are not None are ours.
+        definition, unit, note: as in `Claim`.
+        paper: the paper's figure as text; its range unless given.
+        direction: intervals that the claim says are positive; the measures' unless given.
+        agrees: whether the figures agree with the paper's; unless given, whether all of the
+            measures' intervals overlap its range.
+    """
+    text, low, high = CLAIMS[id]
+    measures = tuple(measure for measure in measures if measure is not None)
     intervals = [measure.interval for measure in measures]
+    if paper is None:
+        ends = [str(end) if unit == "percent" else number(end, sign=True) for end in (low, high)]
+        paper = " to ".join(dict.fromkeys(ends)) + (" %" if unit == "percent" else "")
+    if agrees is None:
+        agrees = all(overlaps(interval, low, high) for interval in intervals)
     return Claim(
         id=id,
         text=text,
-        paper=f"{number(low, sign=True)} to {number(high, sign=True)}",
+        paper=paper,
         low=low,
         high=high,
-        unit="score",
-        definition=(
-            f"Average of the {group.replace('_', ' ')} tasks with {method}, less the base model's; "
-            "mean over seeds, for every model, paired by item."
-        ),
+        unit=unit,
+        definition=definition,
         measures=measures,
-        verdict=verdict(intervals, agrees=all(overlaps(i, low, high) for i in intervals)),
-        note="One model only: scale was not tested." if len(measures) == 1 else "",
-    )
-
-
-def _gains(evaluations: list[Evaluation], method: str, group: str) -> tuple[Measure, ...]:
-    models = dict.fromkeys(record.model for record in evaluations)
-    measures = (gain(evaluations, model, method, group) for model in models)
-    return tuple(measure for measure in measures if measure is not None)
-
-
-def _marginal(evaluations: list[Evaluation], method: str) -> Claim:
-    measures = tuple(
-        measure._replace(label=f"{measure.label}, {name}")
-        for group, name in (("mmlu_pro", "MMLU-Pro"), ("gsm8k", "GSM8K"))
-        for measure in _gains(evaluations, method, group)
-    )
-    below = [
-        Interval(LARGEST_GAIN - value, LARGEST_GAIN - high, LARGEST_GAIN - low, seeds, items)
-        for value, low, high, seeds, items in (measure.interval for measure in measures)
-    ]
-    return Claim(
-        id="C3",
-        text="MMLU-Pro and GSM8K move marginally, or fall for larger models",
-        paper="marginal or negative",
-        low=None,
-        high=SMALLEST_GAIN,
-        unit="score",
-        definition=(
-            f"Gain of {method} over the base model on each set, for every model. The paper gives "
-            f"no figure, so C1's are the yardstick: in range if every interval lies wholly below "
-            f"its smallest gain ({number(SMALLEST_GAIN, sign=True)}), direction reproduced if "
-            f"wholly below its largest ({number(LARGEST_GAIN, sign=True)})."
-        ),
-        measures=measures,
-        verdict=verdict(below, agrees=all(m.interval.high < SMALLEST_GAIN for m in measures)),
-    )
-
-
-def _controls(ablations: list[Ablation], method: str) -> Claim:
-    low, high = 33.6, 65.6
-    domains = ablations[0].domains if ablations else []
-    found = [drop(ablations, name, domains) for name in CONTROLS] if ablations else []
-    measures = tuple(measure for measure in found if measure is not None)
-    intervals = [measure.interval for measure in measures]
-    missing = [n for n in CONTROLS if n not in [measure.label for measure in measures]]
-    return Claim(
-        id="C4",
-        text="Replacing, randomizing, shuffling or inverting the SAE signal cuts target scores",
-        paper=f"{low} to {high} %",
-        low=low,
-        high=high,
-        unit="percent",
-        definition=(
-            f"Drop of {method}'s mean target-domain score under {', '.join(CONTROLS)} at "
-            "evaluation time, in percent of the intact adapter's; ratio of means over domains "
-            "and seeds."
-        ),
-        measures=measures,
-        verdict=verdict(
-            intervals, agrees=not missing and all(overlaps(i, low, high) for i in intervals)
-        ),
-        note=f"Not run: {', '.join(missing)}." if measures and missing else "",
-    )
-
-
-def _fixed_rank(ablations: list[Ablation], method: str) -> Claim:
-    figure = 11.8
-    domains = ablations[0].domains if ablations else []
-    measure = drop(ablations, "fixed_rank", domains) if ablations else None
-    advantage = drop_advantage(ablations, CONTROLS, "fixed_rank", domains) if ablations else None
-    note = ""
-    if measure is not None and advantage is not None:
-        note = (
-            "Mean drop of C4's controls less this one, in points: "
-            f"{interval_text(advantage.interval, 1)}."
-        )
-    return Claim(
-        id="C5",
-        text="Removing dynamic rank alone cuts them far less",
-        paper=f"{figure} %",
-        low=figure,
-        high=figure,
-        unit="percent",
-        definition=(
-            f"Drop of {method}'s mean target-domain score under fixed_rank, as in C4. Direction: "
-            "C4's controls cut more than fixed_rank does, paired by item. In range: the interval "
-            "of the drop also holds the paper's figure."
-        ),
-        measures=(measure,) if measure is not None else (),
-        verdict=verdict(
-            [advantage.interval] if advantage is not None else [],
-            agrees=measure is not None and overlaps(measure.interval, figure, figure),
-        ),
+        verdict=verdict(intervals if direction is None else direction, agrees=agrees),
         note=note,
     )
 
 
-def _reduction(
-    measure: Measure | None, methods: Methods, *, id: str, text: str, figure: float, which: str
-) -> Claim:
+def _gain(id: str, evaluations: list[Evaluation], method: str, group: str) -> Claim:
+    measures = _gains(evaluations, method, group)
+    return _claim(
+        id,
+        measures,
+        f"Average of the {group.replace('_', ' ')} tasks with {method}, less the base model's; "
+        "mean over seeds, for every model, paired by item.",
+        unit="score",
+        note="One model only: scale was not tested." if len(measures) == 1 else "",
+    )
+
+
+def _gains(evaluations: list[Evaluation], method: str, group: str) -> list[Measure]:
+    models = dict.fromkeys(record.model for record in evaluations)
+    measures = (gain(evaluations, model, method, group) for model in models)
+    return [measure for measure in measures if measure is not None]
+
+
+def _marginal(evaluations: list[Evaluation], method: str) -> Claim:
+    measures = [
+        measure._replace(label=f"{measure.label}, {name}")
+        for group, name in (("mmlu_pro", "MMLU-Pro"), ("gsm8k", "GSM8K"))
+        for measure in _gains(evaluations, method, group)
+    ]
+    return _claim(
+        "C3",
+        measures,
+        f"Gain of {method} over the base model on each set, for every model. The paper gives "
+        f"no figure, so C1's are the yardstick: in range if every interval lies wholly below "
+        f"its smallest gain ({number(SMALLEST_GAIN, sign=True)}), direction reproduced if "
+        f"wholly below its largest ({number(LARGEST_GAIN, sign=True)}).",
+        unit="score",
+        paper="marginal or negative",
+        direction=[
+            Interval(LARGEST_GAIN - value, LARGEST_GAIN - high, LARGEST_GAIN - low, seeds, items)
+            for value, low, high, seeds, items in (measure.interval for measure in measures)
+        ],
+        agrees=all(measure.interval.high < SMALLEST_GAIN for measure in measures),
+    )
+
+
+def _controls(ablations: list[Ablation], method: str) -> Claim:
+    measures = {name: drop(ablations, name) for name in CONTROLS}
+    missing = [name for name, measure in measures.items() if measure is None]
+    return _claim(
+        "C4",
+        measures.values(),
+        f"Drop of {method}'s mean target-domain score under {', '.join(CONTROLS)} at "
+        "evaluation time, in percent of the intact adapter's; ratio of means over domains "
+        "and seeds.",
+        agrees=False if missing else None,
+        note=f"Not run: {', '.join(missing)}." if 0 < len(missing) < len(CONTROLS) else "",
+    )
+
+
+def _fixed_rank(ablations: list[Ablation], method: str) -> Claim:
+    advantage = drop_advantage(ablations, CONTROLS, "fixed_rank")
+    direction, note = [], ""
+    if advantage is not None:
+        direction = [advantage.interval]
+        points = interval_text(advantage.interval, 1)
+        note = f"Mean drop of C4's controls less this one, in points: {points}."
+    return _claim(
+        "C5",
+        [drop(ablations, "fixed_rank")],
+        f"Drop of {method}'s mean target-domain score under fixed_rank, as in C4. Direction: "
+        "C4's controls cut more than fixed_rank does, paired by item. In range: the interval "
+        "of the drop also holds the paper's figure.",
+        direction=direction,
+        note=note,
+    )
+
+
+def _reduction(id: str, sequentials: list[DomainSequence], methods: Methods, which: str) -> Claim:
+    measure = reduction(sequentials, methods.paper, methods.baseline)
     note = ""
     if measure is not None and not measure.interval.known:
         note = f"{methods.baseline} forgot next to nothing, so a percentage of it means nothing."
-    return Claim(
-        id=id,
-        text=text,
-        paper=f"{figure} %",
-        low=figure,
-        high=figure,
-        unit="percent",
-        definition=(
-            f"Percentage by which {methods.paper}'s mean positive forgetting is below that of "
-            f"{methods.baseline} with as many parameters, over {which} and seeds; items: those of "
-            "one domain's score."
-        ),
-        measures=(measure,) if measure is not None else (),
-        verdict=verdict(
-            [measure.interval] if measure is not None else [],
-            agrees=measure is not None and overlaps(measure.interval, figure, figure),
-        ),
+    return _claim(
+        id,
+        [measure],
+        f"Percentage by which {methods.paper}'s mean positive forgetting is below that of "
+        f"{methods.baseline} with as many parameters, over {which} and seeds; items: those of "
+        "one domain's score.",
         note=note,
     )
 
@@ -245,7 +219,7 @@ def _collapse(evaluations: list[Evaluation], methods: Methods) -> Claim:
         for name in (paper, dense_routing)
     }
     shared = [key for key in runs[paper] if key in runs[dense_routing]]
-    measures, note, agrees, interval = (), "", False, []
+    measures, note, agrees = [], "", False
     if shared:
         pairs = [over_training(runs[paper][key], runs[dense_routing][key]) for key in shared]
         own, dense = zip(*pairs, strict=True)
@@ -253,25 +227,20 @@ def _collapse(evaluations: list[Evaluation], methods: Methods) -> Claim:
             [run.usage_entropy for run in dense], [run.usage_entropy for run in own]
         )._replace(seeds=len({seed for _, seed in shared}))
         used = fingerprints(runs[name][key] for name in runs for key in shared)
-        measures, interval = (Measure(f"{paper} less {dense_routing}", entropy, used),), [entropy]
+        measures = [Measure(f"{paper} less {dense_routing}", entropy, used)]
         agrees = not any(run.died for run in own) and 2 * sum(r.died for r in dense) >= len(shared)
         note = _collapse_note(methods, own, dense)
-    return Claim(
-        id="C8",
-        text="SAE routing prevents the expert collapse of dense-state routing",
-        paper="no collapse, against collapse",
-        low=None,
-        high=None,
+    return _claim(
+        "C8",
+        measures,
+        f"Usage entropy of {paper}'s gates less that of {dense_routing}'s, in units of log E, "
+        "mean over the training's measurements (a batch each) and the final evaluation's "
+        "tokens, over all runs (model, seed) that both have. In range: also no run of "
+        f"{paper} has a dead specialist at any measurement after the first, and at least "
+        f"half of {dense_routing}'s do.",
         unit="usage entropy / log E",
-        definition=(
-            f"Usage entropy of {paper}'s gates less that of {dense_routing}'s, in units of log E, "
-            "mean over the training's measurements (a batch each) and the final evaluation's "
-            "tokens, over all runs (model, seed) that both have. In range: also no run of "
-            f"{paper} has a dead specialist at any measurement after the first, and at least "
-            f"half of {dense_routing}'s do."
-        ),
-        measures=measures,
-        verdict=verdict(interval, agrees=agrees),
+        paper="no collapse, against collapse",
+        agrees=agrees,
         note=note,
     )
 

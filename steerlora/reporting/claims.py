@@ -17,7 +17,7 @@ from rich.text import Text
 from steerlora.evaluation.statistics import Interval
 from steerlora.reporting.effects import Measure
 from steerlora.reporting.labels import BANNER
-from steerlora.reporting.tables import MISSING, Cell, interval_text, markdown_grid, number
+from steerlora.reporting.tables import MISSING, interval_text, markdown_grid, number, page, row_of
 
 IN_RANGE = "in range"
 DIRECTION = "direction reproduced"
@@ -64,14 +64,8 @@ class Claim:
         """Mean of the measures, lowest and highest bound, fewest seeds, most items."""
         if not self.measures:
             return None
-        intervals = [measure.interval for measure in self.measures]
-        return Interval(
-            sum(interval.value for interval in intervals) / len(intervals),
-            min(interval.low for interval in intervals),
-            max(interval.high for interval in intervals),
-            min(interval.seeds for interval in intervals),
-            max(interval.items for interval in intervals),
-        )
+        values, lows, highs, seeds, items = zip(*(m.interval for m in self.measures), strict=True)
+        return Interval(sum(values) / len(values), min(lows), max(highs), min(seeds), max(items))
 
     @property
     def ours(self) -> str:
@@ -149,15 +143,12 @@ def _span(counts: Iterable[int]) -> str:
 
 def claims_grid(claims: Sequence[Claim]) -> str:
     """The claims as a Markdown table, one row each."""
-    return markdown_grid(COLUMNS, [[Cell(text) for text in _row(claim)] for claim in claims])
+    return markdown_grid(COLUMNS, [row_of(*_row(claim)) for claim in claims])
 
 
 def claims_markdown(claims: Sequence[Claim], *, name: str, meaningful: bool) -> str:
     """``claims.md``: the table, the rule, then every claim with its definition and sources."""
-    parts = [f"# Claims: {name}"]
-    if not meaningful:
-        parts.append(f"> **{BANNER}**")
-    parts += [claims_grid(claims), f"How a verdict is reached. {RULE}"]
+    parts = [claims_grid(claims), f"How a verdict is reached. {RULE}"]
     for claim in claims:
         parts.append(f"## {claim.id}: {claim.verdict}")
         parts.append(f"{claim.text}. Paper: {claim.paper}. Ours: {claim.definition}")
@@ -168,7 +159,7 @@ def claims_markdown(claims: Sequence[Claim], *, name: str, meaningful: bool) -> 
         if claim.fingerprints:
             sources = ", ".join(f"`{fingerprint[:12]}`" for fingerprint in claim.fingerprints)
             parts.append(f"From artifacts {sources}.")
-    return "\n\n".join(parts) + "\n"
+    return page(parts, meaningful=meaningful, title=f"Claims: {name}")
 
 
 def claims_json(claims: Sequence[Claim], *, name: str, meaningful: bool) -> str:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
 import pandas as pd
 
 from steerlora.evaluation.records import INTACT, Ablation, Evaluation
-from steerlora.evaluation.scores import Estimate, Score
-from steerlora.evaluation.statistics import effect_size, holm, paired_test
+from steerlora.evaluation.statistics import effect_size, holm, paired_drop, paired_test
 from steerlora.reporting import labels
-from steerlora.reporting.effects import ablation_strata, drop, retrained_drop, select
+from steerlora.reporting.effects import ablation_strata, drop, mean_of, retrained_drop, select
 from steerlora.reporting.labels import in_order
 from steerlora.reporting.tables import (
     MISSING,
-    Cell,
     Table,
     interval_fields,
-    interval_text,
     mean_and_error,
+    mean_text,
     number,
-    plus_minus,
+    row_interval,
+    row_of,
 )
 
 
@@ -44,7 +42,7 @@ def ablation_table(ablations: list[Ablation]) -> Table | None:
         texts += [intervention, *(_drop_text(by_place.get(place)) for place in places)]
         intact = intervention == INTACT
         texts += ["", ""] if intact else [number(average["d_z"], 2), number(average["p_holm"])]
-        cells.append([Cell(text) for text in texts])
+        cells.append(row_of(*texts))
     seeds, items = int(data.seeds.max()), int(data[data.domain == "average"]["items"].max())
     who = "" if len(keys) > 1 else f" of {' '.join(keys[0])}"
     caption = (
@@ -65,19 +63,24 @@ def _ablation_rows(ablations: list[Ablation], model: str, method: str) -> list[d
     rows = []
     for name in names:
         for place, members in [("average", domains), *((d, [d]) for d in domains)]:
-            scores = [_average(r.interventions.get(name, {}), members) for r in records]
-            measure = drop(records, name, members) if name != INTACT else None
+            found = [r.interventions.get(name, {}) for r in records]
+            scores = [
+                mean_of([run[domain] for domain in members])
+                for run in found
+                if run.keys() >= set(members)
+            ]
             strata = ablation_strata(records, name, members)
+            compared = name != INTACT and strata is not None
             row = {"model": model, "method": method, "intervention": name, "domain": place}
             row |= mean_and_error("score", scores)
-            row |= interval_fields("drop", measure and measure.interval, "percent")
+            row |= interval_fields("drop_percent", paired_drop(strata) if compared else None)
             row |= {
                 "d_z": np.nan,
                 "p_holm": np.nan,
-                "seeds": sum(score is not None for score in scores),
+                "seeds": len(scores),
                 "items": sum(s.baseline.shape[1] for s in strata) if strata else 0,
             }
-            if name != INTACT and strata is not None:
+            if compared:
                 intact, changed = (
                     np.concatenate([stratum[side].mean(axis=0) for stratum in strata])
                     for side in (0, 1)
@@ -86,21 +89,9 @@ def _ablation_rows(ablations: list[Ablation], model: str, method: str) -> list[d
                 if place == "average":
                     row["p_holm"] = paired_test(intact, changed)
             rows.append(row)
-    tested = [row for row in rows if row["p_holm"] == row["p_holm"]]
-    for row, adjusted in zip(tested, holm([row["p_holm"] for row in tested]), strict=True):
+    for row, adjusted in zip(rows, holm([row["p_holm"] for row in rows]), strict=True):
         row["p_holm"] = float(adjusted)
     return rows
-
-
-def _average(scores: dict[str, Score], domains: Sequence[str]) -> Estimate | None:
-    """Mean over domains of the scores of one run, with its error; None unless all are there."""
-    if not all(domain in scores for domain in domains):
-        return None
-    errors = np.array([scores[domain].stderr for domain in domains])
-    return Estimate(
-        float(np.mean([scores[domain].value for domain in domains])),
-        float(np.sqrt((errors**2).sum()) / len(errors)),
-    )
 
 
 def _drop_text(row: dict | None) -> str:
@@ -108,8 +99,7 @@ def _drop_text(row: dict | None) -> str:
         return MISSING
     if row["drop_percent"] != row["drop_percent"]:
         return number(row["score"])
-    bounds = [row[key] for key in ("drop_percent", "drop_low", "drop_high")]
-    return f"{number(row['score'])}, {interval_text(bounds, 1, ' %')}"
+    return f"{number(row['score'])}, {row_interval(row, 'drop_percent', 1)}"
 
 
 def retrained_table(
@@ -130,32 +120,30 @@ def retrained_table(
         for name in in_order((r.intervention for r in own), labels.INTERVENTIONS):
             chosen = {record.seed: record for record in select(own, intervention=name)}
             after = retrained_drop(intact, chosen)
-            before = drop(ablated, name, ablated[0].domains) if ablated else None
+            before = drop(ablated, name)
             beside = [record for record in intact if record.seed in chosen]
             rows.append(
                 where
                 | {"intervention": name, "seeds": len(chosen)}
                 | mean_and_error("intact", [r.averages.get("target") for r in beside])
                 | mean_and_error("retrained", [r.averages.get("target") for r in chosen.values()])
-                | interval_fields("retrained_drop", after and after.interval, "percent")
-                | interval_fields("evaluation_drop", before and before.interval, "percent")
+                | interval_fields("retrained_drop_percent", after)
+                | interval_fields("evaluation_drop_percent", before and before.interval)
             )
     if not rows:
         return None
     data = pd.DataFrame(rows)
     cells = [
-        [
-            Cell(f"{row.model} {row.method}"),
-            Cell(row.intervention),
-            Cell(str(row.seeds)),
-            Cell(plus_minus(row.intact, row.intact_stderr)),
-            Cell(plus_minus(row.retrained, row.retrained_stderr)),
-            *(
-                Cell(interval_text([getattr(row, f"{which}_{k}") for k in BOUNDS], 1, " %"))
-                for which in ("retrained_drop", "evaluation_drop")
-            ),
-        ]
-        for row in data.itertuples()
+        row_of(
+            f"{row.model} {row.method}",
+            row.intervention,
+            str(row.seeds),
+            mean_text(row, "intact"),
+            mean_text(row, "retrained"),
+            row_interval(row, "retrained_drop_percent", 1),
+            row_interval(row, "evaluation_drop_percent", 1),
+        )
+        for _, row in data.iterrows()
     ]
     headings = ["Model", "Intervention", "Seeds", "Intact", "Retrained"]
     headings += ["Drop, retrained", "Drop, at evaluation only"]
@@ -167,6 +155,3 @@ def retrained_table(
         "wins back, it does without the signal."
     )
     return Table("retrained", caption, data, headings, cells)
-
-
-BOUNDS = ("percent", "low", "high")

@@ -7,7 +7,6 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -21,7 +20,7 @@ PAPER = "#BBBBBB"
 WIDTH = 9.0
 """Inches; at 150 dots an inch this is 1350 pixels, sharp at a README's 900."""
 
-STYLE = {
+STYLE = {  # in force while a report's figures are drawn and saved
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -40,25 +39,13 @@ def save(figure: Figure, path: Path, *, meaningful: bool) -> Path:
     256 colours are plenty for bars and heat maps, and make the files three times smaller.
     """
     if not meaningful:
-        figure.text(
-            0.5,
-            0.5,
-            BANNER,
-            color="#D55E00",
-            fontsize=2.4 * figure.get_figwidth(),
-            alpha=0.7,
-            rotation=12,
-            ha="center",
-            va="center",
-        )
+        size = 2.4 * figure.get_figwidth()
+        look = {"color": "#D55E00", "alpha": 0.7, "fontsize": size, "rotation": 12}
+        figure.text(0.5, 0.5, BANNER, ha="center", va="center", **look)
     buffer = BytesIO()
-    with rc_context(STYLE):
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    image = (
-        Image.open(buffer)
-        .convert("RGB")
-        .quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    )
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    image = Image.open(buffer).convert("RGB")
+    image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     image.save(path, optimize=True)
     return path
 
@@ -91,15 +78,8 @@ def bars(
     places = np.arange(len(bounds)) + width * (index - (count - 1) / 2)
     values, low, high = np.array(bounds, dtype=float).T
     axis.bar(places, values, width * 0.92, color=colour, label=label)
-    axis.errorbar(
-        places,
-        values,
-        np.vstack([values - low, high - values]).clip(min=0),
-        fmt="none",
-        ecolor="black",
-        elinewidth=1,
-        capsize=2.5,
-    )
+    arms = np.vstack([values - low, high - values]).clip(min=0)
+    axis.errorbar(places, values, arms, fmt="none", ecolor="black", elinewidth=1, capsize=2.5)
     axis.grid(axis="y")
     axis.set_axisbelow(True)
     return places
@@ -126,15 +106,9 @@ def heat_map(
     image = axis.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
     middle = (low + high) / 2
     for (row, column), value in np.ndenumerate(values):
-        axis.text(
-            column,
-            row,
-            number(value, digits),
-            ha="center",
-            va="center",
-            fontsize=size,
-            color="black" if value > middle else "white",
-        )
+        colour = "black" if value > middle else "white"
+        text = number(value, digits)
+        axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
     axis.set_xticks(range(len(columns)), columns)
     axis.set_yticks(range(len(values)), rows if rows is not None else [""] * len(values))
     axis.spines[:].set_visible(False)

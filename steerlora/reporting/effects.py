@@ -14,8 +14,9 @@ import numpy as np
 
 from steerlora.evaluation import statistics
 from steerlora.evaluation.records import BASE, INTACT, Ablation, Evaluation, Record
-from steerlora.evaluation.scores import Score
+from steerlora.evaluation.scores import Estimate, Score
 from steerlora.evaluation.statistics import Interval, Paired, Runs
+from steerlora.reporting.methods import Methods
 
 
 class Measure(NamedTuple):
@@ -30,6 +31,13 @@ def select(records: Iterable[Record], **where: object) -> list[Record]:
     """Records whose fields equal the given ones, by seed."""
     chosen = [r for r in records if all(getattr(r, key) == value for key, value in where.items())]
     return sorted(chosen, key=lambda record: record.seed)
+
+
+def by_method(records: Iterable[Record], model: str, methods: Methods) -> dict[str, list[Record]]:
+    """{method: its records of one model}, in the report's order of methods."""
+    chosen = select(records, model=model)
+    names = methods.sorted(record.method for record in chosen)
+    return {name: select(chosen, method=name) for name in names}
 
 
 def uncontrolled(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
@@ -47,6 +55,13 @@ def fingerprints(records: Iterable[Record]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(record.fingerprint for record in records))
 
 
+def mean_of(scores: Sequence[Score | Estimate]) -> Estimate:
+    """Their mean, with the error that it has if they are independent."""
+    errors = np.array([score.stderr for score in scores])
+    mean = np.mean([score.value for score in scores])
+    return Estimate(float(mean), float(np.sqrt((errors**2).sum()) / len(errors)))
+
+
 def base_pairs(
     evaluations: list[Evaluation], model: str, method: str
 ) -> list[tuple[Evaluation, Evaluation]]:
@@ -62,9 +77,7 @@ def base_pairs(
     return [(by_seed.get(record.seed, bases[0]), record) for record in adapted]
 
 
-def gain(
-    evaluations: list[Evaluation], model: str, method: str, group: str, *, seed: int = 0
-) -> Measure | None:
+def gain(evaluations: list[Evaluation], model: str, method: str, group: str) -> Measure | None:
     """Average of a task group with the method, less the base model's.
 
     Paired by item where all of the group's tasks were scored; else from the averages and their
@@ -81,118 +94,91 @@ def gain(
     used = fingerprints(record for pair in pairs for record in pair)
     strata = _group_strata(pairs, group)
     if strata is not None:
-        return Measure(model, statistics.paired_difference(strata, seed=seed), used)
+        return Measure(model, statistics.paired_difference(strata), used)
     averages = [[pair[side].averages[group] for pair in pairs] for side in (0, 1)]
     runs = [
         Runs(np.array([[one.value for one in side]]), np.array([[one.stderr for one in side]]))
         for side in averages
     ]
-    interval = statistics.summary_difference(*runs, items=0, seed=seed)
-    return Measure(model, interval, used)
+    return Measure(model, statistics.summary_difference(*runs, items=0), used)
 
 
 def _group_strata(pairs: list[tuple[Evaluation, Evaluation]], group: str) -> list[Paired] | None:
     """Item scores of every task of a group, or None if the records cannot be paired by item."""
     adapted = pairs[0][1]
     tasks = {"target": list(adapted.target_tasks.values()), **adapted.groups}.get(group)
-    if not tasks:
-        return None
-    strata = []
-    for task in tasks:
-        stratum = _stacked(*([pair[side].tasks.get(task) for pair in pairs] for side in (0, 1)))
-        if stratum is None:
+    return _stacked(
+        [[pair[side].tasks.get(task) for pair in pairs] for side in (0, 1)] for task in tasks or ()
+    )
+
+
+def _stacked(strata: Iterable[Sequence[Sequence[Score | None]]]) -> list[Paired] | None:
+    """Item scores as [S, I] arrays, from one score a seed of (baseline, treatment) by stratum.
+
+    None unless there is a stratum, and the scores of each have the same items.
+    """
+    stacked = []
+    for sides in strata:
+        lengths = {len(score.per_item) if score else 0 for side in sides for score in side}
+        if len(lengths) != 1 or 0 in lengths:
             return None
-        strata.append(stratum)
-    return strata
-
-
-def _stacked(baseline: Sequence[Score | None], treatment: Sequence[Score | None]) -> Paired | None:
-    """Item scores, one score a seed, as [S, I] arrays; None unless all have the same items."""
-    lengths = {len(score.per_item) if score else 0 for score in [*baseline, *treatment]}
-    if len(lengths) != 1 or 0 in lengths:
-        return None
-    sides = ([score.per_item for score in side] for side in (baseline, treatment))
-    return Paired(*(np.array(side, dtype=float) for side in sides))
+        arrays = (np.array([score.per_item for score in side], dtype=float) for side in sides)
+        stacked.append(Paired(*arrays))
+    return stacked or None
 
 
 def ablation_strata(
-    ablations: list[Ablation], intervention: str, domains: Sequence[str]
+    ablations: list[Ablation], intervention: str, domains: Sequence[str] = ()
 ) -> list[Paired] | None:
     """(intact, intervened) item scores by domain; None where an intervention was not run."""
     records = [r for r in ablations if {INTACT, intervention} <= set(r.interventions)]
-    strata = []
-    for domain in domains:
-        cells = [
-            [record.interventions[name].get(domain) for record in records]
-            for name in (INTACT, intervention)
-        ]
-        strata.append(_stacked(*cells) if records else None)
-    return None if any(stratum is None for stratum in strata) else strata
+    return _stacked(
+        [[r.interventions[name].get(domain) for r in records] for name in (INTACT, intervention)]
+        for domain in domains or (records[0].domains if records else ())
+    )
 
 
 def drop(
-    ablations: list[Ablation], intervention: str, domains: Sequence[str], *, seed: int = 0
+    ablations: list[Ablation], intervention: str, domains: Sequence[str] = ()
 ) -> Measure | None:
     """Percentage drop of the mean score over domains under an intervention, against intact.
 
     Args:
         ablations: of one model and method, one record a seed.
+        domains: all of the records' unless some are given.
     """
     strata = ablation_strata(ablations, intervention, domains)
     if strata is None:
         return None
-    interval = statistics.paired_drop(strata, seed=seed)
-    return Measure(intervention, interval, fingerprints(ablations))
+    return Measure(intervention, statistics.paired_drop(strata), fingerprints(ablations))
 
 
 def drop_advantage(
-    ablations: list[Ablation],
-    controls: Sequence[str],
-    spared: str,
-    domains: Sequence[str],
-    *,
-    seed: int = 0,
+    ablations: list[Ablation], controls: Sequence[str], spared: str
 ) -> Measure | None:
     """How much more the controls cut, on average, than ``spared`` does, in percentage points."""
-    first = [ablation_strata(ablations, control, domains) for control in controls]
+    first = [ablation_strata(ablations, control) for control in controls]
     first = [strata for strata in first if strata is not None]
-    second = ablation_strata(ablations, spared, domains)
+    second = ablation_strata(ablations, spared)
     if not first or second is None:
         return None
-    interval = statistics.paired_drop_difference(first, second, seed=seed)
+    interval = statistics.paired_drop_difference(first, second)
     return Measure(f"controls less {spared}", interval, fingerprints(ablations))
 
 
-def dose_strengths(ablations: list[Ablation]) -> dict[str, list[float]]:
-    """{intervention: its strengths below 1, rising}, of those that were run at any."""
-    found: dict[str, set[float]] = {}
+def dose_drops(ablations: list[Ablation], intervention: str) -> dict[float, Measure | None]:
+    """{strength: `drop`} at every strength below 1 that was run, rising."""
+    at: dict[float, list[Ablation]] = {}
     for record in ablations:
-        for name, doses in record.doses.items():
-            found.setdefault(name, set()).update(doses)
-    return {name: sorted(strengths) for name, strengths in found.items() if strengths}
-
-
-def dose_drop(
-    ablations: list[Ablation], intervention: str, strength: float, domains: Sequence[str]
-) -> Measure | None:
-    """As `drop`, at a strength below 1."""
-    at_strength = [
-        replace(
-            record,
-            interventions={
-                INTACT: record.interventions[INTACT],
-                intervention: record.doses[intervention][strength],
-            },
-        )
-        for record in ablations
-        if strength in record.doses.get(intervention, {})
-    ]
-    return drop(at_strength, intervention, domains) if at_strength else None
+        for strength, scores in record.doses.get(intervention, {}).items():
+            changed = {INTACT: record.interventions[INTACT], intervention: scores}
+            at.setdefault(strength, []).append(replace(record, interventions=changed))
+    return {strength: drop(at[strength], intervention) for strength in sorted(at)}
 
 
 def retrained_drop(
     evaluations: list[Evaluation], record_of: dict[int, Evaluation]
-) -> Measure | None:
+) -> Interval | None:
     """Percentage drop of the mean target score of retrained controls, against intact ones.
 
     Args:
@@ -201,7 +187,4 @@ def retrained_drop(
     """
     pairs = [(r, record_of[r.seed]) for r in evaluations if r.seed in record_of]
     strata = _group_strata(pairs, "target") if pairs else None
-    if strata is None:
-        return None
-    used = fingerprints(record for pair in pairs for record in pair)
-    return Measure("retrained", statistics.paired_drop(strata), used)
+    return statistics.paired_drop(strata) if strata else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from steerlora.evaluation.records import Evaluation, RoutingSummary
-from steerlora.reporting.effects import select
+from steerlora.reporting.effects import by_method
 from steerlora.reporting.methods import Methods
 
 
@@ -56,6 +56,4 @@ def routed(
     evaluations: list[Evaluation], model: str, methods: Methods
 ) -> dict[str, list[Evaluation]]:
     """{method: its evaluations on a model}, of methods that route."""
-    records = [record for record in select(evaluations, model=model) if record.routing]
-    names = methods.sorted(record.method for record in records)
-    return {name: select(records, method=name) for name in names}
+    return by_method([record for record in evaluations if record.routing], model, methods)

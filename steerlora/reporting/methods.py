@@ -16,6 +16,7 @@ from steerlora.reporting.labels import in_order
 OWN_COLOUR, UNKNOWN_COLOUR = "#D55E00", "#000000"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#888888", "#F0E442")
 MARKERS = "vsD<>h^"
+WHITE_EDGE = {"markeredgecolor": "white", "markeredgewidth": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,6 @@ class Methods:
         """Arguments of matplotlib: filled dots, and hollow shapes for variants of ``own``."""
         colour = self.colour(name)
         if name not in self.variants:
-            edge = {"markeredgecolor": "white", "markeredgewidth": 0.5}
-            return {"marker": "o", "color": colour, "markersize": 7} | edge
+            return {"marker": "o", "color": colour, "markersize": 7} | WHITE_EDGE
         shape = MARKERS[list(self.variants).index(name) % len(MARKERS)]
         return {"marker": shape, "color": colour, "markerfacecolor": "white", "markersize": 6}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from steerlora.evaluation.forgetting import METRICS, positive_forgetting
+from steerlora.evaluation.forgetting import METRICS
 from steerlora.evaluation.records import DomainSequence
-from steerlora.evaluation.statistics import combined_error, holm, standard_error
+from steerlora.evaluation.statistics import holm, standard_error
 from steerlora.reporting import labels
-from steerlora.reporting.effects import select
+from steerlora.reporting.effects import by_method, select
 from steerlora.reporting.labels import in_order
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.sequences import (
@@ -24,11 +24,13 @@ from steerlora.reporting.sequences import (
 from steerlora.reporting.tables import (
     Cell,
     Table,
-    best_cells,
     interval_fields,
-    interval_text,
+    leaders,
+    mean_and_error,
+    mean_text,
     number,
-    plus_minus,
+    row_interval,
+    row_of,
 )
 
 MAX_ORDERS = 6
@@ -56,43 +58,24 @@ def forgetting_table(
             chosen = [record for record in records if keep(record)]
             rows += _forgetting_rows({"model": model, "part": kind, "order": name}, chosen, methods)
     data = pd.DataFrame(rows)
-    best = {}
-    for _, part in data.groupby(["model", "part", "order"], sort=False):
-        lowest = best_cells(
-            (-part.positive_forgetting).tolist(),
-            part.positive_forgetting_stderr.tolist(),
-            meaningful=meaningful,
-        )
-        best |= dict(zip(part.index, lowest, strict=True))
+    groups = ["model", "part", "order"]
+    best = leaders(data, "positive_forgetting", groups, meaningful=meaningful, lowest=True)
     many = data[data.part == "order"].order.nunique() > MAX_ORDERS
     shown = data[data.part == "class"] if many else data
     general = data.general.notna().any()
     cells = [
-        [
-            Cell(row.model),
-            Cell(labels.ORDER_CLASSES[row.order] if row.part == "class" else row.order),
-            Cell(methods.label(row.method)),
-            Cell(str(row.runs)),
-            Cell(
-                plus_minus(row.positive_forgetting, row.positive_forgetting_stderr), best[row.Index]
-            ),
-            *(
-                Cell(number(getattr(row, name), sign="transfer" in name))
-                for name in list(labels.METRICS)[1:]
-            ),
-            *(
-                [Cell(interval_text((row.general, row.general_low, row.general_high), 2))]
-                if general
-                else []
-            ),
-            Cell(
-                interval_text(
-                    (row.reduction_percent, row.reduction_low, row.reduction_high), 1, " %"
-                )
-            ),
-            Cell("" if row.method == methods.baseline else number(row.p_holm)),
-        ]
-        for row in shown.itertuples()
+        row_of(
+            row.model,
+            labels.ORDER_CLASSES[row.order] if row.part == "class" else row.order,
+            methods.label(row.method),
+            str(row.runs),
+            Cell(mean_text(row, "positive_forgetting"), index in best),
+            *(number(row[name], sign="transfer" in name) for name in list(labels.METRICS)[1:]),
+            *([row_interval(row, "general", 2)] if general else []),
+            row_interval(row, "reduction_percent", 1),
+            "" if row.method == methods.baseline else number(row.p_holm),
+        )
+        for index, row in shown.iterrows()
     ]
     headings = ["Model", "Order", "Method", "Runs", *labels.METRICS.values()]
     headings += ["General kept"] if general else []
@@ -112,50 +95,39 @@ def forgetting_table(
 
 def _forgetting_rows(where: dict, records: list[DomainSequence], methods: Methods) -> list[dict]:
     """A row a method; ``records`` are those of one model and class of orders."""
-    names, baseline = methods.sorted(record.method for record in records), methods.baseline
-    p_values = corrected(
-        {name: p_value(records, name, baseline, forgotten) for name in names if name != baseline}
-    )
-    return [
-        where
-        | {"method": name}
-        | _forgetting_row(records, name, baseline)
-        | {"p_holm": p_values.get(name, np.nan)}
-        for name in names
-    ]
+    baseline, rows = methods.baseline, []
+    p_values = against(records, baseline)
+    for name in methods.sorted(record.method for record in records):
+        own = select(records, method=name)
+        row = where | {"method": name, "runs": len(own), "seeds": len({r.seed for r in own})}
+        for metric in METRICS:
+            values = [metric(ordered(record)[0]) for record in own]
+            row[metric.__name__] = float(np.mean(values))
+            row[f"{metric.__name__}_stderr"] = standard_error(values) if len(own) > 1 else np.nan
+        # Of this metric the items' error is known too.
+        row |= mean_and_error("positive_forgetting", [forgotten(record) for record in own])
+        measure = reduction(records, name, baseline) if name != baseline else None
+        row |= interval_fields("general", kept(own))
+        row |= interval_fields("reduction_percent", measure and measure.interval)
+        rows.append(row | {"p_holm": p_values.get(name, np.nan)})
+    return rows
 
 
-def _forgetting_row(records: list[DomainSequence], method: str, baseline: str) -> dict:
-    own = select(records, method=method)
-    metrics = {m.__name__: [m(ordered(record)[0]) for record in own] for m in METRICS}
-    row: dict = {"runs": len(own), "seeds": len({record.seed for record in own})}
-    for name, values in metrics.items():
-        row[name] = float(np.mean(values))
-        row[f"{name}_stderr"] = standard_error(values) if len(values) > 1 else np.nan
-    row["positive_forgetting_stderr"] = combined_error(
-        metrics[positive_forgetting.__name__], [forgotten(record).stderr for record in own]
-    )
-    measure = reduction(records, method, baseline) if method != baseline else None
-    row |= interval_fields("general", kept(own))
-    return row | interval_fields("reduction", measure and measure.interval, "percent")
-
-
-def corrected(p_values: dict[str, float]) -> dict[str, float]:
-    """P-values after Holm's correction over those that are known."""
-    known = {name: p for name, p in p_values.items() if p == p}
-    adjusted = holm(list(known.values())).tolist()
-    return p_values | dict(zip(known, adjusted, strict=True))
+def against(records: list[DomainSequence], reference: str) -> dict[str, float]:
+    """{any other method: its p-value of forgetting against ``reference``, Holm-corrected}."""
+    others = [name for name in dict.fromkeys(r.method for r in records) if name != reference]
+    p_values = holm([p_value(records, name, reference, forgotten) for name in others])
+    return dict(zip(others, p_values.tolist(), strict=True))
 
 
 def order_effects_table(sequentials: list[DomainSequence], methods: Methods) -> Table | None:
     """What it changes to move the broad domain to the front, method by method."""
     rows = []
     for model in dict.fromkeys(record.model for record in sequentials):
-        records = select(sequentials, model=model)
-        names = methods.sorted(record.method for record in records)
-        found = {name: twins(select(records, method=name)) for name in names}
+        runs = by_method(sequentials, model, methods)
+        found = {name: twins(records) for name, records in runs.items()}
         found = {name: effect for name, effect in found.items() if effect is not None}
-        p_values = corrected({name: effect.p for name, effect in found.items()})
+        p_values = holm([effect.p for effect in found.values()]).tolist()
         rows += [
             {
                 "model": model,
@@ -166,27 +138,23 @@ def order_effects_table(sequentials: list[DomainSequence], methods: Methods) -> 
                 "broad_later": effect.later,
             }
             | interval_fields("difference", effect.difference)
-            | {"p_holm": p_values[name]}
-            for name, effect in found.items()
+            | {"p_holm": p_holm}
+            for (name, effect), p_holm in zip(found.items(), p_values, strict=True)
         ]
     if not rows:
         return None
     data = pd.DataFrame(rows)
     cells = [
-        [
-            Cell(row.model),
-            Cell(methods.label(row.method)),
-            Cell(f"{row.pairs} ({row.orders})"),
-            Cell(number(row.broad_first)),
-            Cell(number(row.broad_later)),
-            Cell(
-                interval_text(
-                    (row.difference, row.difference_low, row.difference_high), 3, sign=True
-                )
-            ),
-            Cell(number(row.p_holm)),
-        ]
-        for row in data.itertuples()
+        row_of(
+            row.model,
+            methods.label(row.method),
+            f"{row.pairs} ({row.orders})",
+            number(row.broad_first),
+            number(row.broad_later),
+            row_interval(row, "difference", 3, sign=True),
+            number(row.p_holm),
+        )
+        for _, row in data.iterrows()
     ]
     headings = ["Model", "Method", "Pairs (orders)", "Broad first", "Broad later", "Difference"]
     caption = (

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from steerlora.evaluation.records import DomainSequence
 from steerlora.evaluation.statistics import Interval
 from steerlora.reporting.effects import select
 from steerlora.reporting.methods import Methods
-from steerlora.reporting.orders import corrected
-from steerlora.reporting.sequences import final, forgotten, kept, p_value, ratio
+from steerlora.reporting.orders import against
+from steerlora.reporting.sequences import final, forgotten, kept, ratio
 from steerlora.reporting.tables import (
     Cell,
     Table,
-    best_cells,
     interval_fields,
     interval_text,
+    leaders,
     mean_and_error,
+    mean_text,
     number,
-    plus_minus,
+    row_interval,
+    row_of,
 )
 
 MOST_FORGETTING, LEAST_GENERAL, LEAST_FINAL = 0.2, 0.95, 2.0
@@ -37,8 +39,17 @@ class Aim(NamedTuple):
     """What, in words."""
     interval: Interval | None
     """What it reached; None where it was not measured."""
-    verdict: str
-    """"met" where the whole interval is, else "not met"; or "not measured"."""
+    least: float = -np.inf
+    """It is met where the whole interval is at least this,"""
+    most: float = np.inf
+    """and at most this."""
+
+    @property
+    def verdict(self) -> str:
+        if self.interval is None or not self.interval.known:
+            return "not measured"
+        met = self.least <= self.interval.low and self.interval.high <= self.most
+        return "met" if met else "not met"
 
 
 def method_table(
@@ -53,40 +64,25 @@ def method_table(
     names = methods.sorted(record.method for record in records)
     if methods.own not in names:
         return None
-    p_values = corrected(
-        {
-            name: p_value(records, methods.own, name, forgotten)
-            for name in names
-            if name != methods.own
-        }
-    )
-    data = pd.DataFrame(
-        [
-            {"model": model} | _row(records, name, methods) | {"p_holm": p_values.get(name)}
-            for name in names
-        ]
-    )
+    p_values = against(records, methods.own)
+    rows = [_row(records, name, methods) | {"p_holm": p_values.get(name)} for name in names]
+    data = pd.DataFrame(rows)
     lowest, highest = (
-        best_cells(
-            (sign * data[name]).tolist(), data[f"{name}_stderr"].tolist(), meaningful=meaningful
-        )
-        for sign, name in ((-1, "positive_forgetting"), (1, "final_average"))
+        leaders(data, name, ["model"], meaningful=meaningful, lowest=name == "positive_forgetting")
+        for name in ("positive_forgetting", "final_average")
     )
     cells = [
-        [
-            Cell(methods.long_label(row.method)),
-            Cell(f"{row.orders} × {row.seeds}" if row.full else f"{row.runs} runs"),
-            Cell(
-                plus_minus(row.positive_forgetting, row.positive_forgetting_stderr),
-                lowest[row.Index],
-            ),
-            Cell(_bounds(row, "forgetting_ratio")),
-            Cell(plus_minus(row.final_average, row.final_average_stderr), highest[row.Index]),
-            Cell(_bounds(row, "final_ratio")),
-            Cell(_bounds(row, "general")),
-            Cell("" if row.method == methods.own else number(row.p_holm)),
-        ]
-        for row in data.itertuples()
+        row_of(
+            methods.long_label(row.method),
+            f"{row.orders} × {row.seeds}" if row.full else f"{row.runs} runs",
+            Cell(mean_text(row, "positive_forgetting"), index in lowest),
+            row_interval(row, "forgetting_ratio", 2),
+            Cell(mean_text(row, "final_average"), index in highest),
+            row_interval(row, "final_ratio", 2),
+            row_interval(row, "general", 2),
+            "" if row.method == methods.own else number(row.p_holm),
+        )
+        for index, row in data.iterrows()
     ]
     headings = ["Method", "Orders × seeds", "Positive forgetting", f"Of {methods.baseline}'s"]
     headings += ["Final average", f"Of {methods.baseline}'s", "General kept", "p (Holm)"]
@@ -98,21 +94,16 @@ def method_table(
         f"{methods.own} over runs, Holm-corrected over methods. The lower rows have one switch of "
         "it turned."
     )
-    notes = tuple(_sentence(aim) for aim in aims(records, methods))
-    return Table(
-        "method",
-        caption,
-        data,
-        headings,
-        cells,
-        (*notes, _breadth(select(records, method=methods.own))),
-    )
+    notes = [_sentence(aim) for aim in aims(records, methods)]
+    notes.append(_breadth(*data[data.method == methods.own].iloc[0][["orders", "seeds"]]))
+    return Table("method", caption, data, headings, cells, tuple(notes))
 
 
 def _row(records: list[DomainSequence], method: str, methods: Methods) -> dict:
     own = select(records, method=method)
     orders, seeds = len({record.order for record in own}), len({record.seed for record in own})
     row = {
+        "model": own[0].model,
         "method": method,
         "runs": len(own),
         "orders": orders,
@@ -130,10 +121,6 @@ def _row(records: list[DomainSequence], method: str, methods: Methods) -> dict:
     return row | interval_fields("general", kept(own))
 
 
-def _bounds(row, name: str) -> str:
-    return interval_text([getattr(row, f"{name}{end}") for end in ("", "_low", "_high")], 2)
-
-
 def aims(records: list[DomainSequence], methods: Methods) -> tuple[Aim, ...]:
     """The three aims of the project's own method, and whether its intervals reach them.
 
@@ -144,28 +131,22 @@ def aims(records: list[DomainSequence], methods: Methods) -> tuple[Aim, ...]:
         ratio(records, methods.own, methods.baseline, read) for read in (forgotten, final)
     )
     return (
-        _aim(
+        Aim(
             f"Positive forgetting at most {MOST_FORGETTING} of {methods.baseline}'s",
             forgetting and forgetting.interval,
-            lambda interval: interval.high <= MOST_FORGETTING,
+            most=MOST_FORGETTING,
         ),
-        _aim(
+        Aim(
             f"General knowledge after the sequence at least {LEAST_GENERAL} of the base model's",
             kept(select(records, method=methods.own)),
-            lambda interval: interval.low >= LEAST_GENERAL,
+            least=LEAST_GENERAL,
         ),
-        _aim(
+        Aim(
             f"Final target average at least {LEAST_FINAL:g} times {methods.baseline}'s",
             score and score.interval,
-            lambda interval: interval.low >= LEAST_FINAL,
+            least=LEAST_FINAL,
         ),
     )
-
-
-def _aim(text: str, interval: Interval | None, reached: Callable[[Interval], bool]) -> Aim:
-    if interval is None or not interval.known:
-        return Aim(text, interval, "not measured")
-    return Aim(text, interval, "met" if reached(interval) else "not met")
 
 
 def _sentence(aim: Aim) -> str:
@@ -174,8 +155,7 @@ def _sentence(aim: Aim) -> str:
     return f"{aim.text}: {aim.verdict}{measured}."
 
 
-def _breadth(own: list[DomainSequence]) -> str:
-    orders, seeds = len({record.order for record in own}), len({record.seed for record in own})
+def _breadth(orders: int, seeds: int) -> str:
     text = f"An aim is met where its whole interval is. Orders: {orders}, seeds: {seeds}"
     if orders < LEAST_ORDERS or seeds < LEAST_SEEDS:
         text += f"; the aims ask for at least {LEAST_ORDERS} and {LEAST_SEEDS}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from matplotlib import rc_context
 from rich.table import Table as TerminalTable
 
 from steerlora.engine.manifests import library_versions
@@ -22,15 +23,14 @@ from steerlora.reporting.claims import (
     claims_terminal,
 )
 from steerlora.reporting.controls import ablation_table, retrained_table
-from steerlora.reporting.drawing import save
+from steerlora.reporting.drawing import STYLE, save
 from steerlora.reporting.effects import fingerprints, retrained, uncontrolled
-from steerlora.reporting.labels import BANNER
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.orders import forgetting_table, order_effects_table
 from steerlora.reporting.own_method import method_table
 from steerlora.reporting.scale import scale_table
 from steerlora.reporting.sequences import apart_by_replay
-from steerlora.reporting.tables import Table, markdown_parts, write_table
+from steerlora.reporting.tables import Table, markdown_parts, page, write_table
 
 FIGURES = {
     "scale_gains": "Gain over the base model, with 95 % intervals.",
@@ -59,7 +59,7 @@ class Report:
     claims: tuple[Claim, ...]
     """C1 to C8, measured."""
     tables: dict[str, pd.DataFrame]
-    """Plain numbers by table name (see `_tables`), those that had records."""
+    """Plain numbers by table name , of those that had records."""
     terminal: TerminalTable
     """What to print: the claims. The other tables are too wide for a terminal."""
 
@@ -96,11 +96,20 @@ def write_report(
     provided = [*evaluations, *ablations, *sequentials]
     controls, evaluations = retrained(evaluations), uncontrolled(evaluations)
     sequentials = apart_by_replay(sequentials)
-    built = _tables(evaluations, controls, ablations, sequentials, methods, main_model, meaningful)
+    built = {
+        "scale": scale_table(evaluations, methods, meaningful=meaningful),
+        "ablation": ablation_table(ablations),
+        "retrained": retrained_table(controls, evaluations, ablations),
+        "forgetting": forgetting_table(sequentials, methods, meaningful=meaningful),
+        "order_effects": order_effects_table(sequentials, methods),
+        "method": method_table(sequentials, main_model, methods, meaningful=meaningful),
+    }
     tables = [table for table in built.values() if table is not None]
     claims = measure_claims(evaluations, ablations, sequentials, methods, main_model=main_model)
 
-    _remove(directory, built)
+    stale = [f"{table}.{suffix}" for table in built for suffix in ("md", "csv", "tex")]
+    for file in [*stale, *(f"{figure}.png" for figure in FIGURES)]:
+        (directory / file).unlink(missing_ok=True)
     files = [
         file for table in tables for file in write_table(table, directory, meaningful=meaningful)
     ]
@@ -122,34 +131,6 @@ def write_report(
     )
 
 
-def _tables(
-    evaluations: list[Evaluation],
-    controls: list[Evaluation],
-    ablations: list[Ablation],
-    sequentials: list[DomainSequence],
-    methods: Methods,
-    main_model: str,
-    meaningful: bool,
-) -> dict[str, Table | None]:
-    return {
-        "scale": scale_table(evaluations, methods, meaningful=meaningful),
-        "ablation": ablation_table(ablations),
-        "retrained": retrained_table(controls, evaluations, ablations),
-        "forgetting": forgetting_table(sequentials, methods, meaningful=meaningful),
-        "order_effects": order_effects_table(sequentials, methods),
-        "method": method_table(sequentials, main_model, methods, meaningful=meaningful),
-    }
-
-
-def _remove(directory: Path, tables: dict[str, Table | None]) -> None:
-    """Take away the tables and figures of an earlier report."""
-    for name in tables:
-        for suffix in ("md", "csv", "tex"):
-            (directory / f"{name}.{suffix}").unlink(missing_ok=True)
-    for name in FIGURES:
-        (directory / f"{name}.png").unlink(missing_ok=True)
-
-
 def _draw(
     directory: Path,
     evaluations: list[Evaluation],
@@ -159,26 +140,27 @@ def _draw(
     main_model: str,
     meaningful: bool,
 ) -> list[Path]:
-    drawn = {
-        "scale_gains": figures.scale_gains(evaluations, methods),
-        "ablation": figures.ablation_bars(ablations, main_model, methods.paper),
-        "dose_response": figures.dose_response(ablations, main_model, methods.paper),
-        "method": sequence_figures.method(sequentials, main_model, methods),
-        "pareto": sequence_figures.pareto(sequentials, main_model, methods),
-        "forgetting_matrices": sequence_figures.forgetting_matrices(
-            sequentials, main_model, methods
-        ),
-        "general_drift": sequence_figures.general_drift(sequentials, main_model, methods),
-        "gate_by_domain": routing_figures.gate_by_domain(evaluations, main_model, methods),
-        "rank_by_domain": routing_figures.rank_by_domain(evaluations, main_model, methods),
-        "rank_by_layer": routing_figures.rank_by_layer(evaluations, main_model, methods),
-        "routing_over_time": routing_figures.routing_over_time(evaluations, main_model, methods),
+    drawings = {
+        figures.scale_gains: evaluations,
+        figures.ablation: ablations,
+        figures.dose_response: ablations,
+        sequence_figures.method: sequentials,
+        sequence_figures.pareto: sequentials,
+        sequence_figures.forgetting_matrices: sequentials,
+        sequence_figures.general_drift: sequentials,
+        routing_figures.gate_by_domain: evaluations,
+        routing_figures.rank_by_domain: evaluations,
+        routing_figures.rank_by_layer: evaluations,
+        routing_figures.routing_over_time: evaluations,
     }
-    return [
-        save(figure, directory / f"{name}.png", meaningful=meaningful)
-        for name, figure in drawn.items()
-        if figure is not None
-    ]
+    files = []
+    with rc_context(STYLE):
+        for draw, records in drawings.items():
+            figure = draw(records, main_model, methods)
+            if figure is not None:
+                path = directory / f"{draw.__name__}.png"
+                files.append(save(figure, path, meaningful=meaningful))
+    return files
 
 
 def _provenance(given: dict, name: str, meaningful: bool, records: list[Record]) -> str:
@@ -196,10 +178,7 @@ def _provenance(given: dict, name: str, meaningful: bool, records: list[Record])
 def _index(
     name: str, meaningful: bool, claims: tuple[Claim, ...], tables: list[Table], drawn: list[Path]
 ) -> str:
-    parts = [f"# Results: {name}"]
-    if not meaningful:
-        parts.append(f"> **{BANNER}**")
-    parts += [
+    parts = [
         "## Claims",
         claims_grid(claims),
         "How each is measured and judged: [claims.md](claims.md), for programs "
@@ -216,4 +195,4 @@ def _index(
         parts.append("## Figures")
     for file in drawn:
         parts.append(f"![{FIGURES[file.stem]}]({file.name})\n\n{FIGURES[file.stem]}")
-    return "\n\n".join(parts) + "\n"
+    return page(parts, meaningful=meaningful, title=f"Results: {name}")

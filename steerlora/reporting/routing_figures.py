@@ -6,18 +6,11 @@ Every function draws on a figure of its own and returns it, or None where its re
 from __future__ import annotations
 
 import numpy as np
-from matplotlib import rc_context
+import pandas as pd
 from matplotlib.figure import Figure
 
 from steerlora.evaluation.records import Evaluation
-from steerlora.reporting.drawing import (
-    STYLE,
-    WIDTH,
-    bars,
-    heat_map,
-    name_ticks,
-    panels,
-)
+from steerlora.reporting.drawing import WIDTH, bars, heat_map, name_ticks, panels
 from steerlora.reporting.health import routed
 from steerlora.reporting.methods import Methods
 
@@ -30,23 +23,19 @@ def gate_by_domain(evaluations: list[Evaluation], model: str, methods: Methods) 
     found = routed(evaluations, model, methods)
     if not found:
         return None
-    with rc_context(STYLE):
-        figure, axes = panels(len(found), columns=3, height=2.7)
-        for axis, (method, records) in zip(axes, found.items(), strict=True):
-            health = records[0].routing
-            gates = health.gate_by_domain
-            values = np.array(list(gates.values()))
-            specialists = list(map(str, range(values.shape[1])))
-            image = heat_map(axis, values, list(gates), specialists, 0.0, 1.0, size=8)
-            axis.set_xlabel("specialist")
-            axis.tick_params(labelsize=9)
-            axis.set_title(
-                f"{method} (seed {records[0].seed})\nmutual information "
-                f"{health.mutual_information:.2f}, chance "
-                f"{health.mutual_information_null:.2f}",
-                fontsize=9,
-            )
-        figure.colorbar(image, ax=axes, label="mean gate", aspect=30)
+    figure, axes = panels(len(found), columns=3, height=2.7)
+    for axis, (method, records) in zip(axes, found.items(), strict=True):
+        health = records[0].routing
+        gates = health.gate_by_domain
+        values = np.array(list(gates.values()))
+        specialists = list(map(str, range(values.shape[1])))
+        image = heat_map(axis, values, list(gates), specialists, 0.0, 1.0, size=8)
+        axis.set_xlabel("specialist")
+        axis.tick_params(labelsize=9)
+        title = f"{method} (seed {records[0].seed})\nmutual information "
+        title += f"{health.mutual_information:.2f}, chance {health.mutual_information_null:.2f}"
+        axis.set_title(title, fontsize=9)
+    figure.colorbar(image, ax=axes, label="mean gate", aspect=30)
     return figure
 
 
@@ -55,24 +44,18 @@ def rank_by_domain(evaluations: list[Evaluation], model: str, methods: Methods) 
     found = routed(evaluations, model, methods)
     if not found:
         return None
-    with rc_context(STYLE):
-        figure = Figure(figsize=(7.0, 3.2))
-        axis = figure.subplots()
-        domains = list(next(iter(found.values()))[0].routing.rank_by_domain)
-        for index, (method, records) in enumerate(found.items()):
-            ranks = np.array(
-                [[r.routing.rank_by_domain.get(d, np.nan) for d in domains] for r in records]
-            )
-            means = ranks.mean(axis=0)
-            bounds = [(mean, np.nan, np.nan) for mean in means]
-            places = bars(axis, bounds, index, len(found), method, methods.colour(method))
-            for seed in ranks:
-                axis.plot(places, seed, "o", color="black", markersize=3, alpha=0.7)
-        name_ticks(axis, domains)
-        axis.set_ylabel("mean token rank")
-        axis.set_title(f"Effective rank by domain, {model} (dots: seeds)")
-        figure.legend(loc="outside right upper")
-    return figure
+    axis = Figure(figsize=(7.0, 3.2)).subplots()
+    domains = list(next(iter(found.values()))[0].routing.rank_by_domain)
+    for index, (method, records) in enumerate(found.items()):
+        ranks = pd.DataFrame([record.routing.rank_by_domain for record in records])
+        ranks = ranks.reindex(columns=domains).to_numpy()
+        bounds = [(mean, np.nan, np.nan) for mean in ranks.mean(axis=0)]
+        places = bars(axis, bounds, index, len(found), method, methods.colour(method))
+        axis.plot(places, ranks.T, "o", color="black", markersize=3, alpha=0.7)
+    name_ticks(axis, domains)
+    axis.set(ylabel="mean token rank", title=f"Effective rank by domain, {model} (dots: seeds)")
+    axis.figure.legend(loc="outside right upper")
+    return axis.figure
 
 
 def rank_by_layer(evaluations: list[Evaluation], model: str, methods: Methods) -> Figure | None:
@@ -80,32 +63,25 @@ def rank_by_layer(evaluations: list[Evaluation], model: str, methods: Methods) -
 
     Of methods with several sites only: one site is what `rank_by_domain` shows.
     """
-    found = {
-        method: [record.routing_by_site for record in records]
-        for method, records in routed(evaluations, model, methods).items()
-        if all(len(record.routing_by_site) > 1 for record in records)
-    }
-    if not found:
-        return None
     ranks = {}
-    for method, runs in found.items():
-        sites = sorted(runs[0])
-        domains = list(runs[0][sites[0]].rank_by_domain)
-        values = [
-            [[run[s].rank_by_domain.get(d, np.nan) for s in sites] for d in domains] for run in runs
-        ]
-        ranks[method] = domains, list(map(str, sites)), np.mean(values, axis=0)
-    low, high = (
-        end([end_of(values) for *_, values in ranks.values()])
-        for end, end_of in ((min, np.min), (max, np.max))
-    )
-    with rc_context(STYLE):
-        figure, axes = panels(len(ranks), columns=2, height=2.6)
-        for axis, (method, (domains, sites, values)) in zip(axes, ranks.items(), strict=True):
-            image = heat_map(axis, values, domains, sites, low, high, size=8, digits=1)
-            axis.set_xlabel("control site (layer)")
-            axis.set_title(method)
-        figure.colorbar(image, ax=axes, label="mean token rank", aspect=30)
+    for method, records in routed(evaluations, model, methods).items():
+        if all(len(record.routing_by_site) > 1 for record in records):
+            runs = [
+                pd.DataFrame({s: at.rank_by_domain for s, at in record.routing_by_site.items()})
+                for record in records
+            ]
+            ranks[method] = (sum(runs) / len(runs)).reindex(runs[0].index).sort_index(axis=1)
+    if not ranks:
+        return None
+    everything = np.concatenate([mean.to_numpy().ravel() for mean in ranks.values()])
+    low, high = everything.min(), everything.max()
+    figure, axes = panels(len(ranks), columns=2, height=2.6)
+    for axis, (method, mean) in zip(axes, ranks.items(), strict=True):
+        sites = list(map(str, mean.columns))
+        values = mean.to_numpy()
+        image = heat_map(axis, values, list(mean.index), sites, low, high, size=8, digits=1)
+        axis.set(xlabel="control site (layer)", title=method)
+    figure.colorbar(image, ax=axes, label="mean token rank", aspect=30)
     return figure
 
 
@@ -118,29 +94,16 @@ def routing_over_time(evaluations: list[Evaluation], model: str, methods: Method
     found = {method: histories for method, histories in found.items() if histories}
     if not found:
         return None
-    with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.4))
-        axis = figure.subplots()
-        for method, histories in found.items():
-            by_step: dict[int, list[float]] = {}
-            for history in histories:
-                entropy = {at.step: at.usage_entropy for at in history}
-                axis.plot(
-                    list(entropy),
-                    list(entropy.values()),
-                    color=methods.colour(method),
-                    alpha=0.35,
-                    lw=0.8,
-                )
-                for step, value in entropy.items():
-                    by_step.setdefault(step, []).append(value)
-            steps = sorted(by_step)
-            means = [np.mean(by_step[step]) for step in steps]
-            axis.plot(steps, means, color=methods.colour(method), lw=2, label=method)
-        axis.set_ylim(0, 1.03)
-        axis.grid(axis="y")
-        axis.set_xlabel("training step")
-        axis.set_ylabel("usage entropy / log E")
-        axis.set_title(f"How evenly specialists are used in training, {model} (faint: seeds)")
-        figure.legend(loc="outside right upper")
-    return figure
+    axis = Figure(figsize=(WIDTH, 3.4)).subplots()
+    for method, histories in found.items():
+        colour = methods.colour(method)
+        runs = [pd.Series({at.step: at.usage_entropy for at in history}) for history in histories]
+        for run in runs:
+            axis.plot(run.index, run, color=colour, alpha=0.35, lw=0.8)
+        mean = pd.concat(runs, axis=1).sort_index().mean(axis=1)
+        axis.plot(mean.index, mean, color=colour, lw=2, label=method)
+    axis.grid(axis="y")
+    title = f"How evenly specialists are used in training, {model} (faint: seeds)"
+    axis.set(xlabel="training step", ylabel="usage entropy / log E", title=title, ylim=(0, 1.03))
+    axis.figure.legend(loc="outside right upper")
+    return axis.figure

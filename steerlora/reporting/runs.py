@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from steerlora.config import LoggerConfig
 from steerlora.errors import UserError
 
 
+@dataclass(frozen=True)
 class RunLog:
     """One run in Weights & Biases, or nothing where logging is off."""
 
-    def __init__(self, run: Any = None) -> None:
-        self.run = run
+    run: Any = None
 
     def lightning(self) -> Any:
         """A Lightning logger that writes into the run; None where logging is off."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from steerlora.evaluation.records import BASE, Evaluation
@@ -9,13 +10,14 @@ from steerlora.reporting import labels
 from steerlora.reporting.effects import gain, select
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.tables import (
-    MISSING,
     Cell,
     Table,
-    best_cells,
     interval_fields,
+    leaders,
     mean_and_error,
+    mean_text,
     number,
+    row_of,
 )
 
 
@@ -33,26 +35,17 @@ def scale_table(
     data = pd.DataFrame(rows)
     scores = [c.removesuffix("_stderr") for c in data.columns if c.endswith("_stderr")]
     scores = [column for column in scores if data[column].notna().any()]
-    best = {}
-    for column in scores:
-        adapted = data[data.method != BASE]
-        for _, part in adapted.groupby("model", sort=False):
-            marks = best_cells(
-                part[column].tolist(), part[f"{column}_stderr"].tolist(), meaningful=meaningful
-            )
-            best |= {(index, column): mark for index, mark in zip(part.index, marks, strict=True)}
-    cells = []
-    for index, row in data.iterrows():
-        texts = [Cell(row.model), Cell(methods.label(row.method)), Cell(str(row.seeds))]
-        for column in scores:
-            text = number(row[column])
-            if text != MISSING and row[f"{column}_stderr"] == row[f"{column}_stderr"]:
-                text += f" ± {number(row[f'{column}_stderr'])}"
-            change = row.get(f"{column}_gain")
-            if change is not None and change == change:
-                text += f" ({number(change, sign=True)})"
-            texts.append(Cell(text, best.get((index, column), False)))
-        cells.append(texts)
+    adapted = data[data.method != BASE]
+    best = {name: leaders(adapted, name, ["model"], meaningful=meaningful) for name in scores}
+    cells = [
+        row_of(
+            row.model,
+            methods.label(row.method),
+            str(row.seeds),
+            *(Cell(_score_text(row, name), index in best[name]) for name in scores),
+        )
+        for index, row in data.iterrows()
+    ]
     headings = [labels.GROUPS.get(c, c.removeprefix("target_")) for c in scores]
     caption = (
         "Scale: mean over seeds ± standard error (seeds and items), score; "
@@ -60,6 +53,11 @@ def scale_table(
         "the standard errors explain."
     )
     return Table("scale", caption, data, ["Model", "Method", "Seeds", *headings], cells)
+
+
+def _score_text(row: pd.Series, name: str) -> str:
+    gained = row.get(f"{name}_gain", np.nan)
+    return mean_text(row, name) + (f" ({number(gained, sign=True)})" if gained == gained else "")
 
 
 def _scale_row(evaluations: list[Evaluation], model: str, method: str) -> dict:

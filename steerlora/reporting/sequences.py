@@ -5,15 +5,16 @@ Shapes: T stages, O orders, S seeds.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from steerlora.evaluation import statistics
 from steerlora.evaluation.forgetting import (
-    final_average,
     positive_forgetting,
     positive_forgetting_stderr,
     score_matrix,
@@ -21,10 +22,10 @@ from steerlora.evaluation.forgetting import (
 from steerlora.evaluation.records import DomainSequence
 from steerlora.evaluation.scores import Estimate
 from steerlora.evaluation.statistics import Interval, Runs
-from steerlora.reporting.effects import Measure, fingerprints, select
+from steerlora.reporting.effects import Measure, fingerprints, mean_of, select
 
-Read = Callable[[DomainSequence], Estimate | None]
-"""From a record to a number of its run; None where the record does not hold it."""
+Read = Callable[[DomainSequence], Estimate]
+"""From a record to a number of its run."""
 
 
 def ordered(record: DomainSequence) -> tuple[np.ndarray, ...]:
@@ -44,19 +45,7 @@ def forgotten(record: DomainSequence) -> Estimate:
 def final(record: DomainSequence) -> Estimate:
     """Average score of all domains after the last stage of a run."""
     scores, stderr = ordered(record)
-    return Estimate(
-        final_average(scores), float(np.sqrt((stderr[-1] ** 2).sum()) / scores.shape[1])
-    )
-
-
-def general_before(record: DomainSequence) -> Estimate | None:
-    """General knowledge of the base model."""
-    return record.general and record.general.before
-
-
-def general_after(record: DomainSequence) -> Estimate | None:
-    """General knowledge after the last stage of a run."""
-    return record.general and record.general.after
+    return mean_of([Estimate(*domain) for domain in zip(scores[-1], stderr[-1], strict=True)])
 
 
 def broad_first(record: DomainSequence) -> bool:
@@ -64,16 +53,13 @@ def broad_first(record: DomainSequence) -> bool:
     return record.sequence[0] == record.broad
 
 
-def apart_by_replay(sequentials: Iterable[DomainSequence]) -> list[DomainSequence]:
+def apart_by_replay(sequentials: Sequence[DomainSequence]) -> list[DomainSequence]:
     """The records, those with replay under a name of their own where the method has both kinds."""
-    sequentials = list(sequentials)
-    ratios: dict[tuple[str, str], set[float]] = {}
-    for record in sequentials:
-        key = record.model, record.method
-        ratios.setdefault(key, set()).add(record.replay)
+    ratios = {(record.model, record.method, record.replay) for record in sequentials}
+    kinds = Counter((model, method) for model, method, _ in ratios)
     return [
         replace(record, method=f"{record.method} replay {record.replay:g}")
-        if record.replay and len(ratios[record.model, record.method]) > 1
+        if record.replay and kinds[record.model, record.method] > 1
         else record
         for record in sequentials
     ]
@@ -81,8 +67,9 @@ def apart_by_replay(sequentials: Iterable[DomainSequence]) -> list[DomainSequenc
 
 def mean(records: Sequence[DomainSequence], read: Read) -> Interval | None:
     """Mean over runs of one method, with its interval over orders, seeds and items."""
-    known = [record for record in records if read(record) is not None]
-    return statistics.summary_mean(_grid(known, known, read), _items(known)) if known else None
+    if not records:
+        return None
+    return statistics.summary_mean(_grid(records, read), _items(records))
 
 
 def kept(records: Sequence[DomainSequence]) -> Interval | None:
@@ -90,7 +77,8 @@ def kept(records: Sequence[DomainSequence]) -> Interval | None:
     known = [record for record in records if record.general]
     if not known:
         return None
-    before, after = (_grid(known, known, read) for read in (general_before, general_after))
+    before = _grid(known, lambda record: record.general.before)
+    after = _grid(known, lambda record: record.general.after)
     return statistics.summary_ratio(before, after, _items(known))
 
 
@@ -139,26 +127,21 @@ def _compared(
     own, others = _shared(sequentials, method, baseline)
     if not own:
         return None
-    grids = [_grid(side, own, read) for side in (others, own)]
     used = [*others, *own]
-    interval = statistic(*grids, _items(used))
+    interval = statistic(_grid(others, read), _grid(own, read), _items(used))
     return Measure(f"{method} against {baseline}", interval, fingerprints(select(used)))
 
 
-def _grid(records: Sequence[DomainSequence], like: Sequence[DomainSequence], read: Read) -> Runs:
-    """[O, S] values and errors of some records, in the orders and seeds of ``like``; NaN: none."""
-    orders, seeds = sorted({one.order for one in like}), sorted({one.seed for one in like})
-    values = np.full((len(orders), len(seeds)), np.nan)
-    stderr = np.zeros_like(values)
-    for record in records:
-        cell = orders.index(record.order), seeds.index(record.seed)
-        found = read(record)
-        values[cell], stderr[cell] = found.value, found.stderr
-    return Runs(values, stderr)
+def _grid(records: Iterable[DomainSequence], read: Read) -> Runs:
+    """[O, S] values and errors of some records, by order and seed; NaN: no such run."""
+    found = {(record.order, record.seed): read(record) for record in records}
+    values = pd.Series({run: estimate.value for run, estimate in found.items()}).unstack()
+    stderr = pd.Series({run: estimate.stderr for run, estimate in found.items()}).unstack()
+    return Runs(*map(np.ascontiguousarray, (values, stderr.fillna(0.0))))
 
 
 def _items(records: Iterable[DomainSequence]) -> int:
-    return max((record.items for record in records), default=0)
+    return max(record.items for record in records)
 
 
 class Twins(NamedTuple):
@@ -195,12 +178,13 @@ def twins(records: Sequence[DomainSequence]) -> Twins | None:
             first.append(replace(by_run[front, seed], order=record.order))
     if not later:
         return None
-    grids = [_grid(side, later, forgotten) for side in (later, first)]
     values = [[forgotten(record).value for record in side] for side in (later, first)]
     return Twins(
         float(np.mean(values[1])),
         float(np.mean(values[0])),
-        statistics.summary_difference(*grids, _items(later)),
+        statistics.summary_difference(
+            _grid(later, forgotten), _grid(first, forgotten), _items(later)
+        ),
         statistics.paired_test(*values),
         len(later),
         len({record.order for record in later}),

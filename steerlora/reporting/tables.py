@@ -23,6 +23,11 @@ class Cell(NamedTuple):
     best: bool = False
 
 
+def row_of(*entries: str | Cell) -> list[Cell]:
+    """A row of a table for people; text alone is not the best of anything."""
+    return [Cell(entry) if isinstance(entry, str) else entry for entry in entries]
+
+
 class Table(NamedTuple):
     """A table, twice."""
 
@@ -50,7 +55,7 @@ def write_table(table: Table, directory: Path, *, meaningful: bool) -> list[Path
         The files, in that order.
     """
     contents = {
-        "md": markdown(table, meaningful=meaningful),
+        "md": page(markdown_parts(table), meaningful=meaningful),
         "csv": (table.data if meaningful else table.data.assign(note=BANNER)).to_csv(index=False),
         "tex": latex(table, meaningful=meaningful),
     }
@@ -60,14 +65,15 @@ def write_table(table: Table, directory: Path, *, meaningful: bool) -> list[Path
     return files
 
 
-def markdown(table: Table, *, meaningful: bool) -> str:
-    """The table in GitHub's Markdown: banner if need be, caption, table, notes."""
-    parts = [] if meaningful else [f"> **{BANNER}**"]
-    return "\n\n".join([*parts, *markdown_parts(table)]) + "\n"
+def page(parts: Sequence[str], *, meaningful: bool, title: str = "") -> str:
+    """A file in Markdown: its title, the banner of a smoke run, and paragraphs."""
+    head = [f"# {title}"] if title else []
+    head += [] if meaningful else [f"> **{BANNER}**"]
+    return "\n\n".join([*head, *parts]) + "\n"
 
 
 def markdown_parts(table: Table) -> list[str]:
-    """Caption, table and notes, a paragraph each."""
+    """Caption, table in GitHub's Markdown, and notes, a paragraph each."""
     parts = [table.caption, markdown_grid(table.columns, table.rows)]
     return [*parts, "\n".join(f"- {note}" for note in table.notes)] if table.notes else parts
 
@@ -75,22 +81,21 @@ def markdown_parts(table: Table) -> list[str]:
 def markdown_grid(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     """Heading, rule and rows; pipes in the text are escaped."""
 
-    def line(texts: Sequence[str]) -> str:
+    def line(cells: Sequence[Cell]) -> str:
+        texts = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]
         return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
-    body = [[f"**{cell.text}**" if cell.best else cell.text for cell in row] for row in rows]
-    return "\n".join([line(columns), line(["---"] * len(columns)), *map(line, body)])
+    return "\n".join(map(line, [row_of(*columns), row_of(*["---"] * len(columns)), *rows]))
 
 
 def latex(table: Table, *, meaningful: bool) -> str:
     """The table as a LaTeX ``table`` with booktabs rules, to be \\input."""
+
+    def line(cells: Sequence[Cell]) -> str:
+        texts = [(escape(cell.text), cell.best) for cell in cells]
+        return " & ".join(f"\\textbf{{{t}}}" if best else t for t, best in texts) + " \\\\"
+
     caption = table.caption if meaningful else f"{BANNER.upper()}. {table.caption}"
-    body = [
-        " & ".join(
-            f"\\textbf{{{escape(cell.text)}}}" if cell.best else escape(cell.text) for cell in row
-        )
-        for row in table.rows
-    ]
     lines = [
         "% needs \\usepackage{booktabs}",
         "\\begin{table}",
@@ -100,9 +105,9 @@ def latex(table: Table, *, meaningful: bool) -> str:
         f"\\label{{tab:{table.name}}}",
         f"\\begin{{tabular}}{{{'l' * len(table.columns)}}}",
         "\\toprule",
-        " & ".join(map(escape, table.columns)) + " \\\\",
+        line(row_of(*table.columns)),
         "\\midrule",
-        *(f"{row} \\\\" for row in body),
+        *map(line, table.rows),
         "\\bottomrule",
         "\\end{tabular}",
         *(f"\\par {escape(note)}" for note in table.notes),
@@ -143,12 +148,6 @@ def interval_text(
     return f"{value}{unit} [{low}, {high}]" if known else f"{value}{unit}"
 
 
-def plus_minus(value: float, error: float) -> str:
-    """``value ± error``, or the value alone where the error is not known."""
-    text = number(value)
-    return text if MISSING in (text, number(error)) else f"{text} ± {number(error)}"
-
-
 def mean_and_error(name: str, scores: Sequence[Estimate | None]) -> dict[str, float]:
     """Columns ``name`` and ``name_stderr`` of a CSV file: scores of several seeds, or NaN."""
     known = [score for score in scores if score is not None]
@@ -158,10 +157,38 @@ def mean_and_error(name: str, scores: Sequence[Estimate | None]) -> dict[str, fl
     return {name: float(np.mean(values)), f"{name}_stderr": combined_error(values, errors)}
 
 
-def interval_fields(name: str, interval: Interval | None, unit: str = "") -> dict[str, float]:
-    """Columns ``name(_unit)``, ``name_low`` and ``name_high`` of a CSV file."""
+def mean_text(row: pd.Series, name: str) -> str:
+    """What `mean_and_error` has put into a row: ``value ± error``, or what of it is known."""
+    text, error = number(row[name]), number(row[f"{name}_stderr"])
+    return text if MISSING in (text, error) else f"{text} ± {error}"
+
+
+def interval_fields(name: str, interval: Interval | None) -> dict[str, float]:
+    """Columns ``name``, ``name_low`` and ``name_high`` of a CSV file; ``_percent`` of a name is
+    left out of the bounds' columns."""
     value, low, high = interval[:3] if interval is not None else (np.nan,) * 3
-    return {f"{name}_{unit}" if unit else name: value, f"{name}_low": low, f"{name}_high": high}
+    bounds = name.removesuffix("_percent")
+    return {name: value, f"{bounds}_low": low, f"{bounds}_high": high}
+
+
+def row_interval(row: pd.Series | dict, name: str, digits: int, *, sign: bool = False) -> str:
+    """What `interval_fields` has put into a row, as `interval_text`."""
+    bounds = name.removesuffix("_percent")
+    unit = " %" if name.endswith("_percent") else ""
+    values = row[name], row[f"{bounds}_low"], row[f"{bounds}_high"]
+    return interval_text(values, digits, unit, sign=sign)
+
+
+def leaders(
+    data: pd.DataFrame, name: str, by: Sequence[str], *, meaningful: bool, lowest: bool = False
+) -> set[int]:
+    """Index of the rows that are the best of their group in a column, by `best_cells`."""
+    found: set[int] = set()
+    for _, part in data.groupby(list(by), sort=False):
+        values = -part[name] if lowest else part[name]
+        marks = best_cells(values.tolist(), part[f"{name}_stderr"].tolist(), meaningful=meaningful)
+        found.update(part.index[marks])
+    return found
 
 
 def best_cells(values: Sequence[float], errors: Sequence[float], *, meaningful: bool) -> list[bool]:

@@ -19,11 +19,11 @@ TEMPLATE = (
 )
 WORDS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", *"abcdefghij"]
 ROWS = [
-    {"prompt": "a b c d e f g", "response": "h"},
-    {"prompt": "a", "response": "b c d e f g h i j"},
-    {"prompt": "j i h", "response": "g f"},
-    {"prompt": "c c", "response": "d d d d"},
-    {"prompt": "b", "response": "a"},
+    ("a b c d e f g", "h"),
+    ("a", "b c d e f g h i j"),
+    ("j i h", "g f"),
+    ("c c", "d d d d"),
+    ("b", "a"),
 ]
 
 
@@ -66,8 +66,8 @@ def one_by_one(model: nn.Module, tokenizer, max_length: int) -> list[tuple[float
     """The definition: minus the log-probability of every response token after the first."""
     items = []
     model.eval()
-    for row in ROWS:
-        chat = encode_chat(tokenizer, row["prompt"], row["response"], max_length)
+    for prompt, response in ROWS:
+        chat = encode_chat(tokenizer, prompt, response, max_length)
         with torch.no_grad():
             logits = model(torch.tensor([chat.input_ids])).logits[0]
         chances = logits.log_softmax(-1)
@@ -79,12 +79,9 @@ def one_by_one(model: nn.Module, tokenizer, max_length: int) -> list[tuple[float
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
 def test_equals_one_by_one(model, tokenizer, batch_size: int) -> None:
-    done: list[int] = []
-    got = heldout_cross_entropy(
-        model, tokenizer, ROWS, batch_size=batch_size, max_length=64, progress=done.append
-    )
+    got = heldout_cross_entropy(model, tokenizer, ROWS, batch_size=batch_size, max_length=64)
     assert model.training  # left as it was; dropout did not take part
-    assert done[-1] == len(ROWS)
+    assert len(got.per_item) == len(ROWS)
     assert [count for _, count in got.per_item] == [2, 10, 3, 5, 2]  # end of turn included
     want = one_by_one(model, tokenizer, 64)
     # RMSNorm of transformers works in float32 whatever the model's type.

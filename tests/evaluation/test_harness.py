@@ -77,7 +77,7 @@ def harness(trained) -> Harness:
 
 
 def suite(trained, **config) -> Suite:
-    return Suite.of(Domains.read(trained.domains.path), EvaluationConfig(**{"limit": 8} | config))
+    return Suite(Domains.read(trained.domains.path), EvaluationConfig(**{"limit": 8} | config))
 
 
 def simple_evaluate(trained: Trained, tasks: list[str], **model_args) -> dict:

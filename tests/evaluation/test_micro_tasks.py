@@ -15,7 +15,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import steerlora.evaluation.tasks.micro as micro_tasks
 from steerlora.data.domains import micro
 from steerlora.errors import UserError
-from steerlora.evaluation.tasks.micro import documents, verifiers
+from steerlora.evaluation.tasks.documents import documents
+from steerlora.evaluation.tasks.micro import verifiers
 
 TASKS = Path(micro_tasks.__file__).parent
 
@@ -107,9 +108,9 @@ def test_generation_has_room_for_every_right_answer(evaluated, tmp_path):
 
 def test_documents_say_what_is_missing(tmp_path):
     with pytest.raises(UserError, match="--metadata"):
-        documents.documents(file="micro_law")
-    with pytest.raises(UserError, match="does not exist"):
-        documents.documents(file="micro_law", domains_dir=str(tmp_path))
+        documents(file="micro_law")
+    with pytest.raises(UserError, match=r"micro_law.jsonl is missing"):
+        documents(file="micro_law", domains_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_documents_say_what_is_missing(tmp_path):
     ],
 )
 def test_exact_match(wanted, written, score):
-    assert documents.exact_match({"response": wanted}, [written]) == {"exact_match": score}
+    assert verifiers.exact_match({"response": wanted}, [written]) == {"exact_match": score}
 
 
 @pytest.mark.parametrize(

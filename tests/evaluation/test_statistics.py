@@ -188,6 +188,8 @@ def test_holm_worked_by_hand():
     assert holm([0.04, 0.01, 0.03]).tolist() == pytest.approx([0.06, 0.03, 0.06])
     assert holm([0.9, 0.8]).tolist() == [1.0, 1.0]
     assert holm([]).size == 0
+    # A test that could not be made is none of the tests that are counted.
+    assert holm([np.nan, 0.01, 0.03]).tolist() == pytest.approx([np.nan, 0.02, 0.03], nan_ok=True)
 
 
 def test_paired_test():

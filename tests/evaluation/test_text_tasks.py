@@ -14,10 +14,11 @@ from steerlora.data.domains.text import writer
 from steerlora.data.domains.text.tokenizer import build_tokenizer
 from steerlora.errors import UserError
 from steerlora.evaluation.punkt import ensure_punkt
-from steerlora.evaluation.tasks.text import documents
+from steerlora.evaluation.tasks.documents import documents
+from steerlora.evaluation.tasks.text import local as text_local
 from steerlora.evaluation.tasks.text.local import local_task_yamls
 
-TASKS = Path(documents.__file__).parent
+TASKS = Path(text_local.__file__).parent
 
 
 def save(path: Path, rows: list[dict]) -> None:
@@ -162,6 +163,6 @@ def test_no_items_no_task_file(domains: Path, tmp_path: Path) -> None:
 
 def test_missing_metadata_or_items_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"text_law needs its items: lm_eval --metadata"):
-        documents.text_law()
+        documents(file="text_law")
     with pytest.raises(UserError, match=r"text_medicine.jsonl is missing"):
-        documents.text_medicine(domains_dir=str(tmp_path))
+        documents(file="text_medicine", domains_dir=str(tmp_path))

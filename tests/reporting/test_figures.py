@@ -32,7 +32,7 @@ def lines(axis) -> dict[str, np.ndarray]:
 
 def test_no_records_no_figure(world, methods):
     plain = world.evaluations(models=("micro_m",))
-    assert figures.dose_response([world.ablation(0)], "micro_m", "sc_lora") is None
+    assert figures.dose_response([world.ablation(0)], "micro_m", methods) is None
     assert routing_figures.rank_by_layer(plain, "micro_m", methods) is None
     assert routing_figures.routing_over_time(plain, "micro_m", methods) is None
     assert sequence_figures.general_drift(world.sequentials(), "micro_m", methods) is None
@@ -50,9 +50,9 @@ def test_methods_look_the_same_everywhere_and_differ_from_each_other(methods):
     assert methods.colour("another") not in {methods.colour(name) for name in methods.order}
 
 
-def test_dose_response_runs_from_nothing_to_the_whole_drop(world):
+def test_dose_response_runs_from_nothing_to_the_whole_drop(world, methods):
     records = [world.doses(world.ablation(seed)) for seed in (0, 1)]
-    figure = figures.dose_response(records, "micro_m", "sc_lora")
+    figure = figures.dose_response(records, "micro_m", methods)
     axes = {axis.get_title(): axis for axis in figure.axes if axis.get_visible()}
     assert set(axes) == set(world.kept) - {"intact", "oracle_domain"}
     strength, drop = axes["shuffle"].lines[-2].get_data()  # the last is the line at zero

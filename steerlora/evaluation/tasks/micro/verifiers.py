@@ -1,7 +1,8 @@
-"""Does a response obey its instructions? Strict and loose, per instruction and per prompt.
+"""How the micro world's responses are scored: do they obey, and is an answer right?
 
-The scores are IFEval's (Zhou et al. 2023, arXiv 2311.07911, section 3). A verifier sees the
-response and the instruction's arguments, nothing else.
+The scores of instructions are IFEval's (Zhou et al. 2023, arXiv 2311.07911, section 3): strict and
+loose, per instruction and per prompt. A verifier sees the response and the instruction's arguments,
+nothing else.
 """
 
 from __future__ import annotations
@@ -116,3 +117,15 @@ def process_results(document: Mapping, results: Sequence[str]) -> dict[str, floa
         "prompt_level_loose_acc": float(all(loose)),
         "inst_level_loose_acc": sum(loose) / len(loose),
     }
+
+
+def exact_match(document: Mapping, results: Sequence[str]) -> dict[str, float]:
+    """lm-eval's hook: 1.0 where the answer is the response, word for word.
+
+    A worked solution ends in `#### answer`, as in GSM8K; only what follows the mark counts.
+    """
+    wanted, written = document["response"].split(), results[0].split()
+    if "####" in wanted:
+        wanted = wanted[wanted.index("####") :]
+        written = written[written.index("####") :] if "####" in written else []
+    return {"exact_match": float(wanted == written)}

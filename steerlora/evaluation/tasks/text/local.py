@@ -13,11 +13,6 @@ import lm_eval.tasks
 import yaml
 
 _OWN_FILES = {"text_gsm8k": "gsm8k/gsm8k.yaml", "text_ifeval": "ifeval/ifeval.yaml"}
-_OVERRIDES = {
-    # Five examples do not fit the context of a small model.
-    "text_gsm8k": {"training_split": None, "fewshot_split": None, "num_fewshot": 0},
-    "text_ifeval": {},
-}
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -62,7 +57,10 @@ def local_task_yamls(
             "test_split": "test",
             "generation_kwargs": yaml.load(own.read_text(), _PlainLoader)["generation_kwargs"]
             | {"max_gen_toks": max_generated_tokens},
-            **_OVERRIDES[task],
+            # Five examples, as gsm8k has them, do not fit the context of a small model.
+            "training_split": None,
+            "fewshot_split": None,
+            "num_fewshot": 0,
         }
         path = out_dir / f"{task}.yaml"
         path.write_text(json.dumps(config, indent=2) + "\n")  # JSON is YAML

@@ -1,8 +1,7 @@
-"""What the micro world's lm-eval tasks read, and how their short answers are scored."""
+"""The rows that our lm-eval tasks read: items of a domains artifact."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import datasets
@@ -22,22 +21,10 @@ def documents(*, file: str, domains_dir: str | None = None, **_: object) -> dict
     """
     if domains_dir is None:
         raise UserError(
-            f"{file} reads a domains directory: pass --metadata "
+            f"{file} needs its items: lm_eval --metadata "
             '\'{"domains_dir": "<directory>"}\' or TaskManager(metadata=...)'
         )
     path = Path(domains_dir) / "evaluation" / f"{file}.jsonl"
     if not path.is_file():
-        raise UserError(f"{path} does not exist: is {domains_dir} a micro domains directory?")
+        raise UserError(f"{path} is missing: these domains have no items for {file}")
     return {"test": datasets.Dataset.from_json(str(path), keep_in_memory=True)}
-
-
-def exact_match(document: Mapping, results: Sequence[str]) -> dict[str, float]:
-    """lm-eval's hook: 1.0 where the answer is the response, word for word.
-
-    A worked solution ends in `#### answer`, as in GSM8K; only what follows the mark counts.
-    """
-    wanted, written = document["response"].split(), results[0].split()
-    if "####" in wanted:
-        wanted = wanted[wanted.index("####") :]
-        written = written[written.index("####") :] if "####" in written else []
-    return {"exact_match": float(wanted == written)}
