@@ -12,11 +12,9 @@ from steerlora.engine.artifacts import write_json
 from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.methods.base import Task
 from steerlora.methods.config import MethodConfig
-from steerlora.methods.module import MethodModule
 from steerlora.methods.saving import export_peft, save_adapter
 from steerlora.stages import method_training
 from steerlora.stages.common import BASE, NOT_IDENTITY, POINTER, run_log, training_rows
-from steerlora.training.loop import fit
 
 FOLDER = "adapter"
 """Folder of the artifact that holds the trained method."""
@@ -67,21 +65,8 @@ def build(context: Context) -> dict:
     settings: AdapterSettings = context.config
     source, base_artifact = context.inputs["domains"], context.inputs["base"]
     model, tokenizer = method_training.load_to_train(base_artifact, settings.trainer)
-    sources = method_training.open_sources(settings.method, context.inputs)
-    method = method_training.new_method(model, settings.method, sources, settings.seed)
-    learner = method_training.new_learner(
-        model,
-        method,
-        tokenizer,
-        source,
-        domains=settings.domains,
-        max_length=settings.trainer.max_length,
-        seed=settings.seed,
-        intervention=settings.intervention,
-        monitor=method_training.open_monitor(
-            model, method, settings.method.monitor, context.inputs
-        ),
-    )
+    attached = method_training.attach(context, model, tokenizer, domains=settings.domains)
+    learner, method = attached.learner, attached.method
     rows, owners = training_rows(
         source, list(settings.domains), tokenizer, settings.trainer.max_length
     )
@@ -91,25 +76,12 @@ def build(context: Context) -> dict:
             for number, name in enumerate(settings.domains)
         }
     )
-    hooks = method_training.around(lambda: learner.begin(task), lambda: learner.end(task))
-    with run_log(context, settings.logger) as log, learner.training(task):
-        figures = fit(
-            MethodModule(learner, trainer=settings.trainer, total_steps=settings.trainer.max_steps),
-            training_batches(
-                rows,
-                owners,
-                settings.trainer,
-                pad_token_id=tokenizer.pad_token_id,
-                seed=settings.seed,
-            ),
-            settings.trainer.max_steps,
-            trainer=settings.trainer,
-            checkpoints=context.directory / "checkpoints",
-            progress=context.progress,
-            description=context.label,
-            identity=context.fingerprint,
-            run_logger=log.lightning(),
-            callbacks=[*learner.callbacks(task), hooks],
+    batches = training_batches(
+        rows, owners, settings.trainer, pad_token_id=tokenizer.pad_token_id, seed=settings.seed
+    )
+    with run_log(context, settings.logger) as log:
+        figures = method_training.train_task(
+            context, learner, task, batches, settings.trainer.max_steps, log
         )
         figures |= {"parameters": method.parameter_count()}
         log.summary(figures)
@@ -120,7 +92,7 @@ def build(context: Context) -> dict:
         method,
         context.directory / FOLDER,
         base_fingerprint=pointer["fingerprint"],
-        sae_paths={site: given.path for site, given in sources.saes.items()},
+        sae_paths={site: given.path for site, given in attached.sources.saes.items()},
         written_for=context.home / FOLDER,
         trained_under=settings.intervention.name,
     )
@@ -139,6 +111,6 @@ STAGE = register(
         steps=from_config(step),
         skip=NOT_IDENTITY,
         shared=True,
-        check=lambda settings: method_training.check_shares(settings.trainer),
+        check=method_training.check_shares,
     )
 )

@@ -34,9 +34,9 @@ from steerlora.stages.common import (
     identity_of,
     read_rows,
     run_log,
+    train,
 )
 from steerlora.training.language import PretrainingModule
-from steerlora.training.loop import fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,17 +142,7 @@ def _pretrain(context: Context, settings: BaseSettings) -> tuple[Qwen3ForCausalL
         model.train(), learning_rate=shape.learning_rate, total_steps=shape.steps
     )
     with run_log(context, settings.logger) as log:
-        figures = fit(
-            module,
-            batches,
-            shape.steps,
-            trainer=settings.trainer,
-            checkpoints=context.directory / "checkpoints",
-            progress=context.progress,
-            description=context.label,
-            identity=context.fingerprint,
-            run_logger=log.lightning(),
-        )
+        figures = train(context, module, batches, shape.steps, log)
     if not ranks.is_main():
         return model, figures
     model.eval().save_pretrained(home)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning as L
 import torch
 from transformers import PreTrainedModel
 
@@ -17,10 +19,12 @@ from steerlora.data.chat import EncodedChat, encode_chats
 from steerlora.data.jsonl import read_rows
 from steerlora.distributed import ranks
 from steerlora.engine.artifacts import Artifact
+from steerlora.engine.manifests import CHECKPOINTS
 from steerlora.engine.run import Context
 from steerlora.errors import UserError
 from steerlora.lm.pretrained import open_model, open_tokenizer
 from steerlora.reporting.runs import RunLog, open_run
+from steerlora.training.loop import fit
 
 if not torch.cuda.is_available():
     # Else DeepSpeed, which transformers looks for, warns that it found no accelerator.
@@ -151,6 +155,38 @@ def training_rows(
         rows += encode_chats(tokenizer, found, max_length)
         indices += [order.index(name)] * len(found)
     return rows, indices
+
+
+def train(
+    context: Context,
+    module: L.LightningModule,
+    batches: Callable[[int], Any],
+    steps: int,
+    log: RunLog,
+    **options: Any,
+) -> dict[str, float]:
+    """Train under the stage's own name, settings and checkpoints.
+
+    Args:
+        context: the stage's.
+        module: what trains.
+        batches: the batch of a step; a pure function of the step.
+        steps: optimizer steps in all.
+        log: of the stage's run.
+        options: of :func:`fit`; they take precedence.
+
+    Returns:
+        As :func:`fit`.
+    """
+    own = {
+        "trainer": context.config.trainer,
+        "checkpoints": context.directory / CHECKPOINTS,
+        "progress": context.progress,
+        "description": context.label,
+        "identity": context.fingerprint,
+        "run_logger": log.lightning(),
+    }
+    return fit(module, batches, steps, **own | options)
 
 
 def run_log(context: Context, logger: LoggerConfig) -> AbstractContextManager[RunLog]:

@@ -18,6 +18,7 @@ from steerlora.engine.artifacts import Artifact, write_json
 from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.errors import UserError
 from steerlora.lm.decoder import first_real_token, residual_streams
+from steerlora.reporting.runs import RunLog
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.config import SAEConfig
 from steerlora.saes.metrics import ce_recovered, sae_metrics
@@ -33,8 +34,8 @@ from steerlora.stages.common import (
     load_base,
     read_rows,
     run_log,
+    train,
 )
-from steerlora.training.loop import fit
 
 FOLDER = "sae"
 """Folder of the artifact that holds the SAE, in SAELens' layout."""
@@ -99,7 +100,7 @@ def build(context: Context) -> dict:
             (sae, said), figures = open_sae(settings.sae.path, settings.site), {}
             _check_fit(settings, sae, said, pointer)
         else:
-            sae, figures = _train(context, settings, log.lightning())
+            sae, figures = _train(context, settings, log)
         if not ranks.is_main():
             return {}
         model, tokenizer = load_base(
@@ -149,7 +150,7 @@ def _check_fit(settings: SAESettings, sae: SparseAutoencoder, said: dict, base: 
         raise UserError(f"sae.path={path} was trained on another base model")
 
 
-def _train(context: Context, settings: SAESettings, logger) -> tuple[SparseAutoencoder, dict]:
+def _train(context: Context, settings: SAESettings, log: RunLog) -> tuple[SparseAutoencoder, dict]:
     config, store = settings.sae, ActivationStore(context.inputs["activations"] / "activations")
     batches = ActivationBatches(store, settings.site, config.batch_size, config.seed)
     steps = config.steps_over(store.tokens(settings.site))
@@ -162,19 +163,9 @@ def _train(context: Context, settings: SAESettings, logger) -> tuple[SparseAutoe
         warmup_steps=steps // 20,
         dead_after_tokens=round(config.dead_fraction * steps * config.batch_size),
     )
-    figures = fit(
-        module,
-        batches,
-        steps,
-        # In full precision, whole batches: accumulation and mixed precision are the adapter's.
-        trainer=replace(settings.trainer, precision="32-true", accumulate=1),
-        checkpoints=context.directory / "checkpoints",
-        progress=context.progress,
-        description=context.label,
-        identity=context.fingerprint,
-        run_logger=logger,
-    )
-    return sae, figures
+    # In full precision, whole batches: accumulation and mixed precision are the adapter's.
+    trainer = replace(settings.trainer, precision="32-true", accumulate=1)
+    return sae, train(context, module, batches, steps, log, trainer=trainer)
 
 
 @torch.no_grad()

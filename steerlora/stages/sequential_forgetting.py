@@ -183,6 +183,6 @@ STAGE = register(
             "evaluation.spread",
         },
         shared=True,
-        check=lambda settings: method_training.check_shares(settings.trainer),
+        check=method_training.check_shares,
     )
 )
