@@ -54,9 +54,9 @@ def listing(root: Path) -> list[ArtifactInfo]:
     return sorted(found, key=lambda info: (info.stage, info.created, info.fingerprint))
 
 
-def status_table(infos: Sequence[ArtifactInfo], title: str | None = None) -> Table:
+def status_table(infos: Sequence[ArtifactInfo]) -> Table:
     """The listing as a table for the terminal."""
-    table = Table(title=title, caption=f"{len(infos)} artifacts")
+    table = Table(caption=f"{len(infos)} artifacts")
     for heading in ("stage", "fingerprint", "what"):
         table.add_column(heading)
     table.add_column("size", justify="right")
