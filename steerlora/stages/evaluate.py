@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
-from steerlora.data.chat import collate, encode_chats
+from steerlora.data.chat import batches_by_length, encode_chats
 from steerlora.data.jsonl import read_rows
 from steerlora.engine.artifacts import Artifact
 from steerlora.engine.run import Context, Stage, Step, from_config, register
@@ -188,15 +188,14 @@ def _health(
     size = settings.evaluation.batch_size
     for owner, name in enumerate(names):
         rows = encode_chats(tokenizer, read_rows(source / f"heldout/{name}.jsonl"), max_length)
-        rows.sort(key=lambda row: len(row.input_ids))
-        for start in range(0, len(rows), size):
-            chosen = rows[start : start + size]
-            batch = collate(chosen, [owner] * len(chosen), tokenizer.pad_token_id)
+        first = 0
+        for batch in batches_by_length(rows, size, tokenizer.pad_token_id, owner):
             batch = batch.to(model.device)
             decoder_of(model)(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             )
-            health.update(batch, start)
+            health.update(batch, first)
+            first += size
     return {int(site): Routing(**measured) for site, measured in health.result().items()}
 
 

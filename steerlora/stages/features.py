@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from steerlora.config import Config, FeaturesConfig, LoggerConfig
-from steerlora.data.chat import collate
+from steerlora.data.chat import batches_by_length
 from steerlora.engine.artifacts import Artifact, write_json
 from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.errors import UserError
@@ -227,10 +227,8 @@ def _ordinary_tokens(tokenizer) -> set[tuple[str, int]]:
 @torch.no_grad()
 def _tokens(model, pad_token_id: int, sae: SparseAutoencoder, site: int, rows) -> Iterator[_Tokens]:
     """The features of every real token but each row's first."""
-    rows = sorted(rows, key=lambda row: len(row.input_ids))
-    for start in range(0, len(rows), BATCH_SIZE):
-        chosen = rows[start : start + BATCH_SIZE]
-        batch = collate(chosen, [-1] * len(chosen), pad_token_id).to(model.device)
+    for batch in batches_by_length(rows, BATCH_SIZE, pad_token_id):
+        batch = batch.to(model.device)
         mask = batch.attention_mask
         stream = residual_streams(model, batch.input_ids, mask, [site])[site]
         row, position = (mask.bool() & ~first_real_token(mask)).nonzero(as_tuple=True)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from steerlora.config import Config, LoggerConfig, TrainerConfig
 from steerlora.data.activations import ActivationBatches, ActivationStore
-from steerlora.data.chat import collate, encode_chats
+from steerlora.data.chat import batches_by_length, encode_chats
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
 from steerlora.engine.artifacts import Artifact, write_json
@@ -181,25 +179,21 @@ def _quality(
     for name in source.json("domains.json")["names"]:
         rows += read_rows(source / f"heldout/{name}.jsonl")[:PROOF_ROWS]
     encoded = encode_chats(tokenizer, rows, settings.max_length)
-    encoded.sort(key=lambda row: len(row.input_ids))
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(encoded), PROOF_ROWS):
-            chosen = encoded[start : start + PROOF_ROWS]
-            batch = collate(chosen, [-1] * len(chosen), tokenizer.pad_token_id)
-            yield batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
-
+    batches = [
+        (batch.input_ids.to(model.device), batch.attention_mask.to(model.device))
+        for batch in batches_by_length(encoded, PROOF_ROWS, tokenizer.pad_token_id)
+    ]
     streams = [
         residual_streams(model, ids, mask, [settings.site])[settings.site][
             mask.bool() & ~first_real_token(mask)
         ]
-        for ids, mask in batches()
+        for ids, mask in batches
     ]
     activations = torch.cat(streams)
     norms = sae.encode(activations).values.norm(dim=-1)
     return {
         **sae_metrics(sae, activations),
-        **ce_recovered(model, sae, settings.site, batches()),
+        **ce_recovered(model, sae, settings.site, batches),
         "mean_feature_norm": float(norms.mean()),
         "tokens": len(activations),
     }
