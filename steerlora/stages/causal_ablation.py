@@ -18,11 +18,9 @@ from steerlora.evaluation.records import (
     write_record,
 )
 from steerlora.evaluation.scores import Score
-from steerlora.evaluation.scoring import Scorer
 from steerlora.methods.interventions import INTERVENTIONS
-from steerlora.methods.saving import load_adapter
 from steerlora.stages import adapter_training, base, domains, evaluate
-from steerlora.stages.common import WHERE, load_base, run_log
+from steerlora.stages.common import WHERE, run_log
 
 RESULT = "ablation.json"
 
@@ -95,14 +93,7 @@ def step(config: Config) -> Step:
 
 def build(context: Context) -> dict:
     settings: AblationSettings = context.config
-    model, tokenizer = load_base(
-        context.inputs["base"],
-        accelerator=settings.accelerator,
-        spread=settings.evaluation.spread,
-    )
-    method = load_adapter(model, context.inputs["adapter"] / adapter_training.FOLDER)
-    method.configure(**settings.options)
-    scorer = Scorer(context.inputs["domains"], model, tokenizer, settings.evaluation)
+    method, scorer = evaluate.open_scorer(context)
     names = scorer.domains.names
     intact = read_record(context.inputs["intact"] / evaluate.SCORES, Evaluation)
     scores = {INTACT: {name: intact.tasks[scorer.domains.target_tasks[name]] for name in names}}

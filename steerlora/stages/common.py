@@ -30,35 +30,21 @@ if not torch.cuda.is_available():
     # Else DeepSpeed, which transformers looks for, warns that it found no accelerator.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-NOT_IDENTITY = frozenset({"logger"}) | frozenset(
-    f"trainer.{name}"
-    for name in (
-        "accelerator",
-        "strategy",
-        "offload",
-        "persistent_elements",
-        "accumulate",
-        "activation_checkpointing",
-        "compile",
-        "checkpoint_seconds",
-    )
+
+def _of_trainer(names: str) -> frozenset[str]:
+    return frozenset(f"trainer.{name}" for name in names.split())
+
+
+NOT_IDENTITY = frozenset({"logger"}) | _of_trainer(
+    "accelerator strategy offload persistent_elements accumulate activation_checkpointing compile "
+    "checkpoint_seconds"
 )
 """Keys that change where a training runs and how it is followed, not what comes out of it."""
 WHERE = frozenset({"accelerator", "spread", "evaluation.spread"})
 """Keys that say on what hardware a model runs that does not train."""
-ADAPTER_ONLY = frozenset(
-    f"trainer.{name}"
-    for name in (
-        "max_steps",
-        "batch_size",
-        "max_length",
-        "packing",
-        "learning_rate",
-        "weight_decay",
-        "adam_epsilon",
-        "warmup_fraction",
-        "decay_fraction",
-    )
+ADAPTER_ONLY = _of_trainer(
+    "max_steps batch_size max_length packing learning_rate weight_decay adam_epsilon "
+    "warmup_fraction decay_fraction"
 )
 """Trainer keys that base and SAE training have in their own sections."""
 

@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
 from steerlora.data.chat import batches_by_length, encode_chats
 from steerlora.data.jsonl import read_rows
-from steerlora.engine.artifacts import Artifact
 from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.evaluation import local_rows, registered
 from steerlora.evaluation.records import (
@@ -95,19 +93,22 @@ def _check_tasks(evaluation: EvaluationConfig) -> None:
             registered.find(name)
 
 
-def build(context: Context) -> dict:
-    settings: EvaluationSettings = context.config
+def open_scorer(context: Context) -> tuple[Method | None, Scorer]:
+    """What scores a stage's base, with the adapter attached if the stage reads one."""
+    settings, inputs = context.config, context.inputs
     model, tokenizer = load_base(
-        context.inputs["base"],
-        accelerator=settings.accelerator,
-        spread=settings.evaluation.spread,
+        inputs["base"], accelerator=settings.accelerator, spread=settings.evaluation.spread
     )
     method = None
-    if "adapter" in context.inputs:
-        method = load_adapter(model, context.inputs["adapter"] / adapter_training.FOLDER)
+    if "adapter" in inputs:
+        method = load_adapter(model, inputs["adapter"] / adapter_training.FOLDER)
         method.configure(**settings.options)
-    source = context.inputs["domains"]
-    scorer = Scorer(source, model, tokenizer, settings.evaluation)
+    return method, Scorer(inputs["domains"], model, tokenizer, settings.evaluation)
+
+
+def build(context: Context) -> dict:
+    settings: EvaluationSettings = context.config
+    method, scorer = open_scorer(context)
     suite = scorer.suite
     names = settings.evaluation.tasks or suite.tasks
     owners = suite.owners
@@ -117,7 +118,7 @@ def build(context: Context) -> dict:
             with intervened(method, settings.intervention, owners.get(name)):
                 scores |= scorer.tasks([name])
             task.advance(note=name)
-    routing = _health(source, model, tokenizer, method, settings, scorer.max_length)
+    routing = _health(context, method, scorer)
     history = []
     if method is not None:
         history = context.inputs["adapter"].json(adapter_training.HISTORY).get("routing", [])
@@ -172,22 +173,18 @@ def intervened(
 
 
 @torch.no_grad()
-def _health(
-    source: Artifact,
-    model: nn.Module,
-    tokenizer: Any,
-    method: Method | None,
-    settings: EvaluationSettings,
-    max_length: int,
-) -> dict[int, Routing]:
+def _health(context: Context, method: Method | None, scorer: Scorer) -> dict[int, Routing]:
     """{site: what the method measures of itself} over the held-out rows of every domain."""
+    source, settings = context.inputs["domains"], context.config
     names = source.json("domains.json")["names"]
     health = method.health(names, settings.seed) if method is not None else None
     if health is None:
         return {}
-    size = settings.evaluation.batch_size
+    model, tokenizer, size = scorer.model, scorer.tokenizer, settings.evaluation.batch_size
     for owner, name in enumerate(names):
-        rows = encode_chats(tokenizer, read_rows(source / f"heldout/{name}.jsonl"), max_length)
+        rows = encode_chats(
+            tokenizer, read_rows(source / f"heldout/{name}.jsonl"), scorer.max_length
+        )
         first = 0
         for batch in batches_by_length(rows, size, tokenizer.pad_token_id, owner):
             batch = batch.to(model.device)

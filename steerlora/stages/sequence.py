@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from steerlora.data.chat import ChatBatches, collate, encode_chats
 from steerlora.data.packing import PackedBatches, training_batches
@@ -176,16 +175,12 @@ class SequenceScorer:
         if self.attached.monitor is None:
             return None
         changed = kept = 0.0
-        for ids, mask in self._heldout():
-            parts = self.attached.monitor.drift(ids, mask)
-            changed, kept = changed + float(parts[0]), kept + float(parts[1])
-        return changed / max(kept, 1e-12)
-
-    def _heldout(self) -> Iterator[tuple[Tensor, Tensor]]:
         model, tokenizer = self.attached.model, self.attached.tokenizer
         for name in self.names:
             rows = read_rows(self.source / f"heldout/{name}.jsonl")[:DRIFT_ROWS]
             encoded = encode_chats(tokenizer, rows, self.scorer.max_length)
             batch = collate(encoded, [-1] * len(encoded), tokenizer.pad_token_id)
             batch = batch.to(model.device)
-            yield batch.input_ids, batch.attention_mask
+            parts = self.attached.monitor.drift(batch.input_ids, batch.attention_mask)
+            changed, kept = changed + float(parts[0]), kept + float(parts[1])
+        return changed / max(kept, 1e-12)
