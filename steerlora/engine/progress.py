@@ -303,11 +303,11 @@ class _Lines:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-class _Bars:
+class _Bars(Bars):
     """One bar a task, gone when the task ends."""
 
     def __init__(self, console: Console) -> None:
-        self._bars = Bars(
+        super().__init__(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             _Figures(),
@@ -316,28 +316,23 @@ class _Bars:
         )
         self._ids: dict[str, TaskID] = {}
 
-    def start(self) -> None:
-        self._bars.start()
-
     def stop(self) -> None:
         for bar in self._ids.values():  # of a worker that could not close its own
-            self._bars.remove_task(bar)
+            self.remove_task(bar)
         self._ids.clear()
-        self._bars.stop()
+        super().stop()
 
     def opened(self, meter: Meter) -> None:
-        self._ids[meter.opened.task] = self._bars.add_task(
-            meter.opened.description,
-            total=meter.opened.total,
-            completed=meter.done,
-            meter=meter,
+        opened = meter.opened
+        self._ids[opened.task] = self.add_task(
+            opened.description, total=opened.total, completed=meter.done, meter=meter
         )
 
     def advanced(self, meter: Meter) -> None:
-        self._bars.update(self._ids[meter.opened.task], completed=meter.done)
+        self.update(self._ids[meter.opened.task], completed=meter.done)
 
     def closed(self, meter: Meter, finished: bool) -> None:
-        self._bars.remove_task(self._ids.pop(meter.opened.task))
+        self.remove_task(self._ids.pop(meter.opened.task))
 
 
 class _Figures(ProgressColumn):
