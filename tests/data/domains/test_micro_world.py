@@ -15,7 +15,6 @@ from steerlora.data.domains import micro
 from steerlora.data.domains.micro import instructions, words
 from steerlora.data.domains.micro.items import domain_facts
 from steerlora.data.domains.micro.world import SHARED_RELATIONS, answer_type, build_world
-from steerlora.errors import UserError
 from steerlora.evaluation.tasks.micro import verifiers
 
 GENERAL_TASKS = ("micro_mmlu", "micro_mmlu_pro", "micro_gsm8k")
@@ -199,11 +198,6 @@ def test_every_context_names_its_domain(domain):
         slots = {name for _, name, *_ in string.Formatter().parse(template)}
         own = words.literal_words(template) & rules.exclusive_words(domain)
         assert own or "key" in slots, template
-
-
-def test_a_count_below_one_is_refused(tmp_path):
-    with pytest.raises(UserError, match="evaluation_items must be at least 1"):
-        micro.write(tmp_path, evaluation_items=0)
 
 
 def test_tokenizer_knows_every_word_and_gives_text_back(world_dir, tmp_path):
