@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import compress
 
-from steerlora.config import Config, InterventionConfig, LoggerConfig, TrainerConfig
+from steerlora.config import Config, InterventionConfig
 from steerlora.data.packing import training_batches
 from steerlora.distributed import ranks
 from steerlora.engine.artifacts import write_json
 from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.methods.base import Task
-from steerlora.methods.config import MethodConfig
 from steerlora.methods.saving import export_peft, save_adapter
 from steerlora.stages import method_training
 from steerlora.stages.common import BASE, NOT_IDENTITY, POINTER, run_log, training_rows
@@ -25,30 +24,21 @@ HISTORY = "training.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterSettings:
-    """What joint training depends on; where no comment says otherwise, as in the configuration."""
+class AdapterSettings(method_training.TrainingSettings):
+    """What joint training depends on."""
 
-    method: MethodConfig
-    intervention: InterventionConfig
-    """That it trains under; the default where there is none."""
-    trainer: TrainerConfig
     domains: tuple[str, ...]
     """That it trains on."""
-    seed: int
-    logger: LoggerConfig
 
 
 def step(config: Config) -> Step:
     retrained = config.intervention.retrained
     if retrained:
         method_training.check_intervention(config)
-    settings = AdapterSettings(
-        method=config.method,
-        intervention=config.intervention if retrained else InterventionConfig(),
-        trainer=config.trainer,
+    settings = AdapterSettings.of(
+        config,
+        config.intervention if retrained else InterventionConfig(),
         domains=tuple(config.domains.names),
-        seed=config.seed,
-        logger=config.logger,
     )
     under = f" under {config.intervention.name}" if retrained else ""
     return Step(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
 
-from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
+from steerlora.config import Config
 from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.errors import UserError
 from steerlora.evaluation.records import (
@@ -26,26 +25,13 @@ RESULT = "ablation.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblationSettings:
-    """What an ablation depends on; where no comment says otherwise, as in the configuration."""
+class AblationSettings(evaluate.ScoringSettings):
+    """What an ablation depends on; ``intervention``: strength, sites and domains of all of them."""
 
     interventions: tuple[str, ...]
     """Their names."""
     doses: tuple[float, ...]
     """Strengths below 1 at which they are repeated."""
-    intervention: InterventionConfig
-    """Strength, sites and domains of all of them."""
-    evaluation: EvaluationConfig
-    model: str
-    method: str
-    """Its name."""
-    options: dict[str, Any]
-    """Of the method, at evaluation."""
-    seed: int
-    """Of the method and of every draw."""
-    accelerator: str
-    """Where the model runs."""
-    logger: LoggerConfig
 
 
 def step(config: Config) -> Step:
@@ -63,18 +49,8 @@ def step(config: Config) -> Step:
             "stage=causal_ablation breaks the signal of an adapter that was trained with it: "
             "leave intervention.phase at evaluation; stage=evaluate scores retrained controls"
         )
-    settings = AblationSettings(
-        interventions=names,
-        doses=tuple(config.study.doses),
-        intervention=config.intervention,
-        evaluation=config.evaluation,
-        model=config.model.name,
-        method=config.method.name,
-        options=config.method.at_evaluation,
-        seed=config.seed,
-        accelerator=config.trainer.accelerator,
-        logger=config.logger,
-    )
+    doses = tuple(config.study.doses)
+    settings = AblationSettings.of(config, interventions=names, doses=doses)
     inputs = {
         "domains": domains.step(config),
         "base": base.step(config),

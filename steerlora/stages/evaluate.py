@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -35,8 +35,8 @@ SCORES = "scores.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """What scores depend on; where no comment says otherwise, as in the configuration."""
+class ScoringSettings:
+    """What scoring a model depends on; where no comment says otherwise, as in the configuration."""
 
     evaluation: EvaluationConfig
     intervention: InterventionConfig
@@ -45,12 +45,34 @@ class EvaluationSettings:
     """Its name, `BASE` for the base."""
     options: dict[str, Any]
     """Of the method, at evaluation."""
-    files: str
-    """A digest of the rows that the user gives."""
     seed: int
+    """Of the method, and of every draw."""
     accelerator: str
     """Where the model runs."""
     logger: LoggerConfig
+
+    @classmethod
+    def of(cls, config: Config, *, adapted: bool = True, **more: Any) -> Self:
+        """Of the adapter in a configuration, or of its base alone; ``more``: a subclass's own."""
+        return cls(
+            evaluation=config.evaluation,
+            intervention=config.intervention if adapted else InterventionConfig(),
+            model=config.model.name,
+            method=config.method.name if adapted else BASE,
+            options=config.method.at_evaluation if adapted else {},
+            seed=config.seed if adapted else 0,
+            accelerator=config.trainer.accelerator,
+            logger=config.logger,
+            **more,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(ScoringSettings):
+    """What an evaluation depends on."""
+
+    files: str
+    """A digest of the rows that the user gives."""
 
 
 def step(config: Config, *, adapted: bool = True, every_task: bool = False) -> Step:
@@ -58,22 +80,14 @@ def step(config: Config, *, adapted: bool = True, every_task: bool = False) -> S
 
     ``every_task`` is for what compares with these scores: all tasks, whatever the user asked for.
     """
-    evaluation = replace(config.evaluation, tasks=None) if every_task else config.evaluation
-    _check_tasks(evaluation)
-    intervention = config.intervention if adapted else InterventionConfig()
+    if every_task:
+        config = replace(config, evaluation=replace(config.evaluation, tasks=None))
+    _check_tasks(config.evaluation)
     if adapted:
         method_training.check_intervention(config)
-    settings = EvaluationSettings(
-        evaluation=evaluation,
-        intervention=intervention,
-        model=config.model.name,
-        method=config.method.name if adapted else BASE,
-        options=config.method.at_evaluation if adapted else {},
-        files=local_rows.digest(evaluation.files),
-        seed=config.seed if adapted else 0,
-        accelerator=config.trainer.accelerator,
-        logger=config.logger,
-    )
+    files = local_rows.digest(config.evaluation.files)
+    settings = EvaluationSettings.of(config, adapted=adapted, files=files)
+    intervention = settings.intervention
     inputs = {"domains": domains.step(config), "base": base.step(config)}
     if adapted:
         inputs["adapter"] = adapter_training.step(config)

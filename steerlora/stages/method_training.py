@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 
-from steerlora.config import Config, TrainerConfig
+from steerlora.config import Config, InterventionConfig, LoggerConfig, TrainerConfig
 from steerlora.data.chat import ChatBatch, EncodedChat, encode_chats
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
@@ -29,6 +30,31 @@ from steerlora.reporting.runs import RunLog
 from steerlora.saes.saelens import load_sae, sae_metadata
 from steerlora.stages import base, domains, features, sae_training
 from steerlora.stages.common import device_of, place_of, read_rows, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What any training of a method depends on; as in the configuration."""
+
+    method: MethodConfig
+    intervention: InterventionConfig
+    """That it trains under."""
+    trainer: TrainerConfig
+    seed: int
+    logger: LoggerConfig
+
+    @classmethod
+    def of(cls, config: Config, intervention: InterventionConfig, **more: Any) -> Self:
+        """Of a configuration; ``more``: a subclass's own."""
+        return cls(
+            method=config.method,
+            intervention=intervention,
+            trainer=config.trainer,
+            seed=config.seed,
+            logger=config.logger,
+            **more,
+        )
+
 
 Inputs = dict[str, Artifact | tuple[Artifact, ...]]
 """A stage's input artifacts by name."""
