@@ -59,14 +59,6 @@ class FeatureSettings:
     logger: LoggerConfig
 
 
-class Example(NamedTuple):
-    """A feature at work: how strongly, at which token, after which words."""
-
-    value: float
-    token: str
-    context: str
-
-
 class _Tokens(NamedTuple):
     """Features of a batch's tokens [T, K], where they stand ([T] row and position), and the ids."""
 
@@ -167,7 +159,7 @@ def build(context: Context) -> dict:
                     "feature": latent,
                     "selectivity": float(taxonomy.selectivity[number, latent]),
                     "frequency": float(statistics.frequency()[number, latent]),
-                    "examples": [example._asdict() for example in shown[latent]],
+                    "examples": shown[latent],
                 }
                 for latent in chosen
             ]
@@ -244,8 +236,9 @@ def _strongest(taxonomy: Taxonomy, domain: int, count: int) -> list[int]:
 
 def _examples(
     batches: Iterator[_Tokens], chosen: list[int], tokenizer, count: int
-) -> dict[int, list[Example]]:
-    """The strongest activations of each chosen feature, at different tokens in different words."""
+) -> dict[int, list[dict]]:
+    """The strongest activations of each chosen feature, at different tokens in different words:
+    value, token, and the words before it as context."""
     best: dict[int, dict[tuple[str, str], float]] = {latent: {} for latent in chosen}
     for tokens in batches:
         for latent in chosen:
@@ -264,7 +257,10 @@ def _examples(
             for latent, found in best.items()
         }
     return {
-        latent: [Example(value, token, before) for (token, before), value in found.items()]
+        latent: [
+            {"value": value, "token": token, "context": before}
+            for (token, before), value in found.items()
+        ]
         for latent, found in best.items()
     }
 
