@@ -101,6 +101,6 @@ STAGE = register(
         steps=from_config(step),
         skip=NOT_IDENTITY,
         shared=True,
-        check=method_training.check_shares,
+        check=lambda settings: method_training.check_shares(settings.trainer),
     )
 )

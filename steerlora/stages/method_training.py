@@ -112,9 +112,8 @@ def check_intervention(config: Config) -> None:
         )
 
 
-def check_shares(settings: Any) -> None:
-    """Refuse a batch that the ranks cannot share evenly, of a stage's settings."""
-    trainer: TrainerConfig = settings.trainer
+def check_shares(trainer: TrainerConfig) -> None:
+    """Refuse a batch that the ranks cannot share evenly."""
     parts = ranks.current().world * trainer.accumulate
     check_divides("trainer.batch_size", trainer.batch_size, parts)
 

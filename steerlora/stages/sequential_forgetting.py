@@ -168,6 +168,6 @@ STAGE = register(
             "evaluation.spread",
         },
         shared=True,
-        check=method_training.check_shares,
+        check=lambda settings: method_training.check_shares(settings.trainer),
     )
 )
