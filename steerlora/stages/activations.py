@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import chain, count, islice
 
 from torch import Tensor
 
@@ -56,7 +56,8 @@ def build(context: Context) -> dict:
         context.inputs["base"], accelerator=settings.accelerator, spread=settings.spread
     )
     source = context.inputs["domains"]
-    rows, _ = training_rows(source, list(settings.domains), tokenizer, settings.max_length)
+    found = training_rows(source, settings.domains, tokenizer, settings.max_length)
+    rows = list(chain.from_iterable(found.values()))
     # As much general text as of one domain, so that features cover what adapters must not disturb.
     general = read_rows(source / "pretrain.jsonl")
     wanted = len(rows) // len(settings.domains)

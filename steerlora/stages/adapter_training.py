@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain
 
 from steerlora.config import Config, InterventionConfig
 from steerlora.data.packing import training_batches
@@ -57,21 +57,18 @@ def build(context: Context) -> dict:
     model, tokenizer = method_training.load_to_train(base_artifact, settings.trainer)
     attached = method_training.attach(context, model, tokenizer, domains=settings.domains)
     learner, method = attached.learner, attached.method
-    rows, owners = training_rows(
-        source, list(settings.domains), tokenizer, settings.trainer.max_length
-    )
-    task = Task(
-        {
-            name: list(compress(rows, (owner == number for owner in owners)))
-            for number, name in enumerate(settings.domains)
-        }
-    )
+    rows = training_rows(source, settings.domains, tokenizer, settings.trainer.max_length)
+    order = source.json("domains.json")["names"]
     batches = training_batches(
-        rows, owners, settings.trainer, pad_token_id=tokenizer.pad_token_id, seed=settings.seed
+        list(chain.from_iterable(rows.values())),
+        [order.index(name) for name, own in rows.items() for _ in own],
+        settings.trainer,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=settings.seed,
     )
     with run_log(context, settings.logger) as log:
         figures = method_training.train_task(
-            context, learner, task, batches, settings.trainer.max_steps, log
+            context, learner, Task(rows), batches, settings.trainer.max_steps, log
         )
         figures |= {"parameters": method.parameter_count()}
         log.summary(figures)

@@ -114,8 +114,7 @@ def _pretrain(context: Context, settings: BaseSettings) -> tuple[Qwen3ForCausalL
         if settings.kind == "micro":
             build_micro_tokenizer(home)
         else:
-            tokenizer = build_text_tokenizer(source.path, vocabulary=shape.vocabulary)
-            tokenizer.save_pretrained(home)
+            build_text_tokenizer(source.path, vocabulary=shape.vocabulary).save_pretrained(home)
     ranks.barrier()
     tokenizer = AutoTokenizer.from_pretrained(home)
     torch.manual_seed(shape.seed)

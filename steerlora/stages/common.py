@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,16 +131,13 @@ def identity_of(path: str) -> str:
 
 
 def training_rows(
-    domains: Artifact, names: list[str], tokenizer, max_length: int
-) -> tuple[list[EncodedChat], list[int]]:
-    """The conversations of the named domains for adapter training, and each one's domain index."""
-    rows, indices = [], []
-    order = domains.json("domains.json")["names"]
-    for name in names:
-        found = read_rows(domains / f"train/{name}.jsonl")
-        rows += encode_chats(tokenizer, found, max_length)
-        indices += [order.index(name)] * len(found)
-    return rows, indices
+    domains: Artifact, names: Sequence[str], tokenizer, max_length: int
+) -> dict[str, list[EncodedChat]]:
+    """{domain: its conversations for adapter training}."""
+    return {
+        name: encode_chats(tokenizer, read_rows(domains / f"train/{name}.jsonl"), max_length)
+        for name in names
+    }
 
 
 def train(

@@ -119,9 +119,7 @@ def build(context: Context) -> dict:
         context.inputs["base"], accelerator=settings.accelerator, spread=settings.spread
     )
     sae = load_sae(context.inputs["sae"] / sae_training.FOLDER, model.device)
-    rows = {
-        name: training_rows(source, [name], tokenizer, settings.max_length)[0] for name in names
-    }
+    rows = training_rows(source, names, tokenizer, settings.max_length)
 
     def tokens(reader: PreTrainedModel, name: str) -> Iterator[_Tokens]:
         return _tokens(reader, tokenizer.pad_token_id, sae, settings.site, rows[name])

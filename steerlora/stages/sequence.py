@@ -121,10 +121,10 @@ class SequenceTrainer:
         if position not in self._batches:
             settings = self.settings
             domain, length = settings.sequence[position], settings.trainer.max_length
-            rows, owners = training_rows(self.source, [domain], tokenizer, length)
+            rows = training_rows(self.source, [domain], tokenizer, length)[domain]
             self._batches[position] = training_batches(
                 rows,
-                owners,
+                [self.names.index(domain)] * len(rows),
                 settings.trainer,
                 pad_token_id=tokenizer.pad_token_id,
                 seed=settings.seed * len(settings.sequence) + position,
