@@ -39,18 +39,11 @@ class Target(NamedTuple):
     linear: nn.Module
 
 
-class Size(NamedTuple):
-    """D_in and D_out of a linear layer."""
-
-    d_in: int
-    d_out: int
-
-
-def size_of(linear: Linear) -> Size:
-    """What a linear layer reads and writes, of whichever type it is."""
+def size_of(linear: Linear) -> tuple[int, int]:
+    """D_in and D_out of a linear layer, of whichever type it is."""
     if isinstance(linear, Conv1D):
-        return Size(linear.nx, linear.nf)
-    return Size(linear.in_features, linear.out_features)
+        return linear.nx, linear.nf
+    return linear.in_features, linear.out_features
 
 
 def find_targets(
