@@ -69,6 +69,11 @@ def step(config: Config) -> Step:
     return Step("base", settings, inputs, f"base {model.name}", cost=cost)
 
 
+def inputs(config: Config) -> dict[str, Step]:
+    """What the stages read that run the base on the domains' text."""
+    return {"domains": domains.step(config), "base": step(config)}
+
+
 def build(context: Context) -> dict:
     settings: BaseSettings = context.config
     figures, given = {}, settings.model

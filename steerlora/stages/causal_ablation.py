@@ -18,7 +18,7 @@ from steerlora.evaluation.records import (
 )
 from steerlora.evaluation.scores import Score
 from steerlora.methods.interventions import INTERVENTIONS
-from steerlora.stages import adapter_training, base, domains, evaluate
+from steerlora.stages import adapter_training, base, evaluate
 from steerlora.stages.common import WHERE, run_log
 
 RESULT = "ablation.json"
@@ -51,9 +51,7 @@ def step(config: Config) -> Step:
         )
     doses = tuple(config.study.doses)
     settings = AblationSettings.of(config, interventions=names, doses=doses)
-    inputs = {
-        "domains": domains.step(config),
-        "base": base.step(config),
+    inputs = base.inputs(config) | {
         "adapter": adapter_training.step(config),
         "intact": evaluate.step(config, every_task=True),
     }

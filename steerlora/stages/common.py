@@ -140,6 +140,12 @@ def training_rows(
     }
 
 
+def general_text(domains: Artifact, tokenizer, max_length: int, most: int) -> list[EncodedChat]:
+    """Conversations of pretraining text, evenly spaced: at least ``most``, if there are so many."""
+    rows = read_rows(domains / "pretrain.jsonl")
+    return encode_chats(tokenizer, rows[:: max(1, len(rows) // most)], max_length)
+
+
 def train(
     context: Context,
     module: L.LightningModule,

@@ -28,7 +28,7 @@ from steerlora.lm.decoder import decoder_of
 from steerlora.methods.base import Method
 from steerlora.methods.interventions import INTERVENTIONS
 from steerlora.methods.saving import load_adapter
-from steerlora.stages import adapter_training, base, domains, method_training
+from steerlora.stages import adapter_training, base, method_training
 from steerlora.stages.common import WHERE, load_base, run_log
 
 SCORES = "scores.json"
@@ -88,7 +88,7 @@ def step(config: Config, *, adapted: bool = True, every_task: bool = False) -> S
     files = local_rows.digest(config.evaluation.files)
     settings = EvaluationSettings.of(config, adapted=adapted, files=files)
     intervention = settings.intervention
-    inputs = {"domains": domains.step(config), "base": base.step(config)}
+    inputs = base.inputs(config)
     if adapted:
         inputs["adapter"] = adapter_training.step(config)
     what = f"{config.method.name} seed {config.seed}" if adapted else "base"

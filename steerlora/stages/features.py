@@ -28,7 +28,7 @@ from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.saelens import load_sae
 from steerlora.saes.sparse import SparseFeatures
 from steerlora.saes.taxonomy import FeatureStatistics, Taxonomy, classify
-from steerlora.stages import base, domains, sae_training
+from steerlora.stages import base, sae_training
 from steerlora.stages.common import (
     WHERE,
     device_of,
@@ -99,7 +99,7 @@ def _step(config: Config, site: int, sae: Step) -> Step:
         spread=config.evaluation.spread,
         logger=config.logger,
     )
-    inputs = {"domains": domains.step(config), "base": base.step(config), "sae": sae}
+    inputs = base.inputs(config) | {"sae": sae}
     return Step("features", settings, inputs, f"features {config.model.name} site {site}", cost=10)
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 
 from steerlora.config import Config, InterventionConfig, LoggerConfig, TrainerConfig
-from steerlora.data.chat import ChatBatch, EncodedChat, encode_chats
+from steerlora.data.chat import ChatBatch
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
 from steerlora.distributed.zero import sharding_settings
@@ -28,8 +28,8 @@ from steerlora.methods.module import MethodModule
 from steerlora.methods.monitor import Monitor
 from steerlora.reporting.runs import RunLog
 from steerlora.saes.saelens import load_sae, sae_metadata
-from steerlora.stages import base, domains, features, sae_training
-from steerlora.stages.common import device_of, place_of, read_rows, train
+from steerlora.stages import base, features, sae_training
+from steerlora.stages.common import device_of, general_text, place_of, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +67,7 @@ def inputs(config: Config, *, monitored: bool) -> dict[str, Step | tuple[Step, .
         config: the run's.
         monitored: with the monitor site's SAE and features.
     """
-    found: dict[str, Step | tuple[Step, ...]] = {
-        "domains": domains.step(config),
-        "base": base.step(config),
-    }
+    found: dict[str, Step | tuple[Step, ...]] = base.inputs(config)
     if config.method.reads_features:
         found["saes"] = sae_training.steps(config)
     if config.method.reads_taxonomy:
@@ -192,7 +189,7 @@ def attach(
         seed=settings.seed,
         intervention=settings.intervention,
         monitor=monitor,
-        general_text=partial(_general_text, source, tokenizer, settings.trainer.max_length),
+        general_text=partial(general_text, source, tokenizer, settings.trainer.max_length),
     )
     return Attached(model, tokenizer, sources, method, monitor, learner)
 
@@ -210,14 +207,6 @@ def _open_sources(method: MethodConfig, inputs: Inputs) -> Sources:
             for site, artifact in zip(method.sites, inputs.get("features", ()), strict=False)
         },
     )
-
-
-def _general_text(
-    source: Artifact, tokenizer: Any, max_length: int, most: int
-) -> list[EncodedChat]:
-    """Rows of pretraining text, evenly spaced, about ``most`` of them."""
-    rows = read_rows(source / "pretrain.jsonl")
-    return encode_chats(tokenizer, rows[:: max(1, len(rows) // most)], max_length)
 
 
 def train_task(

@@ -22,7 +22,7 @@ from steerlora.saes.config import SAEConfig
 from steerlora.saes.metrics import ce_recovered, sae_metrics
 from steerlora.saes.saelens import open_sae, sae_fingerprint, save_sae
 from steerlora.saes.training import SAEModule
-from steerlora.stages import activations, base, domains
+from steerlora.stages import activations, base
 from steerlora.stages.common import (
     ADAPTER_ONLY,
     NOT_IDENTITY,
@@ -74,7 +74,7 @@ def requested(config: Config) -> tuple[Step, ...]:
 
 
 def _step(config: Config, sae: SAEConfig, site: int) -> Step:
-    inputs = {"domains": domains.step(config), "base": base.step(config)}
+    inputs = base.inputs(config)
     if sae.path is None:
         inputs["activations"] = activations.step(config)
     settings = SAESettings(
