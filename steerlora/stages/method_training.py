@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch import Tensor, nn
 
 from steerlora.config import Config, InterventionConfig, LoggerConfig, TrainerConfig
@@ -220,22 +220,24 @@ def train_task(
 ) -> dict[str, float]:
     """Train the method on a task, with an optimizer and a schedule of its own.
 
-    ``learner.begin`` and ``learner.end`` run inside the training, since a model that is sharded
-    runs nowhere else: just before the first step and after the last, on every rank alike. What
-    ``begin`` leaves in the method is in every checkpoint, so a training that resumes does not
-    repeat it.
-
     Args, returns: as for :func:`steerlora.stages.common.train`.
     """
-
-    def begin(trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.global_step == 0:
-            learner.begin(task)
-
-    hooks = LambdaCallback(
-        on_train_start=begin, on_train_end=lambda trainer, module: learner.end(task)
-    )
+    hooks = around(lambda: learner.begin(task), lambda: learner.end(task))
     module = MethodModule(learner, trainer=context.config.trainer, total_steps=steps)
     callbacks = [*learner.callbacks(task), hooks]
     with learner.training(task):
         return train(context, module, batches, steps, log, callbacks=callbacks, **options)
+
+
+def around(before: Callable[[], None], after: Callable[[], None]) -> Callback:
+    """What runs the model just before the first step and after the last, on every rank alike.
+
+    Inside the training, since a model that is sharded runs nowhere else. What ``before`` leaves in
+    the method is in every checkpoint, so a training that resumes does not repeat it.
+    """
+
+    def begin(trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.global_step == 0:
+            before()
+
+    return LambdaCallback(on_train_start=begin, on_train_end=lambda trainer, module: after())
