@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import hydra
@@ -139,9 +140,9 @@ def execute(config: Config, variant: compose.Compose) -> None:
         planning.show(console, config)
         return
     if config.stage and config.stage.name == "status":
-        from steerlora.engine.artifacts import ArtifactStore, status_table
+        from steerlora.engine.inventory import listing, status_table
 
-        console.print(status_table(ArtifactStore(config.artifacts.root).listing()))
+        console.print(status_table(listing(Path(config.artifacts.root).expanduser())))
         return
     with preemption.signals_handled(), ranks.joined(plain(config)):
         _build(config, variant)

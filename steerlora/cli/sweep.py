@@ -171,9 +171,7 @@ def print_outcomes(jobs: Sequence[Sequence[str]], console: Console) -> int:
     """
     folder = Path(os.environ.pop(OUTCOMES))
     common = set.intersection(*map(set, jobs))
-    table = Table(title="sweep")
-    for column in ("job", "overrides", "seconds", "outcome"):
-        table.add_column(column)
+    table = Table("job", "overrides", "seconds", "outcome", title="sweep")
     codes = set()
     for number, overrides in enumerate(jobs):
         outcome = Outcome.read(folder, number) or Outcome(

@@ -9,7 +9,7 @@ On disk: ``site_<c>/shard_<i>.safetensors`` with one tensor ``activations`` [t, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -246,13 +246,6 @@ class ActivationStore:
             ]
         )
         return self.rows(site, chosen.long())
-
-    def batches(
-        self, site: int, batch_size: int, *, seed: int, steps: int, start: int = 0
-    ) -> Iterator[Tensor]:
-        """Batches ``start`` to ``steps``: a resumed run gets what the whole one would have."""
-        for step in range(start, steps):
-            yield self.batch(site, batch_size, seed=seed, step=step)
 
     def _permutation(self, seed: int, index: int) -> Tensor:
         """The order of pass ``index``, int32 [tokens]; the last one is kept."""

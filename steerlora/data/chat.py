@@ -5,7 +5,7 @@ B batch, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -185,6 +185,23 @@ def collate(
     tokens = sum(len(row.input_ids) for row in rows)
     owners = torch.tensor(list(domains))
     return ChatBatch(input_ids, attention_mask, labels, owners, tokens, weights)
+
+
+def batches_by_length(
+    rows: Sequence[EncodedChat], size: int, pad_token_id: int, domain: int = -1
+) -> Iterator[ChatBatch]:
+    """Every row once, the shortest first, so that little is padding.
+
+    Args:
+        rows: the conversations.
+        size: B, of all but the last batch.
+        pad_token_id: fills the right.
+        domain: of all rows; -1: none.
+    """
+    rows = sorted(rows, key=lambda row: len(row.input_ids))
+    for start in range(0, len(rows), size):
+        chosen = rows[start : start + size]
+        yield collate(chosen, [domain] * len(chosen), pad_token_id)
 
 
 class ChatBatches:

@@ -4,23 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import NamedTuple
 
 import numpy as np
 
 from steerlora.data.chat import ChatBatch
-
-
-class Source(NamedTuple):
-    """Where the batch of a step comes from.
-
-    Attributes:
-        earlier: position of the earlier domain; None: the current one.
-        batch: which of its batches, from 0.
-    """
-
-    earlier: int | None
-    batch: int
 
 
 class ReplayBatches:
@@ -62,18 +49,12 @@ class ReplayBatches:
 
     def __call__(self, step: int) -> ChatBatch:
         """The batch of ``step``, from 0."""
-        source = self.source(step)
-        batches = self.current if source.earlier is None else self.earlier[source.earlier]
-        return batches(source.batch)
+        replayed = step * self.ratio // 1
+        if (step + 1) * self.ratio // 1 == replayed:
+            return self.current(step - replayed)
+        draws = np.random.SeedSequence([self.seed, step]).generate_state(2)
+        return self.earlier[int(draws[0]) % len(self.earlier)](int(draws[1]) % self.kept)
 
     def part(self, step: int, index: int, parts: int) -> ChatBatch:
         """One of so many parts of the batch of ``step``."""
         return self(step).part(index, parts)
-
-    def source(self, step: int) -> Source:
-        """Where the batch of ``step`` comes from."""
-        replayed = step * self.ratio // 1
-        if (step + 1) * self.ratio // 1 == replayed:
-            return Source(None, step - replayed)
-        draws = np.random.SeedSequence([self.seed, step]).generate_state(2)
-        return Source(int(draws[0]) % len(self.earlier), int(draws[1]) % self.kept)

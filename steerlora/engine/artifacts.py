@@ -25,8 +25,6 @@ from typing import Any
 
 import filelock
 
-from steerlora.engine import inventory
-from steerlora.engine.inventory import ArtifactInfo, status_table
 from steerlora.engine.manifests import (
     ATTEMPT,
     CHECKPOINTS,
@@ -43,17 +41,6 @@ from steerlora.engine.manifests import (
     write_json,
 )
 from steerlora.errors import UserError
-
-__all__ = [
-    "Artifact",
-    "ArtifactInfo",
-    "ArtifactStore",
-    "fingerprint",
-    "plain",
-    "read_json",
-    "status_table",
-    "write_json",
-]
 
 LOCK_PATIENCE = 1.0  # seconds of silent waiting for another process
 
@@ -125,22 +112,6 @@ class ArtifactStore:
         with self._locked(stage, fingerprint, logger.warning):
             return self._find_or_move_aside(stage, fingerprint)
 
-    def require(self, stage: str, fingerprint: str) -> Artifact:
-        """The artifact.
-
-        Raises:
-            UserError: it has not been built; names the command that builds it.
-        """
-        artifact = self.find(stage, fingerprint)
-        if artifact is None:
-            begun = _beside(self.directory(stage, fingerprint), ".partial").exists()
-            state = "was begun and not finished" if begun else "has not been built"
-            raise UserError(
-                f"artifact {stage}/{fingerprint} {state} under {self.root}: "
-                f"run `steerlora stage={stage} artifacts.root={self.root}` with the same settings"
-            )
-        return artifact
-
     def build(
         self,
         stage: str,
@@ -204,16 +175,12 @@ class ArtifactStore:
         self._verified[final] = stat_files(final, manifest["files"])
         return Artifact(stage, fingerprint, final, manifest)
 
-    def listing(self) -> list[ArtifactInfo]:
-        """What lies under the root, whole or not, by stage and age."""
-        return inventory.listing(self.root)
-
     @contextmanager
     def _locked(
         self, stage: str, fingerprint: str, message: Callable[[str], None]
     ) -> Iterator[None]:
         final = self.directory(stage, fingerprint)
-        try:
+        with self._disk_errors(stage, fingerprint):
             final.parent.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(_beside(final, ".lock"))
             try:
@@ -221,9 +188,6 @@ class ArtifactStore:
             except filelock.Timeout:
                 message(f"waiting for another process that builds {stage}/{fingerprint}")
                 lock.acquire()
-        except OSError as error:
-            self._explain(error, stage, fingerprint)
-            raise
         try:
             yield
         finally:
@@ -231,27 +195,24 @@ class ArtifactStore:
 
     @contextmanager
     def _disk_errors(self, stage: str, fingerprint: str) -> Iterator[None]:
+        """A `UserError` in place of an error of the disk's."""
         try:
             yield
         except Exception as error:
-            self._explain(error, stage, fingerprint)
+            if _is_disk_full(error):
+                raise UserError(
+                    f"no space left on the disk of {self.root} while building {stage}/"
+                    f"{fingerprint}: free some (steerlora stage=status lists sizes) or move with "
+                    "artifacts.root=DIR, then run the same command again"
+                ) from error
+            named = str(getattr(error, "filename", None) or "")
+            kinds = (PermissionError, NotADirectoryError, FileExistsError)
+            if isinstance(error, kinds) and named.startswith(str(self.root)):
+                raise UserError(
+                    f"cannot write {named} ({error.strerror}): "
+                    "choose another place with artifacts.root=DIR"
+                ) from error
             raise
-
-    def _explain(self, error: Exception, stage: str, fingerprint: str) -> None:
-        """Raise a `UserError` in place of an error of the disk's."""
-        if _is_disk_full(error):
-            raise UserError(
-                f"no space left on the disk of {self.root} while building {stage}/{fingerprint}: "
-                "free some (steerlora stage=status lists sizes) or move with artifacts.root=DIR, "
-                "then run the same command again"
-            ) from error
-        if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) and str(
-            error.filename or ""
-        ).startswith(str(self.root)):
-            raise UserError(
-                f"cannot write {error.filename} ({error.strerror}): "
-                "choose another place with artifacts.root=DIR"
-            ) from error
 
     def _find_or_move_aside(self, stage: str, fingerprint: str) -> Artifact | None:
         """`find` for the holder of the lock."""

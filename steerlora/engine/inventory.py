@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from steerlora.engine.manifests import FINGERPRINT_DIGITS, read_attempt, read_manifest, stat_files
 
@@ -54,14 +54,11 @@ def listing(root: Path) -> list[ArtifactInfo]:
     return sorted(found, key=lambda info: (info.stage, info.created, info.fingerprint))
 
 
-def status_table(infos: Sequence[ArtifactInfo], title: str | None = None) -> Table:
+def status_table(infos: Sequence[ArtifactInfo]) -> Table:
     """The listing as a table for the terminal."""
-    table = Table(title=title, caption=f"{len(infos)} artifacts")
-    for heading in ("stage", "fingerprint", "what"):
-        table.add_column(heading)
-    table.add_column("size", justify="right")
-    table.add_column("age", justify="right")
-    table.add_column("state")
+    size, age = Column("size", justify="right"), Column("age", justify="right")
+    caption = f"{len(infos)} artifacts"
+    table = Table("stage", "fingerprint", "what", size, age, "state", caption=caption)
     for info in infos:
         table.add_row(
             *(info.stage, info.fingerprint, escape(info.label)),

@@ -20,20 +20,8 @@ MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"  # the builder's own folder, dropped when the artifact is complete
 ATTEMPT = ".attempt.json"  # record of a build in progress: its label and the seconds spent
 LIBRARIES = (
-    "steerlora",
-    "torch",
-    "transformers",
-    "lightning",
-    "deepspeed",
-    "lm-eval",
-    "datasets",
-    "tokenizers",
-    "safetensors",
-    "hydra-core",
-    "numpy",
-    "scipy",
-    "pandas",
-    "matplotlib",
+    *("steerlora", "torch", "transformers", "lightning", "deepspeed", "lm-eval", "datasets"),
+    *("tokenizers", "safetensors", "hydra-core", "numpy", "scipy", "pandas", "matplotlib"),
 )
 
 

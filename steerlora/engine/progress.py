@@ -13,10 +13,10 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, TaskID, TextColumn
@@ -158,16 +158,10 @@ class SilentProgress(Progress):
         pass
 
 
-class Target(Protocol):
-    """A queue of another process, or whatever else has ``put``."""
-
-    def put(self, item: Any) -> None: ...
-
-
 class QueueProgress(Progress):
-    """Puts every event on a queue, for another process to emit."""
+    """Puts every event on a queue, or whatever else has ``put``, for another process to emit."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Any) -> None:
         self._target = target
 
     def emit(self, event: Event) -> None:
@@ -179,14 +173,10 @@ class ConsoleProgress(Progress):
 
     Args:
         console: where to write; standard output by default.
-        clock: seconds, monotonic.
     """
 
-    def __init__(
-        self, console: Console | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
-        self._clock = clock
         self._meters: dict[str, Meter] = {}
         self._display = (_Bars if self._console.is_terminal else _Lines)(self._console)
         self._lock = threading.Lock()  # tasks may report from several threads
@@ -204,7 +194,7 @@ class ConsoleProgress(Progress):
                 case Message(text):
                     self._console.print(text, markup=False, highlight=False, soft_wrap=True)
                 case Opened(task):
-                    self._meters[task] = Meter(event, self._clock)
+                    self._meters[task] = Meter(event)
                     self._display.opened(self._meters[task])
                 case Advanced(task):
                     self._meters[task].update(event)
@@ -216,9 +206,9 @@ class ConsoleProgress(Progress):
 class Meter:
     """The state of one task and the rates that follow from it."""
 
-    def __init__(self, opened: Opened, clock: Callable[[], float]) -> None:
+    def __init__(self, opened: Opened) -> None:
         self.opened, self.done, self.tokens, self.note = opened, opened.done, 0, ""
-        self._clock, self.began = clock, clock()
+        self.began = time.monotonic()
         self._samples = deque([(self.began, self.done, self.tokens)])
         self.shown = self.began  # when a line about it was last printed
 
@@ -226,14 +216,15 @@ class Meter:
         self.done += event.steps
         self.tokens += event.tokens
         self.note = event.note
-        self._samples.append((self._clock(), self.done, self.tokens))
-        while len(self._samples) > 2 and self._samples[1][0] < self._clock() - RATE_WINDOW:
+        now = time.monotonic()
+        self._samples.append((now, self.done, self.tokens))
+        while len(self._samples) > 2 and self._samples[1][0] < now - RATE_WINDOW:
             self._samples.popleft()
 
     @property
     def elapsed(self) -> float:
         """Seconds since the task was opened."""
-        return self._clock() - self.began
+        return time.monotonic() - self.began
 
     @property
     def rates(self) -> tuple[float, float]:
@@ -290,8 +281,8 @@ class _Lines:
         self._print(f"{meter.opened.description}: started{done}")
 
     def advanced(self, meter: Meter) -> None:
-        if meter.began + meter.elapsed - meter.shown >= LINE_INTERVAL:
-            meter.shown = meter.began + meter.elapsed
+        if time.monotonic() - meter.shown >= LINE_INTERVAL:
+            meter.shown = time.monotonic()
             self._print(f"{meter.opened.description}: {', '.join(meter.figures())}")
 
     def closed(self, meter: Meter, finished: bool) -> None:
@@ -303,11 +294,11 @@ class _Lines:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-class _Bars:
+class _Bars(Bars):
     """One bar a task, gone when the task ends."""
 
     def __init__(self, console: Console) -> None:
-        self._bars = Bars(
+        super().__init__(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             _Figures(),
@@ -316,28 +307,23 @@ class _Bars:
         )
         self._ids: dict[str, TaskID] = {}
 
-    def start(self) -> None:
-        self._bars.start()
-
     def stop(self) -> None:
         for bar in self._ids.values():  # of a worker that could not close its own
-            self._bars.remove_task(bar)
+            self.remove_task(bar)
         self._ids.clear()
-        self._bars.stop()
+        super().stop()
 
     def opened(self, meter: Meter) -> None:
-        self._ids[meter.opened.task] = self._bars.add_task(
-            meter.opened.description,
-            total=meter.opened.total,
-            completed=meter.done,
-            meter=meter,
+        opened = meter.opened
+        self._ids[opened.task] = self.add_task(
+            opened.description, total=opened.total, completed=meter.done, meter=meter
         )
 
     def advanced(self, meter: Meter) -> None:
-        self._bars.update(self._ids[meter.opened.task], completed=meter.done)
+        self.update(self._ids[meter.opened.task], completed=meter.done)
 
     def closed(self, meter: Meter, finished: bool) -> None:
-        self._bars.remove_task(self._ids.pop(meter.opened.task))
+        self.remove_task(self._ids.pop(meter.opened.task))
 
 
 class _Figures(ProgressColumn):

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -166,7 +165,7 @@ def _look_up_together(
     return artifacts, [by_name[name] for name in missing]
 
 
-def _found(step: Step | _Job, store: ArtifactStore) -> Artifact:
+def _found(step: Step, store: ArtifactStore) -> Artifact:
     """What rank 0 found or built, as another rank sees it.
 
     Raises:
@@ -185,12 +184,8 @@ def _found(step: Step | _Job, store: ArtifactStore) -> Artifact:
 class _Job:
     """A step with the artifacts it reads, ready to be sent to a worker."""
 
-    stage: str
-    config: Any
+    step: Step
     inputs: dict[str, Artifact | tuple[Artifact, ...]]
-    fingerprint: str
-    label: str
-    record: dict[str, Any]
     store: ArtifactStore
     plugins: tuple[str, ...]
 
@@ -211,14 +206,17 @@ def _build(
     plugins: Sequence[str],
 ) -> Iterator[tuple[Step, _Built]]:
     """Build every step; the caller adds each to ``artifacts`` before it asks for the next."""
+
+    def job(step: Step) -> _Job:
+        return _Job(step, _inputs(step, artifacts), store, tuple(plugins))
+
     workers = min(workers, len(missing)) if ranks.current().world == 1 else 1
     if workers <= 1:
         for step in missing:
             if ranks.broadcast(preemption.requested()):  # in the last step of a training
                 preemption.stop("what was finished is stored")
-            job = _job(step, artifacts, store, plugins)
             try:
-                built = _execute(job, progress)
+                built = _execute(job(step), progress)
             except Exception as error:
                 error.add_note(f"while building '{step.label}'")
                 raise
@@ -236,8 +234,7 @@ def _build(
             ]
             for step in ready[: pool.idle]:
                 waiting.remove(step)
-                job = _job(step, artifacts, store, plugins)
-                pool.submit(step, step.label, _execute, job)
+                pool.submit(step, step.label, _execute, job(step))
             step, built = pool.wait()
             unfinished.remove(step.fingerprint)
             yield step, built
@@ -261,69 +258,59 @@ def _threads(workers: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(min(share, int(wanted)) if wanted.isdigit() else share)}
 
 
-def _job(
-    step: Step, artifacts: Mapping[str, Artifact], store: ArtifactStore, plugins: Sequence[str]
-) -> _Job:
-    inputs = {
+def _inputs(
+    step: Step, artifacts: Mapping[str, Artifact]
+) -> dict[str, Artifact | tuple[Artifact, ...]]:
+    return {
         name: artifacts[value.fingerprint]
         if isinstance(value, Step)
         else tuple(artifacts[item.fingerprint] for item in value)
         for name, value in step.inputs.items()
     }
-    config = plain(step.config)
-    record = {
-        "label": step.label,
-        "version": STAGES[step.stage].version,
-        "seed": config.get("seed"),
-        "config": config,
-        "inputs": step.input_fingerprints,
-    }
-    return _Job(
-        stage=step.stage,
-        config=step.config,
-        inputs=inputs,
-        fingerprint=step.fingerprint,
-        label=step.label,
-        record=record,
-        store=store,
-        plugins=tuple(plugins),
-    )
 
 
 def _execute(job: _Job, progress: Progress) -> _Built:
     """Build the artifact of a step, or find that another process has."""
     import_plugins(job.plugins)
-    stage, began, reused = STAGES[job.stage], time.monotonic(), True
+    step, store = job.step, job.store
+    stage, began, reused = STAGES[step.stage], time.monotonic(), True
 
-    def context(directory: Path) -> Context:
-        return Context(
-            config=job.config,
+    def fill(directory: Path) -> Mapping | None:
+        context = Context(
+            config=step.config,
             inputs=job.inputs,
             directory=directory,
-            home=job.store.directory(job.stage, job.fingerprint),
-            fingerprint=job.fingerprint,
-            label=job.label,
+            home=store.directory(step.stage, step.fingerprint),
+            fingerprint=step.fingerprint,
+            label=step.label,
             progress=progress,
         )
+        return stage.build(context)
 
     def builder(directory: Path) -> Mapping | None:
         nonlocal reused
         reused = False
         if stage.shared:
             ranks.broadcast(str(directory))
-        return stage.build(context(directory))
+        return fill(directory)
 
     with _interruption_as_keyboard_interrupt():
         if ranks.is_main():
-            artifact = job.store.build(
-                job.stage, job.fingerprint, job.record, builder, progress.message
-            )
+            config = plain(step.config)
+            record = {
+                "label": step.label,
+                "version": stage.version,
+                "seed": config.get("seed"),
+                "config": config,
+                "inputs": step.input_fingerprints,
+            }
+            artifact = store.build(step.stage, step.fingerprint, record, builder, progress.message)
             ranks.broadcast(None)
         else:
             # The folder of what all ranks build together, where it comes to that; then the end.
             while (directory := ranks.broadcast()) is not None:
-                stage.build(context(Path(directory)))
-            artifact = _found(job, job.store)
+                fill(Path(directory))
+            artifact = _found(step, store)
     return _Built(artifact, time.monotonic() - began, reused)
 
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,7 +142,20 @@ def check_packing(model: nn.Module) -> None:
         raise ValueError(f"{type(decoder).__name__} has no rotary positions")
 
 
-class EditedLayer(nn.Module):
+class Wrapper(nn.Module):
+    """A module in the place of another one, for which it answers what it does not have itself."""
+
+    wrapped: str
+    """Name of the child that holds the other one."""
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__(self.wrapped), name)
+
+
+class EditedLayer(Wrapper):
     """A decoder layer whose incoming stream first passes through ``edit``.
 
     ``edit`` maps the stream [B, S, D] to one of the same shape: it may look, record or replace.
@@ -149,16 +163,12 @@ class EditedLayer(nn.Module):
     run it again.
     """
 
+    wrapped = "layer"
+
     def __init__(self, layer: nn.Module, edit: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.layer = layer
         self.edit = edit
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         return self.layer(self.edit(hidden_states), *args, **kwargs)
@@ -166,21 +176,12 @@ class EditedLayer(nn.Module):
 
 @contextmanager
 def edited(model: nn.Module, edits: dict[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Run ``model`` with the stream of each given site edited, inside this context only.
-
-    Site L is the stream that leaves the last layer. Whatever wraps a layer already stays, and runs
-    after the edit.
-    """
-    original = {}
-    for site, edit in edits.items():
-        owner, name = _reader(model, site)
-        original[site] = getattr(owner, name)
-        setattr(owner, name, EditedLayer(original[site], edit))
+    """Run ``model`` with :func:`attach_edits`, inside this context only."""
+    attach_edits(model, edits)
     try:
         yield
     finally:
-        for site, module in original.items():
-            setattr(*_reader(model, site), module)
+        remove_edits(model, edits)
 
 
 def _reader(model: nn.Module, site: int) -> tuple[nn.Module, str]:
@@ -190,17 +191,21 @@ def _reader(model: nn.Module, site: int) -> tuple[nn.Module, str]:
 
 
 def attach_edits(model: nn.Module, edits: dict[int, Callable[[Tensor], Tensor]]) -> None:
-    """Edit the stream that enters each given layer, until :func:`remove_edits`."""
-    layers = layers_of(model)
+    """Edit the stream of each given site, until :func:`remove_edits`.
+
+    Site L is the stream that leaves the last layer. Whatever wraps a layer already stays, and runs
+    after the edit.
+    """
     for site, edit in edits.items():
-        layers[site] = EditedLayer(layers[site], edit)
+        owner, name = _reader(model, site)
+        setattr(owner, name, EditedLayer(getattr(owner, name), edit))
 
 
 def remove_edits(model: nn.Module, sites: Iterable[int]) -> None:
     """Undo :func:`attach_edits`: the layers are the modules that they were."""
-    layers = layers_of(model)
     for site in sites:
-        layers[site] = layers[site].layer
+        owner, name = _reader(model, site)
+        setattr(owner, name, getattr(owner, name).layer)
 
 
 @dataclass
@@ -343,16 +348,13 @@ def residual_streams(
     part, layers = _layer_range(model, 0, max(sites))
     streams: dict[int, Tensor] = {}
 
-    def record(site: int) -> Callable[[Tensor], Tensor]:
-        def edit(stream: Tensor) -> Tensor:
-            streams[site] = stream
-            return stream
-
-        return edit
+    def record(site: int, stream: Tensor) -> Tensor:
+        streams[site] = stream
+        return stream
 
     for site in sites:
         if site < max(sites):
-            layers[site] = EditedLayer(layers[site], record(site))
+            layers[site] = EditedLayer(layers[site], partial(record, site))
     inputs = {"use_cache": False, **inputs}
     output = part(input_ids=input_ids, attention_mask=attention_mask, **inputs)
     streams[max(sites)] = output.last_hidden_state

@@ -9,13 +9,13 @@ from typing import NamedTuple
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from steerlora.lm.decoder import EditedLayer, layers_of
+from steerlora.lm.decoder import EditedLayer, Wrapper, layers_of
 
 Linear = nn.Linear | Conv1D
 """What can be replaced; GPT-2's Conv1D is a linear layer with its weight transposed."""
 
 
-class ReplacedLinear(nn.Module):
+class ReplacedLinear(Wrapper):
     """A layer that stands where a linear layer of the base model stood.
 
     It answers for what it does not have itself (``weight``, ``in_features``) as ``base`` would.
@@ -24,15 +24,11 @@ class ReplacedLinear(nn.Module):
         base: the frozen linear layer; put back by whoever replaced it.
     """
 
+    wrapped = "base"
+
     def __init__(self, base: Linear) -> None:
         super().__init__()
         self.base = base
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
 
 
 class Target(NamedTuple):
@@ -43,18 +39,11 @@ class Target(NamedTuple):
     linear: nn.Module
 
 
-class Size(NamedTuple):
-    """D_in and D_out of a linear layer."""
-
-    d_in: int
-    d_out: int
-
-
-def size_of(linear: Linear) -> Size:
-    """What a linear layer reads and writes, of whichever type it is."""
+def size_of(linear: Linear) -> tuple[int, int]:
+    """D_in and D_out of a linear layer, of whichever type it is."""
     if isinstance(linear, Conv1D):
-        return Size(linear.nx, linear.nf)
-    return Size(linear.in_features, linear.out_features)
+        return linear.nx, linear.nf
+    return linear.in_features, linear.out_features
 
 
 def find_targets(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -169,12 +170,9 @@ def read_weight(source: Source) -> Tensor:
     Raises:
         UserError: the file cannot be read.
     """
-    try:
-        # Opened anew for each: a file that stays open stays mapped, and counts as memory.
-        with safe_open(source.file, framework="pt") as file:
-            return file.get_tensor(source.name)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{source.file} cannot be read ({error}): fetch it again") from error
+    # Opened anew for each: a file that stays open stays mapped, and counts as memory.
+    with _opened(source.file) as file:
+        return file.get_tensor(source.name)
 
 
 def on_meta(model_class: type, config) -> PreTrainedModel:
@@ -192,16 +190,23 @@ def _shapes(found: Iterable[Source]) -> dict[Source, tuple[int, ...]]:
     """The shape of every tensor, read from the files' headers."""
     shapes = {}
     for file, group in groupby(sorted(found), key=lambda source: source.file):
-        with safe_open(file, framework="pt") as opened:
+        with _opened(file) as opened:
             for source in group:
                 shapes[source] = tuple(opened.get_slice(source.name).get_shape())
     return shapes
 
 
 def _names_in(file: Path) -> list[str]:
+    with _opened(file) as opened:
+        return list(opened.keys())
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    """A file of weights; UserError where it cannot be read."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
+            yield opened
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read ({error}): fetch it again") from error
 

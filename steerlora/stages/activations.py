@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import chain, count, islice
 
 from torch import Tensor
 
 from steerlora.config import Config
 from steerlora.data.activations import HARVEST_ROWS, harvest
-from steerlora.data.chat import ChatBatches, encode_chats
+from steerlora.data.chat import ChatBatches
 from steerlora.engine.run import Context, Stage, Step, from_config, register
-from steerlora.stages import base, domains
-from steerlora.stages.common import WHERE, load_base, read_rows, training_rows
+from steerlora.stages import base
+from steerlora.stages.common import WHERE, general_text, load_base, training_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,9 @@ def step(config: Config) -> Step:
         accelerator=config.trainer.accelerator,
         spread=config.evaluation.spread,
     )
-    inputs = {"domains": domains.step(config), "base": base.step(config)}
-    return Step("activations", settings, inputs, f"activations {config.model.name}", cost=10)
+    return Step(
+        "activations", settings, base.inputs(config), f"activations {config.model.name}", cost=10
+    )
 
 
 def build(context: Context) -> dict:
@@ -54,12 +55,11 @@ def build(context: Context) -> dict:
         context.inputs["base"], accelerator=settings.accelerator, spread=settings.spread
     )
     source = context.inputs["domains"]
-    rows, _ = training_rows(source, list(settings.domains), tokenizer, settings.max_length)
+    found = training_rows(source, settings.domains, tokenizer, settings.max_length)
+    rows = list(chain.from_iterable(found.values()))
     # As much general text as of one domain, so that features cover what adapters must not disturb.
-    general = read_rows(source / "pretrain.jsonl")
     wanted = len(rows) // len(settings.domains)
-    general = general[:: max(1, len(general) // wanted)][:wanted]
-    rows += encode_chats(tokenizer, general, settings.max_length)
+    rows += general_text(source, tokenizer, settings.max_length, wanted)[:wanted]
     with context.progress.task(context.label, settings.max_tokens, unit="token") as task:
         store = harvest(
             model,

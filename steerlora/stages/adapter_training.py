@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain
 
-from steerlora.config import Config, InterventionConfig, LoggerConfig, TrainerConfig
+from steerlora.config import Config, InterventionConfig
 from steerlora.data.packing import training_batches
 from steerlora.distributed import ranks
 from steerlora.engine.artifacts import write_json
 from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.methods.base import Task
-from steerlora.methods.config import MethodConfig
-from steerlora.methods.module import MethodModule
 from steerlora.methods.saving import export_peft, save_adapter
 from steerlora.stages import method_training
 from steerlora.stages.common import BASE, NOT_IDENTITY, POINTER, run_log, training_rows
-from steerlora.training.loop import fit
 
 FOLDER = "adapter"
 """Folder of the artifact that holds the trained method."""
@@ -27,30 +24,21 @@ HISTORY = "training.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterSettings:
-    """What joint training depends on; where no comment says otherwise, as in the configuration."""
+class AdapterSettings(method_training.TrainingSettings):
+    """What joint training depends on."""
 
-    method: MethodConfig
-    intervention: InterventionConfig
-    """That it trains under; the default where there is none."""
-    trainer: TrainerConfig
     domains: tuple[str, ...]
     """That it trains on."""
-    seed: int
-    logger: LoggerConfig
 
 
 def step(config: Config) -> Step:
     retrained = config.intervention.retrained
     if retrained:
         method_training.check_intervention(config)
-    settings = AdapterSettings(
-        method=config.method,
-        intervention=config.intervention if retrained else InterventionConfig(),
-        trainer=config.trainer,
+    settings = AdapterSettings.of(
+        config,
+        config.intervention if retrained else InterventionConfig(),
         domains=tuple(config.domains.names),
-        seed=config.seed,
-        logger=config.logger,
     )
     under = f" under {config.intervention.name}" if retrained else ""
     return Step(
@@ -67,49 +55,20 @@ def build(context: Context) -> dict:
     settings: AdapterSettings = context.config
     source, base_artifact = context.inputs["domains"], context.inputs["base"]
     model, tokenizer = method_training.load_to_train(base_artifact, settings.trainer)
-    sources = method_training.open_sources(settings.method, context.inputs)
-    method = method_training.new_method(model, settings.method, sources, settings.seed)
-    learner = method_training.new_learner(
-        model,
-        method,
-        tokenizer,
-        source,
-        domains=settings.domains,
-        max_length=settings.trainer.max_length,
+    attached = method_training.attach(context, model, tokenizer, domains=settings.domains)
+    learner, method = attached.learner, attached.method
+    rows = training_rows(source, settings.domains, tokenizer, settings.trainer.max_length)
+    order = source.json("domains.json")["names"]
+    batches = training_batches(
+        list(chain.from_iterable(rows.values())),
+        [order.index(name) for name, own in rows.items() for _ in own],
+        settings.trainer,
+        pad_token_id=tokenizer.pad_token_id,
         seed=settings.seed,
-        intervention=settings.intervention,
-        monitor=method_training.open_monitor(
-            model, method, settings.method.monitor, context.inputs
-        ),
     )
-    rows, owners = training_rows(
-        source, list(settings.domains), tokenizer, settings.trainer.max_length
-    )
-    task = Task(
-        {
-            name: list(compress(rows, (owner == number for owner in owners)))
-            for number, name in enumerate(settings.domains)
-        }
-    )
-    hooks = method_training.around(lambda: learner.begin(task), lambda: learner.end(task))
-    with run_log(context, settings.logger) as log, learner.training(task):
-        figures = fit(
-            MethodModule(learner, trainer=settings.trainer, total_steps=settings.trainer.max_steps),
-            training_batches(
-                rows,
-                owners,
-                settings.trainer,
-                pad_token_id=tokenizer.pad_token_id,
-                seed=settings.seed,
-            ),
-            settings.trainer.max_steps,
-            trainer=settings.trainer,
-            checkpoints=context.directory / "checkpoints",
-            progress=context.progress,
-            description=context.label,
-            identity=context.fingerprint,
-            run_logger=log.lightning(),
-            callbacks=[*learner.callbacks(task), hooks],
+    with run_log(context, settings.logger) as log:
+        figures = method_training.train_task(
+            context, learner, Task(rows), batches, settings.trainer.max_steps, log
         )
         figures |= {"parameters": method.parameter_count()}
         log.summary(figures)
@@ -120,7 +79,7 @@ def build(context: Context) -> dict:
         method,
         context.directory / FOLDER,
         base_fingerprint=pointer["fingerprint"],
-        sae_paths={site: given.path for site, given in sources.saes.items()},
+        sae_paths={site: given.path for site, given in attached.sources.saes.items()},
         written_for=context.home / FOLDER,
         trained_under=settings.intervention.name,
     )

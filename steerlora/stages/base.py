@@ -34,9 +34,9 @@ from steerlora.stages.common import (
     identity_of,
     read_rows,
     run_log,
+    train,
 )
 from steerlora.training.language import PretrainingModule
-from steerlora.training.loop import fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,11 @@ def step(config: Config) -> Step:
     cost = model.steps * model.layers * model.width**2 * 1e-6
     inputs = {"domains": domains.step(config)}
     return Step("base", settings, inputs, f"base {model.name}", cost=cost)
+
+
+def inputs(config: Config) -> dict[str, Step]:
+    """What the stages read that run the base on the domains' text."""
+    return {"domains": domains.step(config), "base": step(config)}
 
 
 def build(context: Context) -> dict:
@@ -114,8 +119,7 @@ def _pretrain(context: Context, settings: BaseSettings) -> tuple[Qwen3ForCausalL
         if settings.kind == "micro":
             build_micro_tokenizer(home)
         else:
-            tokenizer = build_text_tokenizer(source.path, vocabulary=shape.vocabulary)
-            tokenizer.save_pretrained(home)
+            build_text_tokenizer(source.path, vocabulary=shape.vocabulary).save_pretrained(home)
     ranks.barrier()
     tokenizer = AutoTokenizer.from_pretrained(home)
     torch.manual_seed(shape.seed)
@@ -142,17 +146,7 @@ def _pretrain(context: Context, settings: BaseSettings) -> tuple[Qwen3ForCausalL
         model.train(), learning_rate=shape.learning_rate, total_steps=shape.steps
     )
     with run_log(context, settings.logger) as log:
-        figures = fit(
-            module,
-            batches,
-            shape.steps,
-            trainer=settings.trainer,
-            checkpoints=context.directory / "checkpoints",
-            progress=context.progress,
-            description=context.label,
-            identity=context.fingerprint,
-            run_logger=log.lightning(),
-        )
+        figures = train(context, module, batches, shape.steps, log)
     if not ranks.is_main():
         return model, figures
     model.eval().save_pretrained(home)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
 
-from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
+from steerlora.config import Config
 from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.errors import UserError
 from steerlora.evaluation.records import (
@@ -18,36 +17,21 @@ from steerlora.evaluation.records import (
     write_record,
 )
 from steerlora.evaluation.scores import Score
-from steerlora.evaluation.scoring import Scorer
 from steerlora.methods.interventions import INTERVENTIONS
-from steerlora.methods.saving import load_adapter
-from steerlora.stages import adapter_training, base, domains, evaluate
-from steerlora.stages.common import WHERE, load_base, run_log
+from steerlora.stages import adapter_training, base, evaluate
+from steerlora.stages.common import WHERE, run_log
 
 RESULT = "ablation.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblationSettings:
-    """What an ablation depends on; where no comment says otherwise, as in the configuration."""
+class AblationSettings(evaluate.ScoringSettings):
+    """What an ablation depends on; ``intervention``: strength, sites and domains of all of them."""
 
     interventions: tuple[str, ...]
     """Their names."""
     doses: tuple[float, ...]
     """Strengths below 1 at which they are repeated."""
-    intervention: InterventionConfig
-    """Strength, sites and domains of all of them."""
-    evaluation: EvaluationConfig
-    model: str
-    method: str
-    """Its name."""
-    options: dict[str, Any]
-    """Of the method, at evaluation."""
-    seed: int
-    """Of the method and of every draw."""
-    accelerator: str
-    """Where the model runs."""
-    logger: LoggerConfig
 
 
 def step(config: Config) -> Step:
@@ -65,21 +49,9 @@ def step(config: Config) -> Step:
             "stage=causal_ablation breaks the signal of an adapter that was trained with it: "
             "leave intervention.phase at evaluation; stage=evaluate scores retrained controls"
         )
-    settings = AblationSettings(
-        interventions=names,
-        doses=tuple(config.study.doses),
-        intervention=config.intervention,
-        evaluation=config.evaluation,
-        model=config.model.name,
-        method=config.method.name,
-        options=config.method.at_evaluation,
-        seed=config.seed,
-        accelerator=config.trainer.accelerator,
-        logger=config.logger,
-    )
-    inputs = {
-        "domains": domains.step(config),
-        "base": base.step(config),
+    doses = tuple(config.study.doses)
+    settings = AblationSettings.of(config, interventions=names, doses=doses)
+    inputs = base.inputs(config) | {
         "adapter": adapter_training.step(config),
         "intact": evaluate.step(config, every_task=True),
     }
@@ -95,14 +67,7 @@ def step(config: Config) -> Step:
 
 def build(context: Context) -> dict:
     settings: AblationSettings = context.config
-    model, tokenizer = load_base(
-        context.inputs["base"],
-        accelerator=settings.accelerator,
-        spread=settings.evaluation.spread,
-    )
-    method = load_adapter(model, context.inputs["adapter"] / adapter_training.FOLDER)
-    method.configure(**settings.options)
-    scorer = Scorer(context.inputs["domains"], model, tokenizer, settings.evaluation)
+    method, scorer = evaluate.open_scorer(context)
     names = scorer.domains.names
     intact = read_record(context.inputs["intact"] / evaluate.SCORES, Evaluation)
     scores = {INTACT: {name: intact.tasks[scorer.domains.target_tasks[name]] for name in names}}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning as L
 import torch
 from transformers import PreTrainedModel
 
@@ -17,44 +19,32 @@ from steerlora.data.chat import EncodedChat, encode_chats
 from steerlora.data.jsonl import read_rows
 from steerlora.distributed import ranks
 from steerlora.engine.artifacts import Artifact
+from steerlora.engine.manifests import CHECKPOINTS
 from steerlora.engine.run import Context
 from steerlora.errors import UserError
 from steerlora.lm.pretrained import open_model, open_tokenizer
 from steerlora.reporting.runs import RunLog, open_run
+from steerlora.training.loop import fit
 
 if not torch.cuda.is_available():
     # Else DeepSpeed, which transformers looks for, warns that it found no accelerator.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-NOT_IDENTITY = frozenset({"logger"}) | frozenset(
-    f"trainer.{name}"
-    for name in (
-        "accelerator",
-        "strategy",
-        "offload",
-        "persistent_elements",
-        "accumulate",
-        "activation_checkpointing",
-        "compile",
-        "checkpoint_seconds",
-    )
+
+def _of_trainer(names: str) -> frozenset[str]:
+    return frozenset(f"trainer.{name}" for name in names.split())
+
+
+NOT_IDENTITY = frozenset({"logger"}) | _of_trainer(
+    "accelerator strategy offload persistent_elements accumulate activation_checkpointing compile "
+    "checkpoint_seconds"
 )
 """Keys that change where a training runs and how it is followed, not what comes out of it."""
 WHERE = frozenset({"accelerator", "spread", "evaluation.spread"})
 """Keys that say on what hardware a model runs that does not train."""
-ADAPTER_ONLY = frozenset(
-    f"trainer.{name}"
-    for name in (
-        "max_steps",
-        "batch_size",
-        "max_length",
-        "packing",
-        "learning_rate",
-        "weight_decay",
-        "adam_epsilon",
-        "warmup_fraction",
-        "decay_fraction",
-    )
+ADAPTER_ONLY = _of_trainer(
+    "max_steps batch_size max_length packing learning_rate weight_decay adam_epsilon "
+    "warmup_fraction decay_fraction"
 )
 """Trainer keys that base and SAE training have in their own sections."""
 
@@ -141,16 +131,51 @@ def identity_of(path: str) -> str:
 
 
 def training_rows(
-    domains: Artifact, names: list[str], tokenizer, max_length: int
-) -> tuple[list[EncodedChat], list[int]]:
-    """The conversations of the named domains for adapter training, and each one's domain index."""
-    rows, indices = [], []
-    order = domains.json("domains.json")["names"]
-    for name in names:
-        found = read_rows(domains / f"train/{name}.jsonl")
-        rows += encode_chats(tokenizer, found, max_length)
-        indices += [order.index(name)] * len(found)
-    return rows, indices
+    domains: Artifact, names: Sequence[str], tokenizer, max_length: int
+) -> dict[str, list[EncodedChat]]:
+    """{domain: its conversations for adapter training}."""
+    return {
+        name: encode_chats(tokenizer, read_rows(domains / f"train/{name}.jsonl"), max_length)
+        for name in names
+    }
+
+
+def general_text(domains: Artifact, tokenizer, max_length: int, most: int) -> list[EncodedChat]:
+    """Conversations of pretraining text, evenly spaced: at least ``most``, if there are so many."""
+    rows = read_rows(domains / "pretrain.jsonl")
+    return encode_chats(tokenizer, rows[:: max(1, len(rows) // most)], max_length)
+
+
+def train(
+    context: Context,
+    module: L.LightningModule,
+    batches: Callable[[int], Any],
+    steps: int,
+    log: RunLog,
+    **options: Any,
+) -> dict[str, float]:
+    """Train under the stage's own name, settings and checkpoints.
+
+    Args:
+        context: the stage's.
+        module: what trains.
+        batches: the batch of a step; a pure function of the step.
+        steps: optimizer steps in all.
+        log: of the stage's run.
+        options: of :func:`fit`; they take precedence.
+
+    Returns:
+        As :func:`fit`.
+    """
+    own = {
+        "trainer": context.config.trainer,
+        "checkpoints": context.directory / CHECKPOINTS,
+        "progress": context.progress,
+        "description": context.label,
+        "identity": context.fingerprint,
+        "run_logger": log.lightning(),
+    }
+    return fit(module, batches, steps, **own | options)
 
 
 def run_log(context: Context, logger: LoggerConfig) -> AbstractContextManager[RunLog]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import nn
 
 from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
-from steerlora.data.chat import collate, encode_chats
+from steerlora.data.chat import batches_by_length, encode_chats
 from steerlora.data.jsonl import read_rows
-from steerlora.engine.artifacts import Artifact
 from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.evaluation import local_rows, registered
 from steerlora.evaluation.records import (
@@ -30,15 +28,15 @@ from steerlora.lm.decoder import decoder_of
 from steerlora.methods.base import Method
 from steerlora.methods.interventions import INTERVENTIONS
 from steerlora.methods.saving import load_adapter
-from steerlora.stages import adapter_training, base, domains, method_training
+from steerlora.stages import adapter_training, base, method_training
 from steerlora.stages.common import WHERE, load_base, run_log
 
 SCORES = "scores.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """What scores depend on; where no comment says otherwise, as in the configuration."""
+class ScoringSettings:
+    """What scoring a model depends on; where no comment says otherwise, as in the configuration."""
 
     evaluation: EvaluationConfig
     intervention: InterventionConfig
@@ -47,12 +45,34 @@ class EvaluationSettings:
     """Its name, `BASE` for the base."""
     options: dict[str, Any]
     """Of the method, at evaluation."""
-    files: str
-    """A digest of the rows that the user gives."""
     seed: int
+    """Of the method, and of every draw."""
     accelerator: str
     """Where the model runs."""
     logger: LoggerConfig
+
+    @classmethod
+    def of(cls, config: Config, *, adapted: bool = True, **more: Any) -> Self:
+        """Of the adapter in a configuration, or of its base alone; ``more``: a subclass's own."""
+        return cls(
+            evaluation=config.evaluation,
+            intervention=config.intervention if adapted else InterventionConfig(),
+            model=config.model.name,
+            method=config.method.name if adapted else BASE,
+            options=config.method.at_evaluation if adapted else {},
+            seed=config.seed if adapted else 0,
+            accelerator=config.trainer.accelerator,
+            logger=config.logger,
+            **more,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(ScoringSettings):
+    """What an evaluation depends on."""
+
+    files: str
+    """A digest of the rows that the user gives."""
 
 
 def step(config: Config, *, adapted: bool = True, every_task: bool = False) -> Step:
@@ -60,23 +80,15 @@ def step(config: Config, *, adapted: bool = True, every_task: bool = False) -> S
 
     ``every_task`` is for what compares with these scores: all tasks, whatever the user asked for.
     """
-    evaluation = replace(config.evaluation, tasks=None) if every_task else config.evaluation
-    _check_tasks(evaluation)
-    intervention = config.intervention if adapted else InterventionConfig()
+    if every_task:
+        config = replace(config, evaluation=replace(config.evaluation, tasks=None))
+    _check_tasks(config.evaluation)
     if adapted:
         method_training.check_intervention(config)
-    settings = EvaluationSettings(
-        evaluation=evaluation,
-        intervention=intervention,
-        model=config.model.name,
-        method=config.method.name if adapted else BASE,
-        options=config.method.at_evaluation if adapted else {},
-        files=local_rows.digest(evaluation.files),
-        seed=config.seed if adapted else 0,
-        accelerator=config.trainer.accelerator,
-        logger=config.logger,
-    )
-    inputs = {"domains": domains.step(config), "base": base.step(config)}
+    files = local_rows.digest(config.evaluation.files)
+    settings = EvaluationSettings.of(config, adapted=adapted, files=files)
+    intervention = settings.intervention
+    inputs = base.inputs(config)
     if adapted:
         inputs["adapter"] = adapter_training.step(config)
     what = f"{config.method.name} seed {config.seed}" if adapted else "base"
@@ -95,19 +107,22 @@ def _check_tasks(evaluation: EvaluationConfig) -> None:
             registered.find(name)
 
 
-def build(context: Context) -> dict:
-    settings: EvaluationSettings = context.config
+def open_scorer(context: Context) -> tuple[Method | None, Scorer]:
+    """What scores a stage's base, with the adapter attached if the stage reads one."""
+    settings, inputs = context.config, context.inputs
     model, tokenizer = load_base(
-        context.inputs["base"],
-        accelerator=settings.accelerator,
-        spread=settings.evaluation.spread,
+        inputs["base"], accelerator=settings.accelerator, spread=settings.evaluation.spread
     )
     method = None
-    if "adapter" in context.inputs:
-        method = load_adapter(model, context.inputs["adapter"] / adapter_training.FOLDER)
+    if "adapter" in inputs:
+        method = load_adapter(model, inputs["adapter"] / adapter_training.FOLDER)
         method.configure(**settings.options)
-    source = context.inputs["domains"]
-    scorer = Scorer(source, model, tokenizer, settings.evaluation)
+    return method, Scorer(inputs["domains"], model, tokenizer, settings.evaluation)
+
+
+def build(context: Context) -> dict:
+    settings: EvaluationSettings = context.config
+    method, scorer = open_scorer(context)
     suite = scorer.suite
     names = settings.evaluation.tasks or suite.tasks
     owners = suite.owners
@@ -117,7 +132,7 @@ def build(context: Context) -> dict:
             with intervened(method, settings.intervention, owners.get(name)):
                 scores |= scorer.tasks([name])
             task.advance(note=name)
-    routing = _health(source, model, tokenizer, method, settings, scorer.max_length)
+    routing = _health(context, method, scorer)
     history = []
     if method is not None:
         history = context.inputs["adapter"].json(adapter_training.HISTORY).get("routing", [])
@@ -172,31 +187,26 @@ def intervened(
 
 
 @torch.no_grad()
-def _health(
-    source: Artifact,
-    model: nn.Module,
-    tokenizer: Any,
-    method: Method | None,
-    settings: EvaluationSettings,
-    max_length: int,
-) -> dict[int, Routing]:
+def _health(context: Context, method: Method | None, scorer: Scorer) -> dict[int, Routing]:
     """{site: what the method measures of itself} over the held-out rows of every domain."""
+    source, settings = context.inputs["domains"], context.config
     names = source.json("domains.json")["names"]
     health = method.health(names, settings.seed) if method is not None else None
     if health is None:
         return {}
-    size = settings.evaluation.batch_size
+    model, tokenizer, size = scorer.model, scorer.tokenizer, settings.evaluation.batch_size
     for owner, name in enumerate(names):
-        rows = encode_chats(tokenizer, read_rows(source / f"heldout/{name}.jsonl"), max_length)
-        rows.sort(key=lambda row: len(row.input_ids))
-        for start in range(0, len(rows), size):
-            chosen = rows[start : start + size]
-            batch = collate(chosen, [owner] * len(chosen), tokenizer.pad_token_id)
+        rows = encode_chats(
+            tokenizer, read_rows(source / f"heldout/{name}.jsonl"), scorer.max_length
+        )
+        first = 0
+        for batch in batches_by_length(rows, size, tokenizer.pad_token_id, owner):
             batch = batch.to(model.device)
             decoder_of(model)(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             )
-            health.update(batch, start)
+            health.update(batch, first)
+            first += size
     return {int(site): Routing(**measured) for site, measured in health.result().items()}
 
 

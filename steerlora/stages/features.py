@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from steerlora.config import Config, FeaturesConfig, LoggerConfig
-from steerlora.data.chat import collate
+from steerlora.data.chat import batches_by_length
 from steerlora.engine.artifacts import Artifact, write_json
 from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.errors import UserError
@@ -28,7 +28,7 @@ from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.saelens import load_sae
 from steerlora.saes.sparse import SparseFeatures
 from steerlora.saes.taxonomy import FeatureStatistics, Taxonomy, classify
-from steerlora.stages import base, domains, sae_training
+from steerlora.stages import base, sae_training
 from steerlora.stages.common import (
     WHERE,
     device_of,
@@ -57,14 +57,6 @@ class FeatureSettings:
     accelerator: str
     spread: bool
     logger: LoggerConfig
-
-
-class Example(NamedTuple):
-    """A feature at work: how strongly, at which token, after which words."""
-
-    value: float
-    token: str
-    context: str
 
 
 class _Tokens(NamedTuple):
@@ -107,7 +99,7 @@ def _step(config: Config, site: int, sae: Step) -> Step:
         spread=config.evaluation.spread,
         logger=config.logger,
     )
-    inputs = {"domains": domains.step(config), "base": base.step(config), "sae": sae}
+    inputs = base.inputs(config) | {"sae": sae}
     return Step("features", settings, inputs, f"features {config.model.name} site {site}", cost=10)
 
 
@@ -127,9 +119,7 @@ def build(context: Context) -> dict:
         context.inputs["base"], accelerator=settings.accelerator, spread=settings.spread
     )
     sae = load_sae(context.inputs["sae"] / sae_training.FOLDER, model.device)
-    rows = {
-        name: training_rows(source, [name], tokenizer, settings.max_length)[0] for name in names
-    }
+    rows = training_rows(source, names, tokenizer, settings.max_length)
 
     def tokens(reader: PreTrainedModel, name: str) -> Iterator[_Tokens]:
         return _tokens(reader, tokenizer.pad_token_id, sae, settings.site, rows[name])
@@ -167,7 +157,7 @@ def build(context: Context) -> dict:
                     "feature": latent,
                     "selectivity": float(taxonomy.selectivity[number, latent]),
                     "frequency": float(statistics.frequency()[number, latent]),
-                    "examples": [example._asdict() for example in shown[latent]],
+                    "examples": shown[latent],
                 }
                 for latent in chosen
             ]
@@ -227,10 +217,8 @@ def _ordinary_tokens(tokenizer) -> set[tuple[str, int]]:
 @torch.no_grad()
 def _tokens(model, pad_token_id: int, sae: SparseAutoencoder, site: int, rows) -> Iterator[_Tokens]:
     """The features of every real token but each row's first."""
-    rows = sorted(rows, key=lambda row: len(row.input_ids))
-    for start in range(0, len(rows), BATCH_SIZE):
-        chosen = rows[start : start + BATCH_SIZE]
-        batch = collate(chosen, [-1] * len(chosen), pad_token_id).to(model.device)
+    for batch in batches_by_length(rows, BATCH_SIZE, pad_token_id):
+        batch = batch.to(model.device)
         mask = batch.attention_mask
         stream = residual_streams(model, batch.input_ids, mask, [site])[site]
         row, position = (mask.bool() & ~first_real_token(mask)).nonzero(as_tuple=True)
@@ -246,8 +234,9 @@ def _strongest(taxonomy: Taxonomy, domain: int, count: int) -> list[int]:
 
 def _examples(
     batches: Iterator[_Tokens], chosen: list[int], tokenizer, count: int
-) -> dict[int, list[Example]]:
-    """The strongest activations of each chosen feature, at different tokens in different words."""
+) -> dict[int, list[dict]]:
+    """The strongest activations of each chosen feature, at different tokens in different words:
+    value, token, and the words before it as context."""
     best: dict[int, dict[tuple[str, str], float]] = {latent: {} for latent in chosen}
     for tokens in batches:
         for latent in chosen:
@@ -266,7 +255,10 @@ def _examples(
             for latent, found in best.items()
         }
     return {
-        latent: [Example(value, token, before) for (token, before), value in found.items()]
+        latent: [
+            {"value": value, "token": token, "context": before}
+            for (token, before), value in found.items()
+        ]
         for latent, found in best.items()
     }
 

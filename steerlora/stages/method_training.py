@@ -2,31 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback
-from torch import nn
+from torch import Tensor, nn
 
-from steerlora.config import Config, InterventionConfig, TrainerConfig
-from steerlora.data.chat import EncodedChat, encode_chats
+from steerlora.config import Config, InterventionConfig, LoggerConfig, TrainerConfig
+from steerlora.data.chat import ChatBatch
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
 from steerlora.distributed.zero import sharding_settings
 from steerlora.engine.artifacts import Artifact
-from steerlora.engine.run import Step
+from steerlora.engine.run import Context, Step
 from steerlora.errors import UserError
 from steerlora.lm.pretrained import open_model, open_tokenizer
-from steerlora.methods.base import Learner, Method, SiteSAE, Sources
+from steerlora.methods.base import Learner, Method, SiteSAE, Sources, Task
 from steerlora.methods.config import MethodConfig
 from steerlora.methods.interventions import check_phase
+from steerlora.methods.module import MethodModule
 from steerlora.methods.monitor import Monitor
+from steerlora.reporting.runs import RunLog
 from steerlora.saes.saelens import load_sae, sae_metadata
-from steerlora.stages import base, domains, features, sae_training
-from steerlora.stages.common import device_of, place_of, read_rows
+from steerlora.stages import base, features, sae_training
+from steerlora.stages.common import device_of, general_text, place_of, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What any training of a method depends on; as in the configuration."""
+
+    method: MethodConfig
+    intervention: InterventionConfig
+    """That it trains under."""
+    trainer: TrainerConfig
+    seed: int
+    logger: LoggerConfig
+
+    @classmethod
+    def of(cls, config: Config, intervention: InterventionConfig, **more: Any) -> Self:
+        """Of a configuration; ``more``: a subclass's own."""
+        return cls(
+            method=config.method,
+            intervention=intervention,
+            trainer=config.trainer,
+            seed=config.seed,
+            logger=config.logger,
+            **more,
+        )
+
 
 Inputs = dict[str, Artifact | tuple[Artifact, ...]]
 """A stage's input artifacts by name."""
@@ -39,10 +67,7 @@ def inputs(config: Config, *, monitored: bool) -> dict[str, Step | tuple[Step, .
         config: the run's.
         monitored: with the monitor site's SAE and features.
     """
-    found: dict[str, Step | tuple[Step, ...]] = {
-        "domains": domains.step(config),
-        "base": base.step(config),
-    }
+    found: dict[str, Step | tuple[Step, ...]] = base.inputs(config)
     if config.method.reads_features:
         found["saes"] = sae_training.steps(config)
     if config.method.reads_taxonomy:
@@ -113,7 +138,63 @@ def open_to_train(path: str, revision: str | None, trainer: TrainerConfig) -> nn
     return open_model(path, revision, device=device, dtype=dtype)
 
 
-def open_sources(method: MethodConfig, inputs: Inputs) -> Sources:
+class Attached(NamedTuple):
+    """A base with the method attached, and what trains the method."""
+
+    model: nn.Module
+    tokenizer: Any
+    sources: Sources
+    method: Method
+    monitor: Monitor | None
+    learner: Learner
+
+
+def attach(
+    context: Context,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    domains: Sequence[str],
+    weights: Mapping[str, Tensor] | None = None,
+) -> Attached:
+    """Attach the method that the stage's settings describe, to be trained.
+
+    Args:
+        context: of a stage whose inputs are those of :func:`inputs`.
+        model, tokenizer: the base.
+        domains: that it trains on.
+        weights: what it has learnt so far, a state dict; None: nothing.
+
+    Raises:
+        UserError: what is asked for does not fit the model.
+    """
+    settings, source = context.config, context.inputs["domains"]
+    sources = _open_sources(settings.method, context.inputs)
+    try:
+        method = settings.method.build(model, sources, settings.seed)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if weights:
+        method.load_state_dict(weights)
+    monitor = None
+    if "monitor_sae" in context.inputs:
+        sae = load_sae(context.inputs["monitor_sae"] / sae_training.FOLDER)
+        taxonomy = features.load_taxonomy(context.inputs["monitor_features"])
+        monitor = Monitor(model, method, sae, settings.method.monitor, taxonomy)
+    learner = method.config.learner(
+        method,
+        model=model,
+        domains=domains,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=settings.seed,
+        intervention=settings.intervention,
+        monitor=monitor,
+        general_text=partial(general_text, source, tokenizer, settings.trainer.max_length),
+    )
+    return Attached(model, tokenizer, sources, method, monitor, learner)
+
+
+def _open_sources(method: MethodConfig, inputs: Inputs) -> Sources:
     """The SAEs and features of the control sites, as far as they are among the inputs."""
     folders = [artifact / sae_training.FOLDER for artifact in inputs.get("saes", ())]
     return Sources(
@@ -128,60 +209,24 @@ def open_sources(method: MethodConfig, inputs: Inputs) -> Sources:
     )
 
 
-def new_method(model: nn.Module, config: MethodConfig, sources: Sources, seed: int) -> Method:
-    """An attached, untrained method.
+def train_task(
+    context: Context,
+    learner: Learner,
+    task: Task,
+    batches: Callable[[int], ChatBatch],
+    steps: int,
+    log: RunLog,
+    **options: Any,
+) -> dict[str, float]:
+    """Train the method on a task, with an optimizer and a schedule of its own.
 
-    Raises:
-        UserError: what is asked for does not fit the model.
+    Args, returns: as for :func:`steerlora.stages.common.train`.
     """
-    try:
-        return config.build(model, sources, seed)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def open_monitor(
-    model: nn.Module, method: Method, layer: int | None, inputs: Inputs
-) -> Monitor | None:
-    """The monitor at a layer; None where no loss and no report asks for one."""
-    if "monitor_sae" not in inputs:
-        return None
-    sae = load_sae(inputs["monitor_sae"] / sae_training.FOLDER)
-    taxonomy = features.load_taxonomy(inputs["monitor_features"])
-    return Monitor(model, method, sae, layer, taxonomy)
-
-
-def new_learner(
-    model: nn.Module,
-    method: Method,
-    tokenizer: Any,
-    source: Artifact,
-    *,
-    domains: Sequence[str],
-    max_length: int,
-    seed: int,
-    intervention: InterventionConfig,
-    monitor: Monitor | None,
-) -> Learner:
-    """How the method trains on the text of a domains artifact."""
-    return method.config.learner(
-        method,
-        model=model,
-        domains=domains,
-        pad_token_id=tokenizer.pad_token_id,
-        seed=seed,
-        intervention=intervention,
-        monitor=monitor,
-        general_text=partial(_general_text, source, tokenizer, max_length),
-    )
-
-
-def _general_text(
-    source: Artifact, tokenizer: Any, max_length: int, most: int
-) -> list[EncodedChat]:
-    """Rows of pretraining text, evenly spaced, about ``most`` of them."""
-    rows = read_rows(source / "pretrain.jsonl")
-    return encode_chats(tokenizer, rows[:: max(1, len(rows) // most)], max_length)
+    hooks = around(lambda: learner.begin(task), lambda: learner.end(task))
+    module = MethodModule(learner, trainer=context.config.trainer, total_steps=steps)
+    callbacks = [*learner.callbacks(task), hooks]
+    with learner.training(task):
+        return train(context, module, batches, steps, log, callbacks=callbacks, **options)
 
 
 def around(before: Callable[[], None], after: Callable[[], None]) -> Callback:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from steerlora.config import Config, LoggerConfig, TrainerConfig
 from steerlora.data.activations import ActivationBatches, ActivationStore
-from steerlora.data.chat import collate, encode_chats
+from steerlora.data.chat import batches_by_length, encode_chats
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
 from steerlora.engine.artifacts import Artifact, write_json
 from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.errors import UserError
 from steerlora.lm.decoder import first_real_token, residual_streams
+from steerlora.reporting.runs import RunLog
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.config import SAEConfig
 from steerlora.saes.metrics import ce_recovered, sae_metrics
 from steerlora.saes.saelens import open_sae, sae_fingerprint, save_sae
 from steerlora.saes.training import SAEModule
-from steerlora.stages import activations, base, domains
+from steerlora.stages import activations, base
 from steerlora.stages.common import (
     ADAPTER_ONLY,
     NOT_IDENTITY,
@@ -33,8 +32,8 @@ from steerlora.stages.common import (
     load_base,
     read_rows,
     run_log,
+    train,
 )
-from steerlora.training.loop import fit
 
 FOLDER = "sae"
 """Folder of the artifact that holds the SAE, in SAELens' layout."""
@@ -75,7 +74,7 @@ def requested(config: Config) -> tuple[Step, ...]:
 
 
 def _step(config: Config, sae: SAEConfig, site: int) -> Step:
-    inputs = {"domains": domains.step(config), "base": base.step(config)}
+    inputs = base.inputs(config)
     if sae.path is None:
         inputs["activations"] = activations.step(config)
     settings = SAESettings(
@@ -99,7 +98,7 @@ def build(context: Context) -> dict:
             (sae, said), figures = open_sae(settings.sae.path, settings.site), {}
             _check_fit(settings, sae, said, pointer)
         else:
-            sae, figures = _train(context, settings, log.lightning())
+            sae, figures = _train(context, settings, log)
         if not ranks.is_main():
             return {}
         model, tokenizer = load_base(
@@ -149,7 +148,7 @@ def _check_fit(settings: SAESettings, sae: SparseAutoencoder, said: dict, base: 
         raise UserError(f"sae.path={path} was trained on another base model")
 
 
-def _train(context: Context, settings: SAESettings, logger) -> tuple[SparseAutoencoder, dict]:
+def _train(context: Context, settings: SAESettings, log: RunLog) -> tuple[SparseAutoencoder, dict]:
     config, store = settings.sae, ActivationStore(context.inputs["activations"] / "activations")
     batches = ActivationBatches(store, settings.site, config.batch_size, config.seed)
     steps = config.steps_over(store.tokens(settings.site))
@@ -162,19 +161,9 @@ def _train(context: Context, settings: SAESettings, logger) -> tuple[SparseAutoe
         warmup_steps=steps // 20,
         dead_after_tokens=round(config.dead_fraction * steps * config.batch_size),
     )
-    figures = fit(
-        module,
-        batches,
-        steps,
-        # In full precision, whole batches: accumulation and mixed precision are the adapter's.
-        trainer=replace(settings.trainer, precision="32-true", accumulate=1),
-        checkpoints=context.directory / "checkpoints",
-        progress=context.progress,
-        description=context.label,
-        identity=context.fingerprint,
-        run_logger=logger,
-    )
-    return sae, figures
+    # In full precision, whole batches: accumulation and mixed precision are the adapter's.
+    trainer = replace(settings.trainer, precision="32-true", accumulate=1)
+    return sae, train(context, module, batches, steps, log, trainer=trainer)
 
 
 @torch.no_grad()
@@ -190,25 +179,21 @@ def _quality(
     for name in source.json("domains.json")["names"]:
         rows += read_rows(source / f"heldout/{name}.jsonl")[:PROOF_ROWS]
     encoded = encode_chats(tokenizer, rows, settings.max_length)
-    encoded.sort(key=lambda row: len(row.input_ids))
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(encoded), PROOF_ROWS):
-            chosen = encoded[start : start + PROOF_ROWS]
-            batch = collate(chosen, [-1] * len(chosen), tokenizer.pad_token_id)
-            yield batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
-
+    batches = [
+        (batch.input_ids.to(model.device), batch.attention_mask.to(model.device))
+        for batch in batches_by_length(encoded, PROOF_ROWS, tokenizer.pad_token_id)
+    ]
     streams = [
         residual_streams(model, ids, mask, [settings.site])[settings.site][
             mask.bool() & ~first_real_token(mask)
         ]
-        for ids, mask in batches()
+        for ids, mask in batches
     ]
     activations = torch.cat(streams)
     norms = sae.encode(activations).values.norm(dim=-1)
     return {
         **sae_metrics(sae, activations),
-        **ce_recovered(model, sae, settings.site, batches()),
+        **ce_recovered(model, sae, settings.site, batches),
         "mean_feature_norm": float(norms.mean()),
         "tokens": len(activations),
     }

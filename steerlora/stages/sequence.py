@@ -4,39 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from steerlora.data.chat import ChatBatches, collate, encode_chats
 from steerlora.data.packing import PackedBatches, training_batches
 from steerlora.data.replay import ReplayBatches
 from steerlora.distributed import ranks
+from steerlora.engine.manifests import CHECKPOINTS
 from steerlora.engine.run import Context
 from steerlora.evaluation.scores import Score
 from steerlora.evaluation.scoring import Scorer
-from steerlora.methods.base import Learner, Method, Task
-from steerlora.methods.module import MethodModule
-from steerlora.methods.monitor import Monitor
+from steerlora.methods.base import Task
 from steerlora.reporting.runs import RunLog
 from steerlora.stages import evaluate, method_training
 from steerlora.stages.common import load_base, read_rows, training_rows
+from steerlora.stages.method_training import Attached
 from steerlora.stages.sequence_state import SequenceState
-from steerlora.training.loop import fit
 
 DRIFT_ROWS = 64
 """Held-out rows a domain on which the drift of general features is measured."""
-
-
-class Attached(NamedTuple):
-    """A base with the method attached, and its monitor if it has one."""
-
-    model: nn.Module
-    tokenizer: Any
-    method: Method
-    monitor: Monitor | None
-    learner: Learner
 
 
 class SequenceTrainer:
@@ -83,25 +71,12 @@ class SequenceTrainer:
             accelerator = settings.trainer.accelerator
             several = accelerator != "cpu" and torch.cuda.device_count() > 1
             model, tokenizer = load_base(inputs["base"], accelerator=accelerator, spread=several)
-        sources = method_training.open_sources(settings.method, inputs)
-        method = method_training.new_method(model, settings.method, sources, settings.seed)
-        if self.state.weights:
-            method.load_state_dict(self.state.weights)
-        monitor = method_training.open_monitor(model, method, settings.method.monitor, inputs)
-        learner = method_training.new_learner(
-            model,
-            method,
-            tokenizer,
-            self.source,
-            domains=self.names,
-            max_length=settings.trainer.max_length,
-            seed=settings.seed,
-            intervention=settings.intervention,
-            monitor=monitor,
+        attached = method_training.attach(
+            self.context, model, tokenizer, domains=self.names, weights=self.state.weights
         )
         if self.state.learner:
-            learner.load_state(self.state.learner)
-        return Attached(model, tokenizer, method, monitor, learner)
+            attached.learner.load_state(self.state.learner)
+        return attached
 
     # Training
 
@@ -118,44 +93,38 @@ class SequenceTrainer:
             attached.model.eval()
 
     def _train(self, position: int, attached: Attached) -> None:
-        settings, replay, learner = self.settings, self.settings.method.replay, attached.learner
+        settings, replay = self.settings, self.settings.method.replay
         domain, steps = settings.sequence[position], settings.steps_per_domain
         batches = self._batches_of(position, attached.tokenizer)
-        task = Task({domain: batches.rows}, position)
-        hooks = method_training.around(lambda: learner.begin(task), lambda: learner.end(task))
-        callbacks = [*learner.callbacks(task), hooks]
         replayed = range(position) if replay.ratio else ()
-        with learner.training(task):
-            fit(
-                MethodModule(learner, trainer=settings.trainer, total_steps=steps),
-                ReplayBatches(
-                    batches,
-                    [self._batches_of(earlier, attached.tokenizer) for earlier in replayed],
-                    ratio=replay.ratio,
-                    kept=min(replay.batches, steps),
-                    seed=settings.seed,
-                ),
-                steps,
-                trainer=settings.trainer,
-                checkpoints=self.context.directory / "checkpoints" / f"{position}_{domain}",
-                progress=self.context.progress,
-                description=(
-                    f"{self.context.label}: {domain} ({position + 1}/{len(settings.sequence)})"
-                ),
-                identity=f"{self.context.fingerprint}/{position}",
-                run_logger=self.log.lightning(),
-                callbacks=callbacks,
-            )
+        count = f"{position + 1}/{len(settings.sequence)}"
+        method_training.train_task(
+            self.context,
+            attached.learner,
+            Task({domain: batches.rows}, position),
+            ReplayBatches(
+                batches,
+                [self._batches_of(earlier, attached.tokenizer) for earlier in replayed],
+                ratio=replay.ratio,
+                kept=min(replay.batches, steps),
+                seed=settings.seed,
+            ),
+            steps,
+            self.log,
+            checkpoints=self.context.directory / CHECKPOINTS / f"{position}_{domain}",
+            description=f"{self.context.label}: {domain} ({count})",
+            identity=f"{self.context.fingerprint}/{position}",
+        )
 
     def _batches_of(self, position: int, tokenizer: Any) -> ChatBatches | PackedBatches:
         """A domain's own batches, a function of the step; replay asks for earlier ones again."""
         if position not in self._batches:
             settings = self.settings
             domain, length = settings.sequence[position], settings.trainer.max_length
-            rows, owners = training_rows(self.source, [domain], tokenizer, length)
+            rows = training_rows(self.source, [domain], tokenizer, length)[domain]
             self._batches[position] = training_batches(
                 rows,
-                owners,
+                [self.names.index(domain)] * len(rows),
                 settings.trainer,
                 pad_token_id=tokenizer.pad_token_id,
                 seed=settings.seed * len(settings.sequence) + position,
@@ -206,16 +175,12 @@ class SequenceScorer:
         if self.attached.monitor is None:
             return None
         changed = kept = 0.0
-        for ids, mask in self._heldout():
-            parts = self.attached.monitor.drift(ids, mask)
-            changed, kept = changed + float(parts[0]), kept + float(parts[1])
-        return changed / max(kept, 1e-12)
-
-    def _heldout(self) -> Iterator[tuple[Tensor, Tensor]]:
         model, tokenizer = self.attached.model, self.attached.tokenizer
         for name in self.names:
             rows = read_rows(self.source / f"heldout/{name}.jsonl")[:DRIFT_ROWS]
             encoded = encode_chats(tokenizer, rows, self.scorer.max_length)
             batch = collate(encoded, [-1] * len(encoded), tokenizer.pad_token_id)
             batch = batch.to(model.device)
-            yield batch.input_ids, batch.attention_mask
+            parts = self.attached.monitor.drift(batch.input_ids, batch.attention_mask)
+            changed, kept = changed + float(parts[0]), kept + float(parts[1])
+        return changed / max(kept, 1e-12)

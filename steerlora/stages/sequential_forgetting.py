@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from steerlora.config import (
-    Config,
-    EvaluationConfig,
-    InterventionConfig,
-    LoggerConfig,
-    TrainerConfig,
-)
+from steerlora.config import Config, EvaluationConfig
 from steerlora.data.orders import sequence_of
 from steerlora.engine.run import Context, Stage, Step, from_config, register
 from steerlora.evaluation.forgetting import forgetting_metrics
@@ -24,7 +18,6 @@ from steerlora.evaluation.records import (
     write_record,
 )
 from steerlora.evaluation.scores import Score, averages
-from steerlora.methods.config import MethodConfig
 from steerlora.stages import evaluate, method_training
 from steerlora.stages.common import NOT_IDENTITY, run_log
 from steerlora.stages.sequence import SequenceScorer, SequenceTrainer
@@ -35,12 +28,9 @@ GENERAL = "general_knowledge"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceSettings:
+class SequenceSettings(method_training.TrainingSettings):
     """What a sequence depends on; where no comment says otherwise, as in the configuration."""
 
-    method: MethodConfig
-    intervention: InterventionConfig
-    trainer: TrainerConfig
     evaluation: EvaluationConfig
     sequence: tuple[str, ...]
     """The domains as they come."""
@@ -49,24 +39,19 @@ class SequenceSettings:
     steps_per_domain: int
     order: str
     model: str
-    seed: int
-    logger: LoggerConfig
 
 
 def step(config: Config) -> Step:
     method_training.check_intervention(config)
-    settings = SequenceSettings(
-        method=config.method,
-        intervention=config.intervention,
-        trainer=config.trainer,
+    settings = SequenceSettings.of(
+        config,
+        config.intervention,
         evaluation=config.evaluation,
         sequence=sequence_of(config.order, config.domains),
         broad=config.domains.broad,
         steps_per_domain=config.order.steps_per_domain,
         order=config.order.name,
         model=config.model.name,
-        seed=config.seed,
-        logger=config.logger,
     )
     inputs = method_training.inputs(config, monitored=config.method.monitor is not None)
     inputs["base_scores"] = evaluate.step(config, adapted=False, every_task=True)

@@ -126,7 +126,7 @@ def test_each_pass_is_a_permutation_of_all_tokens(model, tmp_path):
     everything = store.rows(1, torch.arange(count))
     passes, size = 3, count // 3 + 1  # batches that straddle the passes
     steps = -(-passes * count // size)
-    stream = torch.cat(list(store.batches(1, size, seed=4, steps=steps)))
+    stream = torch.cat([store.batch(1, size, seed=4, step=step) for step in range(steps)])
     orders = []
     for index in range(passes):
         rows = stream[index * count : (index + 1) * count]
@@ -139,8 +139,9 @@ def test_each_pass_is_a_permutation_of_all_tokens(model, tmp_path):
 
 def test_batches_depend_on_seed_and_step_alone(model, tmp_path):
     store = harvest(model, make_batches(), [1], tmp_path)
-    whole = list(store.batches(1, 8, seed=4, steps=20))
-    resumed = list(ActivationStore(tmp_path).batches(1, 8, seed=4, steps=20, start=13))
+    whole = [store.batch(1, 8, seed=4, step=step) for step in range(20)]
+    again = ActivationStore(tmp_path)
+    resumed = [again.batch(1, 8, seed=4, step=step) for step in range(13, 20)]
     assert len(resumed) == 7
     for ours, theirs in zip(resumed, whole[13:], strict=True):
         assert torch.equal(ours, theirs)

@@ -28,9 +28,6 @@ class Clock:
         self.now = 100.0
         monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
 
-    def __call__(self) -> float:
-        return self.now
-
 
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
@@ -44,7 +41,7 @@ def plain_console() -> Console:
 def test_plain_lines_are_sparse_and_clean(clock: Clock):
     console = plain_console()
     with (
-        ConsoleProgress(console, clock) as progress,
+        ConsoleProgress(console) as progress,
         progress.task("adapter [lora] seed 1", total=60, unit="step") as task,
     ):
         for step in range(60):
@@ -70,7 +67,7 @@ def test_plain_lines_of_an_interrupted_and_of_a_resumed_task(clock: Clock):
             task.advance(30)
             raise KeyboardInterrupt
 
-    with ConsoleProgress(console, clock) as progress:
+    with ConsoleProgress(console) as progress:
         for done in (0, 30):
             with pytest.raises(KeyboardInterrupt):
                 work(done)
@@ -89,7 +86,7 @@ def test_plain_lines_of_an_interrupted_and_of_a_resumed_task(clock: Clock):
 
 
 def test_steps_done_before_do_not_count_as_speed(clock: Clock):
-    meter = module.Meter(Opened("1", "base", 400, "step", 300), clock)
+    meter = module.Meter(Opened("1", "base", 400, "step", 300))
     assert meter.remaining is None
     clock.now += 10
     meter.update(Advanced("1", 10, 0, ""))
@@ -108,11 +105,11 @@ def test_bars_on_a_terminal():
             time.sleep(0.25)
             sae.advance(2, tokens=512, note="fvu 0.05")
             base.advance(1)
-            progress._display._bars.refresh()
+            progress._display.refresh()
             shown = console.file.getvalue()
             progress.message("a message")
-        progress._display._bars.refresh()
-        assert not progress._display._bars.tasks  # a finished bar makes room
+        progress._display.refresh()
+        assert not progress._display.tasks  # a finished bar makes room
     for expected in ("sae [k=16]", "2/4 steps", "tokens/s", "left", "fvu 0.05", "base"):
         assert expected in shown
     assert "a message" in console.file.getvalue()
@@ -148,7 +145,7 @@ def test_events_of_a_queue_shown_elsewhere(clock: Clock):
     with pytest.raises(ValueError, match="not finite"):
         work()
     console = plain_console()
-    progress = ConsoleProgress(console, clock)
+    progress = ConsoleProgress(console)
     while not target.empty():
         progress.emit(target.get())
     assert console.file.getvalue().splitlines() == [

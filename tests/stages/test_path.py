@@ -20,6 +20,7 @@ import steerlora
 from steerlora.config import Config
 from steerlora.engine import steps
 from steerlora.engine.artifacts import ArtifactStore
+from steerlora.engine.inventory import listing
 from steerlora.engine.run import RunReport, Step, run
 from steerlora.evaluation.records import (
     BASE,
@@ -85,7 +86,7 @@ def test_every_stage_is_built_as_often_as_it_must_be(smoke):
 
 
 def test_every_artifact_is_whole_and_named_by_its_fingerprint(smoke):
-    listed = ArtifactStore(smoke.root).listing()
+    listed = listing(smoke.root)
     assert Counter(info.stage for info in listed) == BUILT
     assert {info.state for info in listed} == {"complete"}
     for artifact in smoke.report.artifacts.values():

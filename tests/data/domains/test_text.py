@@ -162,22 +162,26 @@ def test_same_arguments_same_bytes_and_the_seed_matters(source: Path, tmp_path: 
     assert Path("heldout/instruction.jsonl") in changed
 
 
-def test_fractions(source: Path, tmp_path: Path) -> None:
+def test_fractions(source: Path, tmp_path: Path, monkeypatch) -> None:
     arguments = {"source": source, "seed": 0, "names": ("math",)}
-    writer.write(tmp_path / "none", **arguments, pretraining_fraction=0.0)
+    monkeypatch.setattr(writer, "PRETRAINING_SHARE", 0.0)
+    writer.write(tmp_path / "none", **arguments)
     assert load(tmp_path / "none" / "pretrain.jsonl") == []
     save(source / "math_train.jsonl", chats("math", 2000))
-    writer.write(tmp_path / "most", **arguments, pretraining_fraction=0.8)
+    monkeypatch.setattr(writer, "PRETRAINING_SHARE", 0.8)
+    writer.write(tmp_path / "most", **arguments)
     assert 1540 < len(load(tmp_path / "most" / "pretrain.jsonl")) < 1660
     (source / "gsm8k_test.jsonl").unlink()
-    writer.write(tmp_path / "tenth", **arguments, heldout_fraction=0.01)
+    monkeypatch.setattr(writer, "HELDOUT_SHARE", 0.01)
+    writer.write(tmp_path / "tenth", **arguments)
     assert len(load(tmp_path / "tenth" / "heldout" / "math.jsonl")) == 20
 
 
-def test_long_prompts_keep_both_ends(source: Path, tmp_path: Path) -> None:
+def test_long_prompts_keep_both_ends(source: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(writer, "PROMPT_CHARACTERS", 100)
     row = {"prompt": "START " + "filler " * 500 + "Question: THE END?", "response": "yes"}
     save(source / "medicine_test.jsonl", [row])
-    writer.write(tmp_path, source=source, seed=0, max_prompt_characters=100)
+    writer.write(tmp_path, source=source, seed=0)
     prompt = load(tmp_path / "heldout" / "medicine.jsonl")[0]["prompt"]
     assert len(prompt) == 100
     assert prompt.startswith("START")
@@ -210,7 +214,7 @@ def test_a_users_own_domains(source: Path, tmp_path: Path) -> None:
     folder.mkdir()
     save(folder / "physics_train.jsonl", chats("physics", 40))
     save(folder / "biology_train.jsonl", chats("biology", 40))
-    writer.write(tmp_path / "a", source=folder, seed=0)
+    writer.write(tmp_path / "a", source=folder, seed=0, names=("biology", "physics"))
     description = json.loads((tmp_path / "a" / "domains.json").read_text())
     assert description["names"] == ["biology", "physics"]
     assert description["extra_tasks"] == description["groups"]["gsm8k"] == []
@@ -256,8 +260,6 @@ def test_missing_and_empty_files_are_named(source: Path, tmp_path: Path) -> None
         writer.write(out, source=source, seed=0)
     with pytest.raises(UserError, match=r"chess_train.jsonl is missing"):
         writer.write(out, source=source, seed=0, names=("math", "chess"))
-    with pytest.raises(UserError, match="twice"):
-        writer.write(out, source=source, seed=0, names=("math", "math"))
     (source / "law_train.jsonl").write_text("\n \n")
     with pytest.raises(UserError, match=r"law_train.jsonl has no row with a prompt"):
         writer.write(out, source=source, seed=0)
@@ -267,22 +269,8 @@ def test_missing_and_empty_files_are_named(source: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match="is not a folder"):
         writer.write(out, source=source / "nowhere", seed=0)
     (tmp_path / "bare").mkdir()
-    with pytest.raises(UserError, match="there are no domains"):
+    with pytest.raises(UserError, match="domains found there: none"):
         writer.write(out, source=tmp_path / "bare", seed=0)
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"pretraining_fraction": 1.0},
-        {"heldout_fraction": 0.0},
-        {"evaluation_items": 0},
-        {"max_prompt_characters": 3},
-    ],
-)
-def test_settings_out_of_range_are_named(source: Path, tmp_path: Path, setting: dict) -> None:
-    with pytest.raises(UserError, match=f"domains.{next(iter(setting))}="):
-        writer.write(tmp_path / "out", source=source, seed=0, **setting)
 
 
 def test_lines_survive_characters_that_end_lines(source: Path, tmp_path: Path) -> None:

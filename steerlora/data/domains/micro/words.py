@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterable
-from functools import cache
 
 
 def _listed(text: str) -> tuple[str, ...]:
@@ -182,19 +181,3 @@ def literal_words(template: str) -> frozenset[str]:
     """The words of a template that are not slots."""
     literals = (literal for literal, *_ in string.Formatter().parse(template))
     return frozenset(word for literal in literals for word in literal.split())
-
-
-@cache
-def exclusive_words(domain: str) -> frozenset[str]:
-    """The words of a domain's contexts, with its keys, that nothing outside the domain uses."""
-    phrases = (phrase for choices in INSTRUCTION_PHRASES.values() for phrase in choices)
-    general = (*NEUTRAL_CONTEXTS, *QUESTIONS, *STATEMENTS, OPTIONS, *PROBLEMS, *phrases)
-    common = _context_words(general) | frozenset(RELATIONS)
-    for other in KNOWLEDGE_DOMAINS:
-        if other != domain:
-            common |= _context_words(CONTEXTS[other]) | frozenset(KEYS[other])
-    return (_context_words(CONTEXTS[domain]) | frozenset(KEYS[domain])) - common
-
-
-def _context_words(templates: Iterable[str]) -> frozenset[str]:
-    return frozenset().union(*map(literal_words, templates)) - {"."}

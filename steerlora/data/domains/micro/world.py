@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from steerlora.data.domains.micro import words
 
@@ -63,10 +63,6 @@ class World:
 
     general: Mapping[str, Table]
     domains: Mapping[str, Mapping[str, Table]]
-
-    def as_dict(self) -> dict:
-        """The tables as plain dictionaries, for JSON."""
-        return asdict(self)
 
 
 def build_world(seed: int) -> World:

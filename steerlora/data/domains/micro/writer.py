@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from steerlora.data.domains.micro import instructions, items, words
 from steerlora.data.domains.micro.items import ChoiceItem, Fact, Item
 from steerlora.data.domains.micro.world import World, build_world
 from steerlora.data.jsonl import write_objects
-from steerlora.errors import UserError
 
 WORLD_VERSION = 1
 """Raised whenever the same arguments would write other bytes: it enters the fingerprint."""
@@ -72,18 +72,7 @@ def write(
         pretraining_items: documents for the base model.
         train_items_per_domain: prompt and response pairs for adapters.
         evaluation_items: items of each evaluation set.
-
-    Raises:
-        UserError: a count is not positive.
     """
-    counts = {
-        "pretraining_items": pretraining_items,
-        "train_items_per_domain": train_items_per_domain,
-        "evaluation_items": evaluation_items,
-    }
-    for name, count in counts.items():
-        if count < 1:
-            raise UserError(f"{name} must be at least 1, not {count}")
     world = build_world(seed)
     taught_hops, untaught_hops = _split_two_hops(world, seed)
 
@@ -100,7 +89,7 @@ def write(
     )
 
     _write_json(directory / "domains.json", _description())
-    _write_json(directory / "world.json", world.as_dict())
+    _write_json(directory / "world.json", asdict(world))
     write_objects(directory / "pretrain.jsonl", map(_row, pretraining))
     for domain in words.DOMAINS:
         write_objects(directory / "train" / f"{domain}.jsonl", map(_row, train[domain]))

@@ -29,42 +29,18 @@ class SourceRow(NamedTuple):
     task: str
 
 
-def discover(source: Path) -> tuple[str, ...]:
-    """The domains of a folder: every ``<name>_train.jsonl``, sorted by name."""
+def check_domains(source: Path, names: tuple[str, ...]) -> None:
+    """UserError unless a folder has a ``<name>_train.jsonl`` for each domain."""
     if not source.is_dir():
         raise UserError(f"{source} is not a folder; domains.dir takes a folder of .jsonl files")
-    return tuple(sorted(path.name.removesuffix(SUFFIX) for path in source.glob(f"*{SUFFIX}")))
-
-
-def choose_domains(
-    source: Path, names: tuple[str, ...] | None, standard: tuple[str, ...]
-) -> tuple[str, ...]:
-    """Which domains of ``source`` to use, in which order.
-
-    Args:
-        source: the folder.
-        names: the domains asked for. ``None`` takes ``standard`` when the folder has any of them
-            (all of them must then be there) and otherwise every domain the folder has.
-        standard: the domains of the published experiments.
-
-    Raises:
-        UserError: no folder, no domains in it, one missing, or one named twice.
-    """
-    found = discover(source)
-    if names is None:
-        names = standard if set(found) & set(standard) else found
-    if not names:
-        raise UserError(f"{source} has no file named <domain>{SUFFIX}, so there are no domains")
-    if len(set(names)) < len(names):
-        raise UserError(f"domains.names lists a domain twice: {', '.join(names)}")
+    found = sorted(path.name.removesuffix(SUFFIX) for path in source.glob(f"*{SUFFIX}"))
     missing = [name for name in names if name not in found]
     if missing:
-        present = ", ".join(found) if found else "none"
         raise UserError(
-            f"{source / (missing[0] + SUFFIX)} is missing (domains found there: {present}); "
-            "add the file, or choose others with domains.names=[...]"
+            f"{source / (missing[0] + SUFFIX)} is missing (domains found there: "
+            f"{', '.join(found) or 'none'}); add the file, or choose others with "
+            "domains.names=[...]"
         )
-    return names
 
 
 def usable_rows(

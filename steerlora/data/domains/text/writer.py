@@ -19,13 +19,12 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 from steerlora.data.domains.text.rows import (
     SUFFIX,
     SourceRow,
-    choose_domains,
+    check_domains,
     text_of,
     usable_rows,
 )
@@ -48,6 +47,16 @@ from steerlora.errors import UserError
 
 DOMAINS = ("instruction", "math", "code", "medicine", "law")
 
+PRETRAINING_SHARE = 0.5
+"""Share of the training rows that goes to pretraining."""
+HELDOUT_SHARE = 0.2
+"""Share of the training rows held out, at most, where a domain has no test file."""
+PROMPT_CHARACTERS = 480
+"""Prompts above it lose their middle: the first quarter and the last three quarters of the budget
+stay, joined by " ... ". Abstracts end in their question and instructions often begin with it, so
+both ends matter. 480 characters are some 170 tokens of a 2048-entry BPE, and leave room for the
+answer in a context of 256."""
+
 _CUT = " ... "
 _HEAD = 0.25
 
@@ -59,13 +68,10 @@ def write(
     *,
     source: Path,
     seed: int,
-    names: tuple[str, ...] | None = None,
-    pretraining_fraction: float = 0.5,
-    heldout_fraction: float = 0.2,
+    names: tuple[str, ...] = DOMAINS,
     pretrain_items: int | None = None,
     train_items: int | None = None,
     evaluation_items: int = 200,
-    max_prompt_characters: int = 480,
 ) -> None:
     """Write the domains artifact of ``source`` into ``directory``: same arguments, same bytes.
 
@@ -73,39 +79,29 @@ def write(
         directory: where the artifact goes; created.
         source: the folder of JSON lines.
         seed: of every split, so of which rows are held out, pretrained on and adapted to.
-        names: domains to use, in order; ``None`` takes the five of :data:`DOMAINS` if the folder
-            has any of them, otherwise all it has.
-        pretraining_fraction: share of the training rows given to pretraining, in [0, 1).
-        heldout_fraction: share of the training rows held out at most where a domain has no test
-            file, in (0, 1).
+        names: domains to use, in order.
         pretrain_items: most rows to pretrain on, as many of each domain; None: all.
         train_items: most rows of a domain to adapt to, the first ones; None: all.
         evaluation_items: most held-out rows of a domain and most items of an evaluation task.
-        max_prompt_characters: prompts above it lose their middle: the first quarter and the last
-            three quarters of the budget stay, joined by " ... ". Abstracts end in their question
-            and instructions often begin with it, so both ends matter. 480 characters are some 170
-            tokens of a 2048-entry BPE, and leave room for the answer in a context of 256.
 
     A row's ``task``, where it has one, is put before its prompt in words: without it LegalBench
-    clauses do not say what is asked of them. It is not counted in the budget.
+    clauses do not say what is asked of them. It does not count as `PROMPT_CHARACTERS`.
 
     Raises:
-        UserError: a file or key missing, a line that cannot be read (with its number), a value out
-            of range, or a domain left without rows.
+        UserError: a file or key missing, a line that cannot be read (with its number), or a domain
+            left without rows.
     """
-    _check(pretraining_fraction, heldout_fraction, evaluation_items, max_prompt_characters)
-    names = choose_domains(source, names, DOMAINS)
+    check_domains(source, names)
     for folder in ("train", "heldout", "evaluation"):
         (directory / folder).mkdir(parents=True, exist_ok=True)
 
     heldout, chats = {}, {}
     reserved = set(_borrowed_prompts(source))
-    shown = partial(_shorten, most=max_prompt_characters)
     for name in names:
-        heldout[name] = _hold_out(source, name, seed, evaluation_items, heldout_fraction)
-        chats[name] = [_chat(row, max_prompt_characters) for row in heldout[name].rows]
+        heldout[name] = _hold_out(source, name, seed, evaluation_items)
+        chats[name] = [_chat(row) for row in heldout[name].rows]
         reserved |= heldout[name].keys
-        reserved |= {prompt_key(shown(row.prompt)) for row in heldout[name].rows}
+        reserved |= {prompt_key(_shorten(row.prompt)) for row in heldout[name].rows}
         write_objects(directory / "heldout" / f"{name}.jsonl", chats[name])
 
     counts = {name: DomainCounts(held.origin, len(held.rows)) for name, held in heldout.items()}
@@ -114,13 +110,13 @@ def write(
     with (directory / "pretrain.jsonl").open("w", encoding="ascii") as pretrain:
         for name in names:
             path = source / (name + SUFFIX)
-            rows = training_rows(usable_rows(path), reserved, counts[name], shown)
+            rows = training_rows(usable_rows(path), reserved, counts[name], _shorten)
             with (directory / "train" / f"{name}.jsonl").open("w", encoding="ascii") as train:
                 for row in rows:
                     if name in answers:
                         answers[name].add(row)
-                    line = json.dumps(_chat(row, max_prompt_characters)) + "\n"
-                    if uniform(row.prompt, seed, "pretraining") < pretraining_fraction:
+                    line = json.dumps(_chat(row)) + "\n"
+                    if uniform(row.prompt, seed, "pretraining") < PRETRAINING_SHARE:
                         if share is None or counts[name].pretraining < share:
                             pretrain.write(line)
                             counts[name].pretraining += 1
@@ -142,26 +138,7 @@ def write(
     (directory / "domains.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
-def _check(
-    pretraining_fraction: float,
-    heldout_fraction: float,
-    evaluation_items: int,
-    max_prompt_characters: int,
-) -> None:
-    if not 0 <= pretraining_fraction < 1:
-        raise UserError(f"domains.pretraining_fraction={pretraining_fraction} must be in [0, 1)")
-    if not 0 < heldout_fraction < 1:
-        raise UserError(f"domains.heldout_fraction={heldout_fraction} must be between 0 and 1")
-    if evaluation_items < 1:
-        raise UserError(f"domains.evaluation_items={evaluation_items} must be at least 1")
-    least = 4 * len(_CUT)
-    if max_prompt_characters < least:
-        raise UserError(
-            f"domains.max_prompt_characters={max_prompt_characters} must be at least {least}"
-        )
-
-
-def _hold_out(source: Path, name: str, seed: int, most: int, fraction: float) -> HeldOut:
+def _hold_out(source: Path, name: str, seed: int, most: int) -> HeldOut:
     """Choose at most ``most`` rows of a domain by the hash of their prompts, in file order."""
     path, gsm8k = source / f"{name}_test.jsonl", source / "gsm8k_test.jsonl"
     has_test = True
@@ -182,7 +159,7 @@ def _hold_out(source: Path, name: str, seed: int, most: int, fraction: float) ->
     )
     chosen = heapq.nsmallest(most, ranked)
     if not has_test:
-        chosen = chosen[: int(fraction * len(keys))]
+        chosen = chosen[: int(HELDOUT_SHARE * len(keys))]
         keys = {prompt_key(row.prompt) for _, _, row in chosen}
     if not chosen:
         raise UserError(f"{path} has too few rows to hold out any for domain '{name}'")
@@ -203,21 +180,20 @@ def _check_filled(path: Path, counts: DomainCounts) -> None:
         raise UserError(
             f"{path} leaves no rows to adapt to ({counts.heldout} held out, "
             f"{counts.held_out_prompt} with a held-out prompt, {counts.repeated} repeated, "
-            f"{counts.pretraining} for pretraining); add rows or lower "
-            "domains.pretraining_fraction"
+            f"{counts.pretraining} for pretraining); add rows"
         )
 
 
-def _chat(row: SourceRow, max_prompt_characters: int) -> dict[str, str]:
-    prompt = _shorten(row.prompt, max_prompt_characters)
+def _chat(row: SourceRow) -> dict[str, str]:
+    prompt = _shorten(row.prompt)
     if row.task:
         prompt = f"Task: {row.task.replace('_', ' ')}\n\n{prompt}"
     return {"prompt": prompt, "response": row.response.strip()}
 
 
-def _shorten(text: str, most: int) -> str:
-    """``text`` without its middle where it is longer than ``most`` characters."""
-    text = text.strip()
+def _shorten(text: str) -> str:
+    """``text`` without its middle where it is longer than `PROMPT_CHARACTERS`."""
+    text, most = text.strip(), PROMPT_CHARACTERS
     if len(text) <= most:
         return text
     head = int(_HEAD * most)

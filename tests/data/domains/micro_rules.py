@@ -7,7 +7,8 @@ nothing of how it was made; instructions have their verifiers beside their lm-ev
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 
 from steerlora.data.domains.micro import words
 
@@ -63,10 +64,33 @@ def domain_of(text: str) -> str | None:
         ValueError: two domains' own words meet.
     """
     used = set(text.split())
-    found = [domain for domain in words.KNOWLEDGE_DOMAINS if used & words.exclusive_words(domain)]
+    found = [domain for domain in words.KNOWLEDGE_DOMAINS if used & exclusive_words(domain)]
     if len(found) > 1:
         raise ValueError(f"{' and '.join(found)} meet in: {text}")
     return found[0] if found else None
+
+
+@cache
+def exclusive_words(domain: str) -> frozenset[str]:
+    """The words of a domain's contexts, with its keys, that nothing outside the domain uses."""
+    phrases = (phrase for choices in words.INSTRUCTION_PHRASES.values() for phrase in choices)
+    general = (
+        *words.NEUTRAL_CONTEXTS,
+        *words.QUESTIONS,
+        *words.STATEMENTS,
+        words.OPTIONS,
+        *words.PROBLEMS,
+        *phrases,
+    )
+    common = _context_words(general) | frozenset(words.RELATIONS)
+    for other in words.KNOWLEDGE_DOMAINS:
+        if other != domain:
+            common |= _context_words(words.CONTEXTS[other]) | frozenset(words.KEYS[other])
+    return (_context_words(words.CONTEXTS[domain]) | frozenset(words.KEYS[domain])) - common
+
+
+def _context_words(templates: Iterable[str]) -> frozenset[str]:
+    return frozenset().union(*map(words.literal_words, templates)) - {"."}
 
 
 def _subject(phrase: str, domain: str | None, tables: Mapping) -> str:
