@@ -25,7 +25,7 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from steerlora.cli import compose
+from steerlora.cli import compose, sections
 from steerlora.cli.sweep import CommandLine, prepare_outcomes, print_outcomes, run_job
 from steerlora.config import Config
 from steerlora.distributed import ranks
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         flags = command.arguments[len(command.overrides) :]
         sys.argv = ["steerlora", *compose.with_plugins(command.overrides), *flags]
         compose.register_schemas()
-        directory = str(compose.config_directory())
+        directory = str(sections.config_directory())
         hydra.main(config_path=directory, config_name="config", version_base="1.3")(_job)()
         if command.multirun:
             raise SystemExit(print_outcomes(command.jobs, console))
@@ -99,7 +99,7 @@ def _runnable(config: Config) -> None:
 def _print_help() -> None:
     console.print(__doc__.strip(), markup=False, highlight=False)
     console.print("\noptions of every group (group=option):")
-    for group, options in compose.groups().items():
+    for group, options in sections.groups().items():
         console.print(f"  {group}: {', '.join(options)}", markup=False, highlight=False)
     console.print(
         "\nevery key and its value: steerlora ... --cfg job --resolve; Hydra's flags: --hydra-help",

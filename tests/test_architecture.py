@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import steerlora
-from steerlora.cli import compose
+from steerlora.cli import sections
 from steerlora.methods.config import METHODS
 
 PACKAGE = Path(steerlora.__file__).parent
@@ -96,7 +96,7 @@ def test_a_kind_of_method_is_named_in_its_own_folder_only(kind):
 
 def method_words() -> set[str]:
     """Names and kinds of methods, and the words that tell routed methods apart."""
-    names = set(compose.groups()["method"]) | set(METHODS)
+    names = set(sections.groups()["method"]) | set(METHODS)
     return names | {"dense", "prototype", "linear", "mlp", "own", "frozen", "base_last"}
 
 

@@ -10,8 +10,8 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 
 from steerlora import config
-from steerlora.cli import compose
-from steerlora.cli.compose import GROUPS
+from steerlora.cli import compose, sections, suggestions
+from steerlora.cli.sections import GROUPS
 from steerlora.config import SECTIONS, Config, StudyConfig
 from steerlora.engine.run import STAGES
 from steerlora.errors import UserError
@@ -53,13 +53,13 @@ def default_tree() -> DictConfig:
 
 def shipped() -> list[str]:
     """``group=option`` of every YAML file in ``conf/``, found by walking it."""
-    root = compose.config_directory()
+    root = sections.config_directory()
     files = [path.relative_to(root) for path in root.rglob("*.yaml") if path.name != "config.yaml"]
     return sorted(f"{path.parent.as_posix()}={path.stem}" for path in files)
 
 
 def test_every_group_ships_what_is_counted_here():
-    assert {name: len(options) for name, options in compose.groups().items()} == OPTIONS
+    assert {name: len(options) for name, options in sections.groups().items()} == OPTIONS
     assert len(shipped()) == sum(OPTIONS.values()) == 76
 
 
@@ -86,7 +86,7 @@ def test_every_stage_has_an_option():
         return stage.build.__module__.startswith("steerlora.")
 
     stages = [name for name, stage in STAGES.items() if ours(stage)]
-    assert compose.groups()["stage"] == sorted([*stages, "plan", "report", "status"])
+    assert sections.groups()["stage"] == sorted([*stages, "plan", "report", "status"])
 
 
 def test_the_whole_configuration_is_plain_values():
@@ -260,7 +260,7 @@ def test_a_key_of_an_earlier_version_is_refused_with_the_one_that_it_is_now(old,
 
 def test_every_new_name_of_an_old_key_exists():
     keys = compose._keys("method", RoutedLoRAConfig) + compose._keys("study", StudyConfig)
-    for new in compose.RENAMED.values():
+    for new in suggestions.RENAMED.values():
         assert any(key == new or key.startswith(f"{new}.") for key in keys), new
 
 
@@ -387,11 +387,11 @@ def test_an_installed_package_finds_its_own_conf(tmp_path, monkeypatch):
     package = tmp_path / "site-packages" / "steerlora"
     (package / "conf").mkdir(parents=True)
     (package / "conf" / "config.yaml").touch()
-    monkeypatch.setattr(compose, "__file__", str(package / "cli" / "compose.py"))
-    assert compose.config_directory() == package / "conf"
+    monkeypatch.setattr(sections, "__file__", str(package / "cli" / "sections.py"))
+    assert sections.config_directory() == package / "conf"
     (package / "conf" / "config.yaml").unlink()
     with pytest.raises(UserError, match="install the package again"):
-        compose.config_directory()
+        sections.config_directory()
 
 
 def test_the_linear_layers_named_are_those_of_a_qwen3_layer():

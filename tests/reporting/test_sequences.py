@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from steerlora.cli import compose
+from steerlora.cli import compose, sections
 from steerlora.evaluation.forgetting import forgetting_metrics
 from steerlora.evaluation.records import DomainSequence, GeneralKnowledge
 from steerlora.evaluation.scores import Estimate
@@ -130,7 +130,7 @@ def test_replay_has_a_name_of_its_own_only_where_there_is_need():
 
 def test_every_variant_of_our_own_method_that_is_shipped_is_named_in_the_study():
     study = compose.load([]).study
-    options = {name for options in compose.groups().values() for name in options}
+    options = {name for options in sections.groups().values() for name in options}
     shipped = {name for name in options if name.startswith(f"{OWN}_")}
     assert study.own_method == OWN
     assert set(study.variants) == shipped

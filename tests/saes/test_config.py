@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from steerlora.cli import compose
+from steerlora.cli import compose, sections
 from steerlora.errors import UserError
 from steerlora.saes import config as sae_config
 from steerlora.saes.config import SAES, TopKConfig
@@ -18,7 +18,7 @@ from steerlora.saes.topk import TopK
 
 
 def test_every_architecture_ships_a_file_and_knows_its_name():
-    shipped = compose.groups()["sae"]
+    shipped = sections.groups()["sae"]
     assert shipped == ["relu", "topk"]
     for name in shipped:
         assert compose.load([f"sae={name}"]).sae.architecture == name

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from steerlora.cli import compose, experiment
+from steerlora.cli import compose, experiment, sections
 from steerlora.stages import features
 
 BASE = ("experiment=smoke", "model.steps=2")
@@ -229,7 +229,7 @@ def test_every_key_is_accounted_for():
     config = compose.load(BASE)
     keys = {
         key
-        for group in compose.GROUPS
+        for group in sections.GROUPS
         if group not in ("logger", "stage")
         for key in keys_of(group, getattr(config, group))
     } | {"stage.name", "stage.settings"}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steerlora.cli import compose
+from steerlora.cli import sections
 from steerlora.data.orders import sequence_of
 from steerlora.engine.artifacts import Artifact, ArtifactStore
 from steerlora.engine.run import STAGES, RunReport, run
@@ -28,7 +28,7 @@ from steerlora.stages import sequence as sequence_stage
 from steerlora.stages.common import load_base
 from steerlora.stages.sequence_state import SequenceState
 
-METHODS = compose.groups()["method"]
+METHODS = sections.groups()["method"]
 
 
 @pytest.fixture(scope="module")

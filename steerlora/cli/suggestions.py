@@ -1,0 +1,116 @@
+"""What is wrong with a configuration, in one line, and what would be right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import OverrideParseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from steerlora.cli.sections import (
+    GROUPS,
+    KINDS,
+    OTHER_KEYS,
+    has_launchers,
+    keys_of,
+    options_of,
+    schemas_of,
+)
+from steerlora.errors import nearest
+
+RENAMED = {
+    "adapter.routing": "method.signal",
+    "adapter": "method",
+    "continual.specialists": "method.isolation",
+    "continual.replay_ratio": "method.replay.ratio",
+    "continual.replay_batches": "method.replay.batches",
+    "continual.memory": "method.memory.enabled",
+    "continual.memory_every": "method.memory.every",
+    "continual": "method",
+    "control": "method",
+    "routing": "method.health",
+    "study.adapters": "study.methods",
+    "study.scale_adapters": "study.scale_methods",
+    "study.ablation_adapter": "study.ablation_method",
+    "study.sequential_adapters": "study.sequential_methods",
+}
+"""What keys of earlier versions are called now; of a section, its keys wherever they are in it."""
+
+
+def explain(error: Exception) -> str:
+    """One line for a composition error: what is wrong and what would be right."""
+    message = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {message.splitlines()[0]}"
+    if match := re.search(r"Could not find '([^']+)'", message):
+        group, _, option = match[1].rpartition("/")
+        if group == "hydra/launcher" and not has_launchers():
+            return f"{group}={option}: it may need pip install 'steerlora[launchers]'"
+        options = options_of(group) or GlobalHydra.instance().config_loader().get_group_options(
+            group
+        )
+        return f"{group}={option}: {nearest(option, options)}" if options else message
+    if match := re.search(r"Could not override '([^']+)'", message):
+        return f"no such key: {match[1]}; {nearest_key(match[1])}"
+    if message.startswith("Config group override must be"):
+        return "a config group cannot be null: give one of its options, or leave it out"
+    cause = error.__cause__
+    if isinstance(cause, ConfigKeyError):
+        key = str(getattr(cause, "full_key", ""))
+        return f"no such key: {key}; {nearest_key(key)}"
+    if isinstance(cause, OmegaConfBaseException):
+        return f"{getattr(cause, 'full_key', '')}: {str(cause).splitlines()[0]}"
+    return " ".join(message.split())
+
+
+def nearest_key(key: str, schema: type | None = None) -> str:
+    """Suggestions for a dotted key: its own section's keys if that exists, else the sections.
+
+    Args:
+        key: what was given.
+        schema: the type of its section, where that is known.
+    """
+    if key.split(".")[0] == "hydra":
+        return "steerlora --cfg hydra lists Hydra's own"
+    section, _, name = key.partition(".")
+    of_section = {s: schema if schema and s == section else schemas_of(s) for s in GROUPS}
+    keys = {s: keys_of(s, types) for s, types in of_section.items()}
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            return _renamed(key, new, key.removeprefix(old), keys[new.partition(".")[0]])
+    if section in KINDS and key in keys[section]:
+        naming, kinds, _ = KINDS[section]
+        having = [kind for kind, known in kinds.known() if key in keys_of(section, known)]
+        return f"it is a key of {section}.{naming}={' or '.join(having)}"
+    if section in keys and name:
+        return (
+            nearest(key, keys[section])
+            if _close(key, keys[section])
+            else ("choose from " + ", ".join(k.removeprefix(f"{section}.") for k in keys[section]))
+        )
+    everywhere = [found for names in keys.values() for found in names]
+    if "." in key and _close(key, everywhere):
+        return nearest(key, everywhere)
+    return nearest(section, [*GROUPS, *OTHER_KEYS, "experiment"])
+
+
+def _renamed(key: str, new: str, rest: str, keys: Sequence[str]) -> str:
+    """What a key of an earlier version is called now.
+
+    Args:
+        key: what was given.
+        new: what its beginning is called now.
+        rest: what follows that, "" or ".<name>".
+        keys: of the section.
+    """
+    if "." not in key:
+        return f"it is {new}=<option> now"
+    candidates = [f"{new}{rest}", *(name for name in keys if name.endswith(rest))]
+    found = next((name for name in candidates if name in keys), None)
+    return f"it is {found} now" if found else nearest(candidates[0], keys)
+
+
+def _close(name: str, choices: Sequence[str]) -> bool:
+    return nearest(name, choices).startswith("did you mean")
