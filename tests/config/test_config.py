@@ -259,7 +259,7 @@ def test_a_key_of_an_earlier_version_is_refused_with_the_one_that_it_is_now(old,
 
 
 def test_every_new_name_of_an_old_key_exists():
-    keys = compose._keys("method", RoutedLoRAConfig) + compose._keys("study", StudyConfig)
+    keys = sections.keys_of("method", RoutedLoRAConfig) + sections.keys_of("study", StudyConfig)
     for new in suggestions.RENAMED.values():
         assert any(key == new or key.startswith(f"{new}.") for key in keys), new
 
