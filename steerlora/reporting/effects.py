@@ -70,10 +70,8 @@ def base_pairs(
     A base model that was evaluated under one seed only stands beside every seed.
     """
     bases = select(evaluations, model=model, method=BASE)
-    if not bases:
-        return []
     by_seed = {record.seed: record for record in bases}
-    adapted = select(evaluations, model=model, method=method)
+    adapted = select(evaluations, model=model, method=method) if bases else []
     return [(by_seed.get(record.seed, bases[0]), record) for record in adapted]
 
 

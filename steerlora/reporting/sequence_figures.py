@@ -6,7 +6,6 @@ Every function draws on a figure of its own and returns it, or None where its re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import product
 
 import numpy as np
@@ -151,24 +150,17 @@ def method(sequentials: list[DomainSequence], model: str, methods: Methods) -> F
     runs = by_method(sequentials, model, methods)
     if methods.own not in runs:
         return None
-    times = f"× {methods.baseline}'s"
     columns = [
-        (
-            "positive forgetting\n(less is better)",
-            partial(mean, read=forgotten),
-            forgotten,
-            MOST_FORGETTING,
-            times,
-        ),
-        ("final average\n(more is better)", partial(mean, read=final), final, LEAST_FINAL, times),
+        ("positive forgetting\n(less is better)", forgotten, MOST_FORGETTING),
+        ("final average\n(more is better)", final, LEAST_FINAL),
     ]
     if any(record.general for own in runs.values() for record in own):
-        title = "general knowledge kept\n(more is better)"
-        columns.append((title, kept, _kept_share, LEAST_GENERAL, "of the base's"))
+        columns.append(("general knowledge kept\n(more is better)", _kept_share, LEAST_GENERAL))
     figure = Figure(figsize=(WIDTH, 1.3 + 0.34 * len(runs)))
     axes = figure.subplots(1, len(columns), sharey=True)
-    for axis, (title, summary, read, factor, of) in zip(axes, columns, strict=True):
-        bounds = {name: summary(own) for name, own in runs.items()}
+    for axis, (title, read, factor) in zip(axes, columns, strict=True):
+        of_base = read is _kept_share
+        bounds = {name: kept(own) if of_base else mean(own, read) for name, own in runs.items()}
         for row, (name, interval) in enumerate(bounds.items()):
             scores = pd.Series([read(run).value for run in runs[name]])
             orders = scores.groupby([run.order for run in runs[name]], sort=False).mean()
@@ -178,9 +170,10 @@ def method(sequentials: list[DomainSequence], model: str, methods: Methods) -> F
                 style = {"elinewidth": 1.2, "capsize": 2.5} | methods.marker(name)
                 axis.errorbar(interval.value, row, xerr=_arms(interval), **style)
         reference = bounds.get(methods.baseline)
-        aim = factor if summary is kept else reference and factor * reference.value
+        aim = factor if of_base else reference and factor * reference.value
         if aim is not None:
             axis.axvline(aim, color="#777777", linestyle="--", lw=1, zorder=0)
+            of = "of the base's" if of_base else f"× {methods.baseline}'s"
             axis.set_xlabel(f"dashed: {factor:g} {of}")
         axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
         axis.set_title(title)
