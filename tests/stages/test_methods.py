@@ -21,10 +21,10 @@ from steerlora.methods.routed_lora.prototypes import PrototypeRouter
 from steerlora.stages import (
     adapter_training,
     causal_ablation,
+    common,
     evaluate,
     sequential_forgetting,
 )
-from steerlora.stages import sequence as sequence_stage
 from steerlora.stages.common import load_base
 from steerlora.stages.sequence_state import SequenceState
 
@@ -175,7 +175,7 @@ def test_an_interrupted_sequence_ends_as_an_unbroken_one(kind, smoke, store, mon
     expected, whole = _record_of(unbroken), ends[-1]
     shutil.rmtree(unbroken.path)
 
-    original, calls = sequence_stage.fit, []
+    original, calls = common.fit, []
 
     def interrupted(module, batch, *args, **kwargs):
         calls.append(None)
@@ -189,7 +189,7 @@ def test_an_interrupted_sequence_ends_as_an_unbroken_one(kind, smoke, store, mon
 
         return original(module, until, *args, **kwargs)
 
-    monkeypatch.setattr(sequence_stage, "fit", interrupted)
+    monkeypatch.setattr(common, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run([step], store)
     ends.clear()
@@ -204,13 +204,13 @@ def test_an_interrupted_sequence_ends_as_an_unbroken_one(kind, smoke, store, mon
 
 def test_replay_repeats_earlier_domains(smoke, store, monkeypatch):
     owners = []
-    original = sequence_stage.fit
+    original = common.fit
 
     def fit(module, batch, steps, **kwargs):
         owners.append([batch(number).domains.unique().tolist() for number in range(steps)])
         return original(module, batch, steps, **kwargs)
 
-    monkeypatch.setattr(sequence_stage, "fit", fit)
+    monkeypatch.setattr(common, "fit", fit)
     changes = ("method=lora", "order.steps_per_domain=4", "method.replay.ratio=0.5")
     record, _ = sequence(smoke, store, *changes)
     assert record.replay == 0.5
