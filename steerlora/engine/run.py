@@ -18,7 +18,7 @@ from steerlora.engine import preemption
 from steerlora.engine.artifacts import Artifact, ArtifactStore, plain
 from steerlora.engine.pool import WorkerPool
 from steerlora.engine.progress import Progress, SilentProgress
-from steerlora.engine.steps import STAGES, Context, Stage, Step, from_config, register
+from steerlora.engine.steps import STAGES, Context, Stage, Step, stage
 from steerlora.errors import UserError
 from steerlora.registry import import_plugins
 
@@ -29,9 +29,8 @@ __all__ = [
     "Stage",
     "Step",
     "StepTime",
-    "from_config",
-    "register",
     "run",
+    "stage",
 ]
 
 MEMORY_INTERVAL = 1.0  # seconds between two looks at the memory in use

@@ -78,19 +78,31 @@ STAGES: Registry[Stage] = Registry("stage", "steerlora.stages.*")
 """Every stage by its name."""
 
 
-def register(stage: Stage) -> Stage:
-    """Make a stage known by its name."""
-    return STAGES.register(stage.name)(stage)
+def stage(
+    name: str,
+    version: int | str,
+    *,
+    step: Callable[[Any], Step | Sequence[Step]] | None = None,
+    **facts: Any,
+) -> Callable[[Callable], Callable]:
+    """Decorator: makes a function that builds an artifact known as a stage.
 
-
-def from_config(step: Callable[[Any], Step | Sequence[Step]]) -> Callable[..., Sequence[Step]]:
-    """Steps that follow from the configuration alone, in the form that `Stage.steps` has."""
+    Args:
+        name, version: of the `Stage`.
+        step: gives what ``stage=<name>`` means of the configuration alone, in place of ``steps``.
+        facts: the other fields of the `Stage`.
+    """
 
     def steps(config: Any, variant: Callable[..., Any]) -> Sequence[Step]:
         found = step(config)
         return (found,) if isinstance(found, Step) else found
 
-    return steps
+    def register(build: Callable) -> Callable:
+        given = {"steps": steps, **facts} if step else facts
+        STAGES.register(name)(Stage(name=name, version=version, build=build, **given))
+        return build
+
+    return register
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from steerlora.config import Config
 from steerlora.data.activations import HARVEST_ROWS, harvest
 from steerlora.data.chat import ChatBatches
-from steerlora.engine.run import Context, Stage, Step, from_config, register
+from steerlora.engine.run import Context, Step, stage
 from steerlora.stages import base
 from steerlora.stages.common import WHERE, general_text, load_base, training_rows
 
@@ -49,6 +49,7 @@ def step(config: Config) -> Step:
     )
 
 
+@stage("activations", 1, step=step, skip=WHERE)
 def build(context: Context) -> dict:
     settings: ActivationSettings = context.config
     model, tokenizer = load_base(
@@ -78,6 +79,3 @@ def _one_epoch(rows: list, pad_token_id: int, seed: int) -> Iterator[tuple[Tenso
     )
     for batch in map(batches, islice(count(), len(rows) // batches.batch_size)):
         yield batch.input_ids, batch.attention_mask
-
-
-STAGE = register(Stage("activations", 1, build, steps=from_config(step), skip=WHERE))

@@ -9,7 +9,7 @@ from steerlora.config import Config, InterventionConfig
 from steerlora.data.packing import training_batches
 from steerlora.distributed import ranks
 from steerlora.engine.artifacts import write_json
-from steerlora.engine.run import Context, Stage, Step, from_config, register
+from steerlora.engine.run import Context, Step, stage
 from steerlora.methods.base import Task
 from steerlora.methods.saving import export_peft, save_adapter
 from steerlora.stages import method_training
@@ -51,6 +51,14 @@ def step(config: Config) -> Step:
     )
 
 
+@stage(
+    "adapter_training",
+    4,
+    step=step,
+    skip=NOT_IDENTITY,
+    shared=True,
+    check=lambda settings: method_training.check_shares(settings.trainer),
+)
 def build(context: Context) -> dict:
     settings: AdapterSettings = context.config
     source, base_artifact = context.inputs["domains"], context.inputs["base"]
@@ -88,16 +96,3 @@ def build(context: Context) -> dict:
         path = pointer["path"] or str(base_artifact / BASE)
         export_peft(method, context.directory / PEFT_FOLDER, base_path=path)
     return figures
-
-
-STAGE = register(
-    Stage(
-        "adapter_training",
-        4,
-        build,
-        steps=from_config(step),
-        skip=NOT_IDENTITY,
-        shared=True,
-        check=lambda settings: method_training.check_shares(settings.trainer),
-    )
-)

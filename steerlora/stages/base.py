@@ -15,7 +15,7 @@ from steerlora.data.domains.text.tokenizer import build_tokenizer as build_text_
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
 from steerlora.engine.artifacts import write_json
-from steerlora.engine.run import Context, Stage, Step, from_config, register
+from steerlora.engine.run import Context, Step, stage
 from steerlora.errors import UserError
 from steerlora.lm.identity import model_fingerprint
 from steerlora.lm.pretrained import (
@@ -74,6 +74,22 @@ def inputs(config: Config) -> dict[str, Step]:
     return {"domains": domains.step(config), "base": step(config)}
 
 
+def _check(settings: BaseSettings) -> None:
+    if not settings.model.path:
+        parts = ranks.current().world * settings.trainer.accumulate
+        check_divides("model.batch_size", settings.model.batch_size, parts)
+
+
+@stage(
+    "base",
+    1,
+    step=step,
+    skip=NOT_IDENTITY
+    | ADAPTER_ONLY
+    | {"model.name", "model.control_sites", "model.sae_latents", "model.sae_path"},
+    shared=True,
+    check=_check,
+)
 def build(context: Context) -> dict:
     settings: BaseSettings = context.config
     figures, given = {}, settings.model
@@ -153,24 +169,3 @@ def _pretrain(context: Context, settings: BaseSettings) -> tuple[Qwen3ForCausalL
     generation = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     (home / "generation_config.json").write_text(json.dumps(generation) + "\n")
     return model, figures
-
-
-def _check(settings: BaseSettings) -> None:
-    if not settings.model.path:
-        parts = ranks.current().world * settings.trainer.accumulate
-        check_divides("model.batch_size", settings.model.batch_size, parts)
-
-
-STAGE = register(
-    Stage(
-        "base",
-        1,
-        build,
-        steps=from_config(step),
-        skip=NOT_IDENTITY
-        | ADAPTER_ONLY
-        | {"model.name", "model.control_sites", "model.sae_latents", "model.sae_path"},
-        shared=True,
-        check=_check,
-    )
-)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from steerlora.config import Config
-from steerlora.engine.run import Context, Stage, Step, from_config, register
+from steerlora.engine.run import Context, Step, stage
 from steerlora.errors import UserError
 from steerlora.evaluation.records import (
     INTACT,
@@ -65,6 +65,12 @@ def step(config: Config) -> Step:
     )
 
 
+@stage(
+    "causal_ablation",
+    f"3.{SCHEMA}",
+    step=step,
+    skip=WHERE | {"logger", "evaluation.batch_size", "evaluation.files"},
+)
 def build(context: Context) -> dict:
     settings: AblationSettings = context.config
     method, scorer = evaluate.open_scorer(context)
@@ -114,14 +120,3 @@ def build(context: Context) -> dict:
             ],
         )
     return means
-
-
-STAGE = register(
-    Stage(
-        "causal_ablation",
-        f"3.{SCHEMA}",
-        build,
-        steps=from_config(step),
-        skip=WHERE | {"logger", "evaluation.batch_size", "evaluation.files"},
-    )
-)

@@ -12,7 +12,7 @@ from steerlora.data.domains.hub import writer as hub
 from steerlora.data.domains.micro import WORLD_VERSION
 from steerlora.data.domains.micro.words import DOMAINS
 from steerlora.data.domains.text import writer as text
-from steerlora.engine.run import Context, Stage, Step, from_config, register
+from steerlora.engine.run import Context, Step, stage
 from steerlora.errors import UserError
 
 
@@ -47,6 +47,13 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()[:20]
 
 
+# Places do not matter, content does: it is in the version, as is the broad domain where it counts.
+@stage(
+    "domains",
+    1,
+    step=step,
+    skip=frozenset({"domains.dir", "domains.sources", "domains.name", "domains.broad"}),
+)
 def build(context: Context) -> dict:
     domains: DomainsConfig = context.config.domains
     if domains.kind == "micro":
@@ -72,15 +79,3 @@ def build(context: Context) -> dict:
             evaluation_items=domains.evaluation_items,
         )
     return {"kind": domains.kind, "domains": list(domains.names)}
-
-
-# Places do not matter, content does: it is in the version, as is the broad domain where it counts.
-STAGE = register(
-    Stage(
-        "domains",
-        1,
-        build,
-        steps=from_config(step),
-        skip=frozenset({"domains.dir", "domains.sources", "domains.name", "domains.broad"}),
-    )
-)

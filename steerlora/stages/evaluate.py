@@ -11,7 +11,7 @@ import torch
 from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
 from steerlora.data.chat import batches_by_length, encode_chats
 from steerlora.data.jsonl import read_rows
-from steerlora.engine.run import Context, Stage, Step, from_config, register
+from steerlora.engine.run import Context, Step, stage
 from steerlora.evaluation import local_rows, registered
 from steerlora.evaluation.records import (
     BASE,
@@ -120,6 +120,13 @@ def open_scorer(context: Context) -> tuple[Method | None, Scorer]:
     return method, Scorer(inputs["domains"], model, tokenizer, settings.evaluation)
 
 
+@stage(
+    "evaluate",
+    f"4.{SCHEMA}",
+    step=step,
+    # The files' place does not matter, their content does.
+    skip=WHERE | {"logger", "evaluation.batch_size", "evaluation.files"},
+)
 def build(context: Context) -> dict:
     settings: EvaluationSettings = context.config
     method, scorer = open_scorer(context)
@@ -208,15 +215,3 @@ def _health(context: Context, method: Method | None, scorer: Scorer) -> dict[int
             health.update(batch, first)
             first += size
     return {int(site): Routing(**measured) for site, measured in health.result().items()}
-
-
-STAGE = register(
-    Stage(
-        "evaluate",
-        f"4.{SCHEMA}",
-        build,
-        steps=from_config(step),
-        # The files' place does not matter, their content does.
-        skip=WHERE | {"logger", "evaluation.batch_size", "evaluation.files"},
-    )
-)

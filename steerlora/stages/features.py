@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from steerlora.config import Config, FeaturesConfig, LoggerConfig
 from steerlora.data.chat import batches_by_length
 from steerlora.engine.artifacts import Artifact, write_json
-from steerlora.engine.run import Context, Stage, Step, from_config, register
+from steerlora.engine.run import Context, Step, stage
 from steerlora.errors import UserError
 from steerlora.lm.decoder import first_real_token, residual_streams
 from steerlora.lm.pretrained import open_model, open_tokenizer, shape_of
@@ -109,6 +109,7 @@ def load_taxonomy(artifact: Artifact) -> Taxonomy:
     return Taxonomy(**{name: stored[name] for name in Taxonomy._fields})
 
 
+@stage("features", 1, step=requested, skip=WHERE | {"logger"})
 def build(context: Context) -> dict:
     settings: FeatureSettings = context.config
     source = context.inputs["domains"]
@@ -289,6 +290,3 @@ def _table(listing: dict[str, list[dict]]) -> str:
         cells = [name, str(feature), f"{selectivity:.3f}", f"{frequency:.3f}", tokens, strongest]
         rows.append([Cell(" ".join(cell.split())) for cell in cells])  # a row is one line
     return markdown_grid(columns, rows) + "\n"
-
-
-STAGE = register(Stage("features", 1, build, steps=from_config(requested), skip=WHERE | {"logger"}))

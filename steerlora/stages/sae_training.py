@@ -13,7 +13,7 @@ from steerlora.data.chat import batches_by_length, encode_chats
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
 from steerlora.engine.artifacts import Artifact, write_json
-from steerlora.engine.run import Context, Stage, Step, from_config, register
+from steerlora.engine.run import Context, Step, stage
 from steerlora.errors import UserError
 from steerlora.lm.decoder import first_real_token, residual_streams
 from steerlora.reporting.runs import RunLog
@@ -90,6 +90,19 @@ def _step(config: Config, sae: SAEConfig, site: int) -> Step:
     return Step("sae_training", settings, inputs, label, cost=20)
 
 
+def _check(settings: SAESettings) -> None:
+    if not settings.sae.path:
+        check_divides("sae.batch_size", settings.sae.batch_size, ranks.current().world)
+
+
+@stage(
+    "sae_training",
+    1,
+    step=requested,
+    skip=NOT_IDENTITY | ADAPTER_ONLY | WHERE | {"sae.max_tokens"},
+    shared=True,
+    check=_check,
+)
 def build(context: Context) -> dict:
     settings: SAESettings = context.config
     pointer = context.inputs["base"].json(POINTER)
@@ -197,21 +210,3 @@ def _quality(
         "mean_feature_norm": float(norms.mean()),
         "tokens": len(activations),
     }
-
-
-def _check(settings: SAESettings) -> None:
-    if not settings.sae.path:
-        check_divides("sae.batch_size", settings.sae.batch_size, ranks.current().world)
-
-
-STAGE = register(
-    Stage(
-        "sae_training",
-        1,
-        build,
-        steps=from_config(requested),
-        skip=NOT_IDENTITY | ADAPTER_ONLY | WHERE | {"sae.max_tokens"},
-        shared=True,
-        check=_check,
-    )
-)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from steerlora.config import Config, EvaluationConfig
 from steerlora.data.orders import sequence_of
-from steerlora.engine.run import Context, Stage, Step, from_config, register
+from steerlora.engine.run import Context, Step, stage
 from steerlora.evaluation.forgetting import forgetting_metrics
 from steerlora.evaluation.records import (
     SCHEMA,
@@ -70,6 +70,20 @@ def step(config: Config) -> Step:
     )
 
 
+@stage(
+    "sequential_forgetting",
+    f"3.{SCHEMA}",
+    step=step,
+    skip=NOT_IDENTITY
+    | {
+        "trainer.max_steps",
+        "evaluation.batch_size",
+        "evaluation.files",
+        "evaluation.spread",
+    },
+    shared=True,
+    check=lambda settings: method_training.check_shares(settings.trainer),
+)
 def build(context: Context) -> dict:
     settings: SequenceSettings = context.config
     names = context.inputs["domains"].json("domains.json")["names"]
@@ -152,22 +166,3 @@ def _row(scores: dict[str, Score], names: list[str]) -> dict:
 
 def _table(rows: list[dict]) -> list[list]:
     return [[stage, *row["values"]] for stage, row in enumerate(rows)]
-
-
-STAGE = register(
-    Stage(
-        "sequential_forgetting",
-        f"3.{SCHEMA}",
-        build,
-        steps=from_config(step),
-        skip=NOT_IDENTITY
-        | {
-            "trainer.max_steps",
-            "evaluation.batch_size",
-            "evaluation.files",
-            "evaluation.spread",
-        },
-        shared=True,
-        check=lambda settings: method_training.check_shares(settings.trainer),
-    )
-)

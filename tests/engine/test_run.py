@@ -17,7 +17,7 @@ from steerlora.engine import run as engine
 from steerlora.engine.artifacts import ArtifactStore, read_json, write_json
 from steerlora.engine.pool import WorkerDied
 from steerlora.engine.progress import Event, Message, Opened, Progress
-from steerlora.engine.run import STAGES, Context, RunReport, Stage, Step, register, run
+from steerlora.engine.run import STAGES, Context, RunReport, Step, run, stage
 from steerlora.engine.worker import sendable
 from steerlora.errors import UserError
 
@@ -110,7 +110,7 @@ def die(context: Context) -> None:
 
 SKIP = frozenset({"trainer.devices", "logger"})
 for build in (make, train, stubborn, fail, die):
-    register(Stage(f"test_{build.__name__}", 1, build, skip=SKIP))
+    stage(f"test_{build.__name__}", 1, skip=SKIP)(build)
 
 
 # ---------------------------------------------------------------- helpers

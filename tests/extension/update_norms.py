@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from safetensors.torch import load_file
 
-from steerlora.engine.run import Stage, Step, register
+from steerlora.engine.run import Step, stage
 from steerlora.methods.saving import WEIGHTS
 from steerlora.stages import adapter_training
 
@@ -22,6 +22,7 @@ def steps(config, variant):
     return [Step("update_norms", settings, {"adapters": trained}, "update_norms")]
 
 
+@stage("update_norms", 1, steps=steps)
 def build(context):
     norms = {}
     for name, artifact in zip(context.config.methods, context.inputs["adapters"], strict=True):
@@ -33,6 +34,3 @@ def build(context):
     plt.savefig(context.directory / "norms.png")
     plt.close()
     return norms
-
-
-STAGE = register(Stage("update_norms", 1, build, steps))

@@ -244,7 +244,9 @@ def test_records_of_another_schema_are_built_again(smoke, tmp_path, monkeypatch)
     shutil.copytree(smoke.root, tmp_path, dirs_exist_ok=True)
     (step,) = [step for step in smoke.planned.evaluations if step.config.method == BASE]
     assert run([step], ArtifactStore(tmp_path)).steps[-1].reused
-    for stage in (evaluate.STAGE, causal_ablation.STAGE, sequential_forgetting.STAGE):
+    for stage in map(
+        steps.STAGES.__getitem__, ("evaluate", "causal_ablation", "sequential_forgetting")
+    ):
         version, _, schema = stage.version.partition(".")
         assert schema == str(SCHEMA)
         other = replace(stage, version=f"{version}.{SCHEMA - 1}")
