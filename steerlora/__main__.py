@@ -35,7 +35,7 @@ from steerlora.errors import Preempted, RankGone, UserError
 
 if TYPE_CHECKING:
     from steerlora.cli.experiment import Plan
-    from steerlora.engine.run import Step
+    from steerlora.engine.steps import Step
 
 # A log file has no width of its own; 80 columns would squeeze the claims. Of several ranks, the
 # first one prints.
@@ -185,7 +185,7 @@ def _planned(config: Config, variant: compose.Compose) -> tuple[Plan | None, tup
         UserError: a step cannot be built with this configuration.
     """
     from steerlora.cli import experiment
-    from steerlora.engine.run import STAGES
+    from steerlora.engine.steps import STAGES
 
     if config.stage and config.stage.name in ("status", "plan"):
         return None, ()

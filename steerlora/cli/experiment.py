@@ -13,7 +13,8 @@ import psutil
 from steerlora.cli.compose import Compose
 from steerlora.config import Config, StudyConfig
 from steerlora.engine.artifacts import Artifact
-from steerlora.engine.run import RunReport, Step
+from steerlora.engine.run import RunReport
+from steerlora.engine.steps import Step
 from steerlora.errors import UserError
 from steerlora.evaluation.records import (
     Ablation,

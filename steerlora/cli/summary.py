@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from steerlora.config import Config
-from steerlora.engine.run import RunReport, Step
+from steerlora.engine.run import RunReport
+from steerlora.engine.steps import Step
 from steerlora.reporting.report import Report
 
 

@@ -15,23 +15,13 @@ import psutil
 
 from steerlora.distributed import ranks
 from steerlora.engine import preemption
-from steerlora.engine.artifacts import Artifact, ArtifactStore, plain
+from steerlora.engine.artifacts import Artifact, ArtifactStore
+from steerlora.engine.manifests import plain
 from steerlora.engine.pool import WorkerPool
 from steerlora.engine.progress import Progress, SilentProgress
-from steerlora.engine.steps import STAGES, Context, Stage, Step, stage
+from steerlora.engine.steps import STAGES, Context, Step
 from steerlora.errors import UserError
 from steerlora.registry import import_plugins
-
-__all__ = [
-    "STAGES",
-    "Context",
-    "RunReport",
-    "Stage",
-    "Step",
-    "StepTime",
-    "run",
-    "stage",
-]
 
 MEMORY_INTERVAL = 1.0  # seconds between two looks at the memory in use
 

@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from steerlora.engine.artifacts import Artifact, fingerprint, plain
+from steerlora.engine.artifacts import Artifact, fingerprint
+from steerlora.engine.manifests import plain
 from steerlora.engine.progress import Progress
 from steerlora.registry import Registry
 

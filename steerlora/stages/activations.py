@@ -11,7 +11,7 @@ from torch import Tensor
 from steerlora.config import Config
 from steerlora.data.activations import HARVEST_ROWS, harvest
 from steerlora.data.chat import ChatBatches
-from steerlora.engine.run import Context, Step, stage
+from steerlora.engine.steps import Context, Step, stage
 from steerlora.stages import base
 from steerlora.stages.common import WHERE, general_text, load_base, training_rows
 

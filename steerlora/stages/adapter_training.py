@@ -8,8 +8,8 @@ from itertools import chain
 from steerlora.config import Config, InterventionConfig
 from steerlora.data.packing import training_batches
 from steerlora.distributed import ranks
-from steerlora.engine.artifacts import write_json
-from steerlora.engine.run import Context, Step, stage
+from steerlora.engine.manifests import write_json
+from steerlora.engine.steps import Context, Step, stage
 from steerlora.methods.base import Task
 from steerlora.methods.saving import export_peft, save_adapter
 from steerlora.stages import method_training

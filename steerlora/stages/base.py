@@ -14,8 +14,8 @@ from steerlora.data.domains.micro import build_tokenizer as build_micro_tokenize
 from steerlora.data.domains.text.tokenizer import build_tokenizer as build_text_tokenizer
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
-from steerlora.engine.artifacts import write_json
-from steerlora.engine.run import Context, Step, stage
+from steerlora.engine.manifests import write_json
+from steerlora.engine.steps import Context, Step, stage
 from steerlora.errors import UserError
 from steerlora.lm.identity import model_fingerprint
 from steerlora.lm.pretrained import (

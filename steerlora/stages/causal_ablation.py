@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from steerlora.config import Config
-from steerlora.engine.run import Context, Step, stage
+from steerlora.engine.steps import Context, Step, stage
 from steerlora.errors import UserError
 from steerlora.evaluation.records import (
     INTACT,

@@ -20,7 +20,7 @@ from steerlora.data.jsonl import read_rows
 from steerlora.distributed import ranks
 from steerlora.engine.artifacts import Artifact
 from steerlora.engine.manifests import CHECKPOINTS
-from steerlora.engine.run import Context
+from steerlora.engine.steps import Context
 from steerlora.errors import UserError
 from steerlora.lm.pretrained import open_model, open_tokenizer
 from steerlora.reporting.runs import RunLog, open_run

@@ -12,7 +12,7 @@ from steerlora.data.domains.hub import writer as hub
 from steerlora.data.domains.micro import WORLD_VERSION
 from steerlora.data.domains.micro.words import DOMAINS
 from steerlora.data.domains.text import writer as text
-from steerlora.engine.run import Context, Step, stage
+from steerlora.engine.steps import Context, Step, stage
 from steerlora.errors import UserError
 
 

@@ -11,7 +11,7 @@ import torch
 from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
 from steerlora.data.chat import batches_by_length, encode_chats
 from steerlora.data.jsonl import read_rows
-from steerlora.engine.run import Context, Step, stage
+from steerlora.engine.steps import Context, Step, stage
 from steerlora.evaluation import local_rows, registered
 from steerlora.evaluation.records import (
     BASE,

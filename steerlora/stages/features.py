@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from steerlora.config import Config, FeaturesConfig, LoggerConfig
 from steerlora.data.chat import batches_by_length
-from steerlora.engine.artifacts import Artifact, write_json
-from steerlora.engine.run import Context, Step, stage
+from steerlora.engine.artifacts import Artifact
+from steerlora.engine.manifests import write_json
+from steerlora.engine.steps import Context, Step, stage
 from steerlora.errors import UserError
 from steerlora.lm.decoder import first_real_token, residual_streams
 from steerlora.lm.pretrained import open_model, open_tokenizer, shape_of

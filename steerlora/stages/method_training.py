@@ -18,7 +18,7 @@ from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
 from steerlora.distributed.zero import sharding_settings
 from steerlora.engine.artifacts import Artifact
-from steerlora.engine.run import Context, Step
+from steerlora.engine.steps import Context, Step
 from steerlora.errors import UserError
 from steerlora.lm.pretrained import open_model, open_tokenizer
 from steerlora.methods.base import Learner, Method, SiteSAE, Sources, Task

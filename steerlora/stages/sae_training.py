@@ -12,8 +12,9 @@ from steerlora.data.activations import ActivationBatches, ActivationStore
 from steerlora.data.chat import batches_by_length, encode_chats
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
-from steerlora.engine.artifacts import Artifact, write_json
-from steerlora.engine.run import Context, Step, stage
+from steerlora.engine.artifacts import Artifact
+from steerlora.engine.manifests import write_json
+from steerlora.engine.steps import Context, Step, stage
 from steerlora.errors import UserError
 from steerlora.lm.decoder import first_real_token, residual_streams
 from steerlora.reporting.runs import RunLog

@@ -13,7 +13,7 @@ from steerlora.data.packing import PackedBatches, training_batches
 from steerlora.data.replay import ReplayBatches
 from steerlora.distributed import ranks
 from steerlora.engine.manifests import CHECKPOINTS
-from steerlora.engine.run import Context
+from steerlora.engine.steps import Context
 from steerlora.evaluation.scores import Score
 from steerlora.evaluation.scoring import Scorer
 from steerlora.methods.base import Task

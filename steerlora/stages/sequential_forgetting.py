@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from steerlora.config import Config, EvaluationConfig
 from steerlora.data.orders import sequence_of
-from steerlora.engine.run import Context, Step, stage
+from steerlora.engine.steps import Context, Step, stage
 from steerlora.evaluation.forgetting import forgetting_metrics
 from steerlora.evaluation.records import (
     SCHEMA,

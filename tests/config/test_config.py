@@ -13,7 +13,7 @@ from steerlora import config
 from steerlora.cli import compose, sections, suggestions
 from steerlora.cli.sections import GROUPS
 from steerlora.config import SECTIONS, Config, StudyConfig
-from steerlora.engine.run import STAGES
+from steerlora.engine.steps import STAGES
 from steerlora.errors import UserError
 from steerlora.lm.pretrained import shape_of
 from steerlora.lm.weight_files import on_meta

@@ -17,15 +17,9 @@ import pytest
 from rich.console import Console
 
 from steerlora.engine import artifacts
-from steerlora.engine.artifacts import (
-    ArtifactStore,
-    fingerprint,
-    plain,
-    read_json,
-    write_json,
-)
+from steerlora.engine.artifacts import ArtifactStore, fingerprint
 from steerlora.engine.inventory import listing, status_table
-from steerlora.engine.manifests import FINGERPRINT_DIGITS, LIBRARIES
+from steerlora.engine.manifests import FINGERPRINT_DIGITS, LIBRARIES, plain, read_json, write_json
 from steerlora.errors import UserError
 
 NAME = "0123456789abcdef0123"

@@ -14,10 +14,12 @@ import psutil
 import pytest
 
 from steerlora.engine import run as engine
-from steerlora.engine.artifacts import ArtifactStore, read_json, write_json
+from steerlora.engine.artifacts import ArtifactStore
+from steerlora.engine.manifests import read_json, write_json
 from steerlora.engine.pool import WorkerDied
 from steerlora.engine.progress import Event, Message, Opened, Progress
-from steerlora.engine.run import STAGES, Context, RunReport, Step, run, stage
+from steerlora.engine.run import RunReport, run
+from steerlora.engine.steps import STAGES, Context, Step, stage
 from steerlora.engine.worker import sendable
 from steerlora.errors import UserError
 

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from safetensors.torch import load_file
 
-from steerlora.engine.run import Step, stage
+from steerlora.engine.steps import Step, stage
 from steerlora.methods.saving import WEIGHTS
 from steerlora.stages import adapter_training
 

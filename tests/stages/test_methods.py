@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from steerlora.cli import sections
 from steerlora.data.orders import sequence_of
 from steerlora.engine.artifacts import Artifact, ArtifactStore
-from steerlora.engine.run import STAGES, RunReport, run
+from steerlora.engine.run import RunReport, run
+from steerlora.engine.steps import STAGES
 from steerlora.errors import UserError
 from steerlora.evaluation.records import Ablation, DomainSequence, Evaluation, read_record
 from steerlora.methods.routed_lora.prototypes import PrototypeRouter

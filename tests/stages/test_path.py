@@ -21,7 +21,8 @@ from steerlora.config import Config
 from steerlora.engine import steps
 from steerlora.engine.artifacts import ArtifactStore
 from steerlora.engine.inventory import listing
-from steerlora.engine.run import RunReport, Step, run
+from steerlora.engine.run import RunReport, run
+from steerlora.engine.steps import Step
 from steerlora.evaluation.records import (
     BASE,
     SCHEMA,
