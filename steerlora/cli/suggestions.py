@@ -20,24 +20,6 @@ from steerlora.cli.sections import (
 )
 from steerlora.errors import nearest
 
-RENAMED = {
-    "adapter.routing": "method.signal",
-    "adapter": "method",
-    "continual.specialists": "method.isolation",
-    "continual.replay_ratio": "method.replay.ratio",
-    "continual.replay_batches": "method.replay.batches",
-    "continual.memory": "method.memory.enabled",
-    "continual.memory_every": "method.memory.every",
-    "continual": "method",
-    "control": "method",
-    "routing": "method.health",
-    "study.adapters": "study.methods",
-    "study.scale_adapters": "study.scale_methods",
-    "study.ablation_adapter": "study.ablation_method",
-    "study.sequential_adapters": "study.sequential_methods",
-}
-"""What keys of earlier versions are called now; of a section, its keys wherever they are in it."""
-
 
 def explain(error: Exception) -> str:
     """One line for a composition error: what is wrong and what would be right."""
@@ -77,9 +59,9 @@ def nearest_key(key: str, schema: type | None = None) -> str:
     section, _, name = key.partition(".")
     of_section = {s: schema if schema and s == section else schemas_of(s) for s in GROUPS}
     keys = {s: keys_of(s, types) for s, types in of_section.items()}
-    for old, new in RENAMED.items():
-        if key == old or key.startswith(f"{old}."):
-            return _renamed(key, new, key.removeprefix(old), keys[new.partition(".")[0]])
+    if section == "adapter":  # what the group was called before
+        now = nearest(f"method.{name}", keys["method"]) if name else "method=<option>"
+        return f"the group is method now: {now}"
     if section in KINDS and key in keys[section]:
         naming, kinds, _ = KINDS[section]
         having = [kind for kind, known in kinds.known() if key in keys_of(section, known)]
@@ -94,22 +76,6 @@ def nearest_key(key: str, schema: type | None = None) -> str:
     if "." in key and _close(key, everywhere):
         return nearest(key, everywhere)
     return nearest(section, [*GROUPS, *OTHER_KEYS, "experiment"])
-
-
-def _renamed(key: str, new: str, rest: str, keys: Sequence[str]) -> str:
-    """What a key of an earlier version is called now.
-
-    Args:
-        key: what was given.
-        new: what its beginning is called now.
-        rest: what follows that, "" or ".<name>".
-        keys: of the section.
-    """
-    if "." not in key:
-        return f"it is {new}=<option> now"
-    candidates = [f"{new}{rest}", *(name for name in keys if name.endswith(rest))]
-    found = next((name for name in candidates if name in keys), None)
-    return f"it is {found} now" if found else nearest(candidates[0], keys)
 
 
 def _close(name: str, choices: Sequence[str]) -> bool:

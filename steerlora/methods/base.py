@@ -272,37 +272,26 @@ class Task(NamedTuple):
         return "all" if self.position is None else next(iter(self.rows))
 
 
+@dataclass(kw_only=True)
 class Learner:
-    """How a method trains: by the next token's loss, unless a kind of method says otherwise.
+    """How a method trains: by the next token's loss, unless a kind of method says otherwise."""
 
-    Args:
-        config: of the method.
-        method: attached to ``model``.
-        model: the base model.
-        domains: all domains' names; the domain ids of batches are positions in it.
-        pad_token_id: fills batches.
-        seed: of what training draws.
-        intervention: that it trains under, if its phase says so.
-        monitor: of the stream at ``config.monitor``, if there is one.
-        general_text: gives rows of general text, encoded, at most so many.
-    """
-
-    def __init__(
-        self,
-        config: MethodConfig,
-        method: Method,
-        *,
-        model: nn.Module,
-        domains: Sequence[str],
-        pad_token_id: int,
-        seed: int,
-        intervention: InterventionConfig,
-        monitor: Monitor | None = None,
-        general_text: Callable[[int], list[EncodedChat]] = lambda most: [],
-    ) -> None:
-        self.config, self.method, self.model = config, method, model
-        self.domains, self.pad_token_id, self.seed = tuple(domains), pad_token_id, seed
-        self.intervention, self.monitor, self.general_text = intervention, monitor, general_text
+    method: Method
+    """Attached to ``model``."""
+    model: nn.Module
+    """The base model."""
+    domains: Sequence[str]
+    """All domains' names; the domain ids of batches are positions in it."""
+    pad_token_id: int
+    """Fills batches."""
+    seed: int
+    """Of what training draws."""
+    intervention: InterventionConfig
+    """That it trains under, if its phase says so."""
+    monitor: Monitor | None = None
+    """Of the stream at ``method.config.monitor``, if there is one."""
+    general_text: Callable[[int], list[EncodedChat]] = lambda most: []
+    """Gives rows of general text, encoded, at most so many."""
 
     def losses(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
         """{name: (weight, value)} of a batch; the training's loss is their weighted sum.

@@ -138,4 +138,4 @@ class MethodConfig:
         """How it trains; the arguments are those of :class:`steerlora.methods.base.Learner`."""
         from steerlora.methods.base import Learner
 
-        return Learner(self, method, **settings)
+        return Learner(method=method, **settings)

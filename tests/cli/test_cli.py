@@ -113,9 +113,12 @@ def root(trained, tmp_path) -> Path:
         ("stage=base --bogus", "--bogus; steerlora --help"),
         ("stage=base --resolve", "--resolve goes with --cfg"),
         ("metod=lora --cfg job", "did you mean 'method'"),
-        ("stage=base adapter=lora", "no such key: adapter; it is method=<option> now"),
-        ("stage=base control.sites=[1]", "no such key: control.sites; it is method.sites now"),
-        ("stage=base continual.memory=true", "it is method.memory.enabled now"),
+        (
+            "stage=base adapter=lora",
+            "no such key: adapter; the group is method now: method=<option>",
+        ),
+        ("stage=base control.sites=[1]", "or 'method.sites'?"),
+        ("stage=base continual.memory=true", "no such key: continual.memory"),
         ("stage=base plugins=[no_such_plugin]", "plugins: no_such_plugin cannot be imported"),
         ("stage=report", "stage=report needs what it reports"),
         (

@@ -10,16 +10,15 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 
 from steerlora import config
-from steerlora.cli import compose, sections, suggestions
+from steerlora.cli import compose, sections
 from steerlora.cli.sections import GROUPS
-from steerlora.config import SECTIONS, Config, StudyConfig
+from steerlora.config import SECTIONS, Config
 from steerlora.engine.steps import STAGES
 from steerlora.errors import UserError
 from steerlora.lm.pretrained import shape_of
 from steerlora.lm.weight_files import on_meta
 from steerlora.methods import config as method_config
 from steerlora.methods.config import METHODS, QWEN3_LINEAR
-from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.saes import config as sae_config
 from steerlora.saes.config import SAES
 
@@ -234,34 +233,23 @@ def test_an_unknown_name_is_refused_with_the_nearest(override, says):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("adapter=sc_lora", "adapter; it is method=<option> now"),
-        ("+adapter.rank=4", "adapter; it is method=<option> now"),
-        ("adapter.rank=4", "adapter.rank; it is method.rank now"),
-        ("adapter.rnk=4", "adapter.rnk; did you mean 'method.rank'"),
-        ("adapter.routing=dense", "adapter.routing; it is method.signal now"),
-        ("adapter.load_balance=1", "adapter.load_balance; it is method.losses.load_balance now"),
-        ("control.sites=[1]", "control.sites; it is method.sites now"),
-        ("continual.memory=true", "continual.memory; it is method.memory.enabled now"),
-        ("continual.memory_every=5", "continual.memory_every; it is method.memory.every now"),
-        ("continual.prune_usage=0", "continual.prune_usage; it is method.memory.prune_usage now"),
-        ("continual.specialists=own", "continual.specialists; it is method.isolation now"),
-        ("continual.replay_ratio=0.2", "continual.replay_ratio; it is method.replay.ratio now"),
-        ("routing.log_every=5", "routing.log_every; it is method.health.log_every now"),
-        ("study.adapters=[lora]", "study.adapters; it is study.methods now"),
-        ("study.ablation_adapter=lora", "study.ablation_adapter; it is study.ablation_method now"),
+        ("adapter=sc_lora", "adapter; the group is method now: method=<option>"),
+        ("+adapter.rank=4", "adapter; the group is method now: method=<option>"),
+        ("adapter.rank=4", "adapter.rank; the group is method now: did you mean 'method.rank'"),
+        ("control.sites=[1]", "control.sites; did you mean 'method.sites'"),
+        (
+            "continual.replay_ratio=0.2",
+            "continual.replay_ratio; did you mean 'method.replay.ratio'",
+        ),
+        ("study.adapters=[lora]", "study.adapters; did you mean 'study."),
     ],
 )
-def test_a_key_of_an_earlier_version_is_refused_with_the_one_that_it_is_now(old, new):
+def test_a_key_of_an_earlier_version_is_refused_with_what_it_is_now(old, new):
     with pytest.raises(UserError) as caught:
         compose.load([old])
-    assert str(caught.value).startswith(f"no such key: {new}")
+    assert str(caught.value).startswith("no such key: ")
+    assert new in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_every_new_name_of_an_old_key_exists():
-    keys = sections.keys_of("method", RoutedLoRAConfig) + sections.keys_of("study", StudyConfig)
-    for new in suggestions.RENAMED.values():
-        assert any(key == new or key.startswith(f"{new}.") for key in keys), new
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class SplicedConfig(MethodConfig):
         return Spliced(self, model, sources).attach(model)
 
     def learner(self, method, **settings):
-        return DistilledLearner(self, method, **settings)
+        return DistilledLearner(method=method, **settings)
 
 
 class Spliced(Method):

@@ -305,4 +305,4 @@ class RoutedLoRAConfig(MethodConfig):
     def learner(self, method: Method, **settings: Any) -> RoutedLoRALearner:
         from steerlora.methods.routed_lora.learning import RoutedLoRALearner
 
-        return RoutedLoRALearner(self, method, **settings)
+        return RoutedLoRALearner(method=method, **settings)

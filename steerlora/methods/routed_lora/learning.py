@@ -6,7 +6,7 @@ T real tokens, E specialists, R rank components.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,30 +36,32 @@ PROTOTYPE_ROWS = 512
 """Training rows a domain, and rows of general text, whose signals make a prototype."""
 
 
+@dataclass(kw_only=True)
 class RoutedLoRALearner(Learner):
-    """Trains an `Adapter`.
+    """Trains an `Adapter`."""
 
-    Attributes:
-        frozen: specialists that train no more, in the order in which they were frozen.
-        memory: the memory policy of the task in training; None where it is off.
-        watch: over the routing of the task in training.
-    """
-
-    config: RoutedLoRAConfig
     method: Adapter
+    frozen: list[int] = field(default_factory=list)
+    """Specialists that train no more, in the order in which they were frozen."""
+    memory: MemoryPolicy | None = None
+    """The memory policy of the task in training; None where it is off."""
+    watch: RoutingWatch | None = None
+    """Over the routing of the task in training."""
+    _task: Task | None = None
+    _memory_state: dict[str, Any] = field(
+        default_factory=lambda: {"domain": "", "events": [], "tensors": {}}
+    )
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
+    def __post_init__(self) -> None:
         if self.config.compares_with_base and self.monitor is None:
             raise ValueError(
                 "the preservation and steering losses compare features at a monitor site: give a "
                 "monitor, or set both weights to zero"
             )
-        self.frozen: list[int] = []
-        self.memory: MemoryPolicy | None = None
-        self.watch: RoutingWatch | None = None
-        self._task: Task | None = None
-        self._memory_state: dict[str, Any] = {"domain": "", "events": [], "tensors": {}}
+
+    @property
+    def config(self) -> RoutedLoRAConfig:
+        return self.method.config
 
     # Losses
 
