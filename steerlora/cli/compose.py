@@ -6,6 +6,7 @@ Every mistake in the configuration becomes a `UserError` of one line.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -133,9 +134,22 @@ def tree(overrides: Sequence[str]) -> DictConfig:
     overrides = with_plugins(overrides)
     with hydra_ready():
         try:
-            return compose("config", overrides)
+            return _composed(overrides)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise UserError(explain(error)) from error
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    try:
+        return compose("config", overrides)
+    except HydraException as error:
+        if not re.search(r"Could not load '\w+/_", str(error)):
+            raise
+    # The typed defaults of a kind whose module needs torch: only now is that imported.
+    for _, kinds, _ in KINDS.values():
+        kinds.items()
+    register_schemas()
+    return compose("config", overrides)
 
 
 def with_plugins(overrides: Sequence[str]) -> list[str]:

@@ -402,3 +402,22 @@ def test_the_schema_never_reaches_beyond_plain_python():
     for text in (Path(file).read_text() for file in files):
         assert "omegaconf" not in text
         assert "import hydra" not in text
+
+
+def test_a_kind_in_a_module_of_its_own_is_found_when_its_yaml_asks_for_it(tmp_path, monkeypatch):
+    """As a file would be that somebody adds to the package's methods."""
+    (tmp_path / "late_kind.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from steerlora.methods.config import MethodConfig, method\n\n"
+        '@method("late_kind")\n'
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class LateConfig(MethodConfig):\n"
+        '    kind: str = "late_kind"\n'
+        "    gain: float = 1.5\n"
+    )
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "late.yaml").write_text("defaults: [_late_kind, _self_]\nname: late\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(METHODS, "sources", (*METHODS.sources, "late_kind"))
+    found = compose.load([f"hydra.searchpath=[file://{tmp_path}]", "method=late"]).method
+    assert (found.kind, found.gain) == ("late_kind", 1.5)
