@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 import steerlora.__main__ as command
-from steerlora.cli import compose, launchers
+from steerlora.cli import launchers, suggestions
 from steerlora.cli.launchers import LocalJobs, SlurmJobs
 from steerlora.cli.sweep import OUTCOMES, CommandLine, Outcome, print_outcomes
 from steerlora.errors import UserError
@@ -173,7 +173,7 @@ def test_a_launchers_mistakes_are_named_before_any_job(arguments, says):
 
 
 def test_a_launcher_that_is_not_installed_says_so(monkeypatch):
-    monkeypatch.setattr(compose, "_has_launchers", lambda: False)
+    monkeypatch.setattr(suggestions, "has_launchers", lambda: False)
     with pytest.raises(UserError, match=r"may need pip install 'steerlora\[launchers\]'"):
         CommandLine.parse(["-m", "stage=base", "seed=0,1", "hydra/launcher=submitit_slrm"])
 
