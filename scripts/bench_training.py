@@ -37,7 +37,7 @@ from steerlora.config import Config, InterventionConfig, TrainerConfig
 from steerlora.data.chat import ChatBatch
 from steerlora.distributed.devices import peak_flops
 from steerlora.distributed.shards import elements
-from steerlora.distributed.strategies import check_hardware, device_of
+from steerlora.distributed.strategies import check_hardware, device_of_rank
 from steerlora.engine.progress import SilentProgress
 from steerlora.errors import UserError
 from steerlora.lm.flops import training_flops_per_token
@@ -118,7 +118,7 @@ def _in_a_process_of_its_own(work, *arguments):
 def write_base(config: Config, folder: str) -> None:
     """A Qwen3 of the configured shape, with random weights, as transformers stores it."""
     torch.manual_seed(0)
-    with torch.device(device_of(config.trainer.accelerator)):
+    with torch.device(device_of_rank(config.trainer.accelerator)):
         Qwen3ForCausalLM._from_config(
             qwen3_config(config.model),
             dtype=torch.bfloat16,
@@ -239,7 +239,7 @@ def measure(name: str, config: Config, folder: str) -> dict:
             description=name,
             callbacks=[times],
         )
-    device = torch.device(device_of(config.trainer.accelerator))
+    device = torch.device(device_of_rank(config.trainer.accelerator))
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "seconds": times.seconds[WARM_UP:],

@@ -64,14 +64,18 @@ def register_schemas() -> None:
 
 @cache
 def _register(group: str, name: str, schema: type) -> None:
-    ConfigStore.instance().store(group=group, name=name, node=_node(schema))
+    ConfigStore.instance().store(group=group, name=name, node=_node(group, schema))
 
 
-def _node(schema: type) -> DictConfig:
-    """The typed defaults of a section; fields may follow other keys of the configuration."""
+def _node(group: str, schema: type) -> DictConfig:
+    """The defaults of a section; fields may follow other keys of the configuration.
+
+    A section that has kinds is typed later: a kind's YAML may add keys of its own, and a launcher
+    sends what is stored here to processes that have not imported a plugin's classes.
+    """
     node = _writable(OmegaConf.structured(schema))
-    if schema in (common for _, _, common in KINDS.values()):
-        node = OmegaConf.create(OmegaConf.to_container(node))  # a kind's YAML adds keys of its own
+    if group in KINDS:
+        node = OmegaConf.create(OmegaConf.to_container(node))
     for field in dataclasses.fields(schema):
         if "interpolation" in field.metadata:
             OmegaConf.update(node, field.name, field.metadata["interpolation"])

@@ -124,3 +124,12 @@ def test_a_report_shows_them_beside_the_others(root):
         "ablation.csv": "scale_signal",
     }.items():
         assert named in (root / "results" / table).read_text()
+
+
+def test_a_plugin_of_the_current_folder_reaches_the_jobs_of_a_launcher(root, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent)
+    asked = ("hydra/launcher=submitit_local", "stage=domains", "seed=0,1", "method=stream_bias")
+    with pytest.raises(SystemExit) as ended:
+        main(["-m", *TINY, f"artifacts.root={root / 'jobs'}", *asked, "plugins=[stream_bias]"])
+    assert ended.value.code == 0
+    assert {info.stage for info in listing(root / "jobs")} == {"domains"}

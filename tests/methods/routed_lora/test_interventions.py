@@ -59,7 +59,9 @@ def apply(control, scene, layer: int = 1) -> SparseFeatures:
 
 
 def test_the_table_is_complete():
-    assert list(INTERVENTIONS) == ON_SIGNAL + ON_ROUTING
+    # Other tests register interventions of their own.
+    ours = [n for n, one in INTERVENTIONS.items() if one.__module__.startswith("steerlora.")]
+    assert ours == ON_SIGNAL + ON_ROUTING
 
 
 @pytest.mark.parametrize("name", ON_SIGNAL)
