@@ -15,15 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 from torch import Tensor, nn
 
 from steerlora.data.chat import ChatBatch, EncodedChat
-from steerlora.lm.decoder import (
-    ForwardArguments,
-    ObservedForward,
-    attach_edits,
-    decoder_of,
-    layers_of,
-    parameters_of_forward,
-    remove_edits,
-)
+from steerlora.lm.decoder import attach_edits, decoder_of, layers_of, remove_edits
+from steerlora.lm.forwards import ForwardArguments, ObservedForward, parameters_of_forward
 from steerlora.lm.targets import (
     ReplacedLinear,
     Target,

@@ -15,14 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steerlora.lm.decoder import (
-    ForwardArguments,
-    ObservedForward,
-    continued,
-    decoder_of,
-    edited,
-    layers_of,
-)
+from steerlora.lm.decoder import continued, decoder_of, edited, layers_of
+from steerlora.lm.forwards import ForwardArguments, ObservedForward
 from steerlora.methods.base import Method
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.sparse import SparseFeatures

@@ -9,8 +9,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from steerlora.lm.decoder import (
     EditedLayer,
-    ForwardArguments,
-    ObservedForward,
     attach_edits,
     continued,
     decoder_of,
@@ -21,6 +19,7 @@ from steerlora.lm.decoder import (
     residual_streams,
     spliced_logits,
 )
+from steerlora.lm.forwards import ForwardArguments, ObservedForward
 
 
 def test_decoder_is_found_and_its_absence_explained(make_model):
