@@ -34,25 +34,6 @@ if TYPE_CHECKING:
     from steerlora.methods.config import MethodConfig
     from steerlora.saes.config import SAEConfig
 
-__all__ = [
-    "SECTIONS",
-    "ArtifactsConfig",
-    "Config",
-    "DomainsConfig",
-    "EvaluationConfig",
-    "FeaturesConfig",
-    "InterventionConfig",
-    "LoggerConfig",
-    "ModelConfig",
-    "OrderConfig",
-    "PlanConfig",
-    "ResultsConfig",
-    "SourceConfig",
-    "StageConfig",
-    "StudyConfig",
-    "TrainerConfig",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

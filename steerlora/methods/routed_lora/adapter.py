@@ -39,8 +39,6 @@ from steerlora.methods.routed_lora.routing import ROUTERS, Routing
 from steerlora.methods.routed_lora.site import CurrentForward, ModuleScale, Site
 from steerlora.saes.base import SparseAutoencoder
 
-__all__ = ["Adapter"]
-
 
 class Adapter(Method):
     """Low-rank specialists of a base model, and the routers that weigh them.
