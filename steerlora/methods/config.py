@@ -121,6 +121,13 @@ class MethodConfig:
             UserError: says what to set.
         """
 
+    def check_names(self) -> None:
+        """Refuse names that nothing is registered under; this may import torch.
+
+        Raises:
+            UserError: with the nearest names.
+        """
+
     def build(self, model: nn.Module, sources: Sources, seed: int) -> Method:
         """The method, untrained and attached to ``model``.
 

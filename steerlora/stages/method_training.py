@@ -66,7 +66,11 @@ def inputs(config: Config, *, monitored: bool) -> dict[str, Step | tuple[Step, .
     Args:
         config: the run's.
         monitored: with the monitor site's SAE and features.
+
+    Raises:
+        UserError: the method names what is not registered.
     """
+    config.method.check_names()
     found: dict[str, Step | tuple[Step, ...]] = base.inputs(config)
     if config.method.reads_features:
         found["saes"] = sae_training.steps(config)

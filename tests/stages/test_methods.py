@@ -250,6 +250,7 @@ def test_a_retrained_control_is_trained_and_scored_under_it(smoke, store):
         ),
         (("method=lora", "intervention=shuffle"), "acts on a control signal"),
         (("method=sc_lora", "intervention.name=shufle"), "did you mean 'shuffle'"),
+        (("method=sc_lora", "method.router=liner"), "method.router=liner: did you mean 'linear'"),
     ],
 )
 def test_controls_that_mean_nothing_are_refused_before_work(changes, says, smoke):

@@ -297,6 +297,11 @@ class RoutedLoRAConfig(MethodConfig):
                 if name.isidentifier():  # else a path or a pattern, which the model itself checks
                     one_of("method.target_modules", name, QWEN3_LINEAR)
 
+    def check_names(self) -> None:
+        from steerlora.methods.routed_lora.routing import ROUTERS
+
+        ROUTERS.check("method.router", self.router)
+
     def build(self, model: nn.Module, sources: Sources, seed: int) -> Method:
         from steerlora.methods.routed_lora.adapter import Adapter
 
