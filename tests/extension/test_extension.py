@@ -10,26 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers.experiments import TINY
 
 from steerlora.__main__ import main
 from steerlora.engine.inventory import listing
-
-TINY = (
-    "experiment=smoke",
-    "model.steps=3",
-    "model.batch_size=8",
-    "domains.train_items=20",
-    "domains.pretrain_items=100",
-    "domains.evaluation_items=6",
-    "sae.max_tokens=800",
-    "sae.steps=3",
-    "sae.batch_size=64",
-    "trainer.max_steps=2",
-    "trainer.batch_size=4",
-    "evaluation.limit=3",
-    "order.steps_per_domain=1",
-    "logger=none",
-)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers.experiments import TINY
 
 from steerlora.cli import compose, experiment
 from steerlora.config import Config
@@ -13,25 +14,7 @@ from steerlora.engine.artifacts import ArtifactStore
 from steerlora.engine.run import RunReport, run
 from steerlora.reporting.report import Report
 
-TINY = (
-    "experiment=smoke",
-    "model.steps=3",
-    "model.batch_size=8",
-    "domains.train_items=20",
-    "domains.pretrain_items=100",
-    "domains.evaluation_items=6",
-    "sae.max_tokens=800",
-    "sae.steps=3",
-    "sae.batch_size=64",
-    "trainer.max_steps=2",
-    "trainer.batch_size=4",
-    "method.rank=2",
-    "evaluation.limit=3",
-    "order.steps_per_domain=1",
-    "study.interventions=[shuffle,fixed_rank,oracle_domain]",
-    "logger=none",
-)
-"""The smoke experiment, smaller still."""
+OVERRIDES = (*TINY, "method.rank=2", "study.interventions=[shuffle,fixed_rank,oracle_domain]")
 
 
 @dataclass(frozen=True)
@@ -58,7 +41,7 @@ class Study:
 def smoke(tmp_path_factory) -> Study:
     root = tmp_path_factory.mktemp("artifacts")
     results = tmp_path_factory.mktemp("results") / "smoke"
-    overrides = (*TINY, f"artifacts.root={root}", f"results.dir={results}")
+    overrides = (*OVERRIDES, f"artifacts.root={root}", f"results.dir={results}")
     config = compose.load(overrides)
     planned = experiment.plan(config, lambda *changes: compose.load([*overrides, *changes]))
     report = run(planned.steps, ArtifactStore(root))
