@@ -22,7 +22,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from helpers import experiments
 from safetensors.torch import load_file
 
 PATIENCE = 120.0
@@ -30,14 +29,24 @@ PATIENCE = 120.0
 MINUTE = 60.0
 """What the end of a rank may take to end the others."""
 TINY = (
-    *experiments.TINY,
+    "experiment=smoke",
+    "model.steps=3",
+    "model.batch_size=8",
+    "domains.train_items=20",
+    "domains.pretrain_items=100",
+    "domains.evaluation_items=6",
+    "sae.max_tokens=800",
+    "sae.steps=3",
+    "sae.batch_size=64",
     "trainer.max_steps=40",
+    "trainer.batch_size=4",
     "trainer.checkpoint_seconds=1e-9",
     "method.rank=2",
     "evaluation.limit=1",
     "order.steps_per_domain=2",
+    "logger=none",
 )
-"""The smoke experiment with more steps, and a checkpoint after every one."""
+"""The smoke experiment, smaller still; a checkpoint after every step."""
 ADAPTER = "stage=adapter_training"
 MEMORY = (
     "method.active=2",

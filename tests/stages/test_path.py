@@ -229,7 +229,8 @@ def test_the_report_is_written_and_says_that_it_means_nothing(smoke):
     assert list(smoke.results.rglob("*.png"))
     provenance = json.loads((smoke.results / "provenance.json").read_text())
     assert {entry["fingerprint"] for entry in provenance["stages"]} == set(smoke.report.artifacts)
-    assert all(entry["seconds"] > 0 for entry in provenance["stages"] if entry["stage"] == "base")
+    # To a tenth of a second, which a base of three steps may not take.
+    assert sum(entry["seconds"] for entry in provenance["stages"]) > 0
     measured = {step.fingerprint for step in smoke.planned.steps}
     assert set(provenance["artifacts"]) == measured
 
