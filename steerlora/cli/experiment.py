@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
 from steerlora.cli.compose import Compose
 from steerlora.config import Config, StudyConfig
+from steerlora.config.run import PARTS
 from steerlora.engine.artifacts import Artifact
 from steerlora.engine.run import RunReport
 from steerlora.engine.steps import Step
@@ -29,22 +31,30 @@ from steerlora.reporting.runs import open_run
 from steerlora.stages import causal_ablation, evaluate, sequential_forgetting
 
 
+class Planned(NamedTuple):
+    """A step whose record the report is made from, and the replicate that it belongs to."""
+
+    step: Step
+    replicate: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """The steps whose records an experiment's report is made from."""
 
-    evaluations: tuple[Step, ...]
+    evaluations: tuple[Planned, ...]
     """Evaluations of base models and of trained adapters."""
 
-    ablations: tuple[Step, ...]
-    """Causal ablations, one for each seed."""
+    ablations: tuple[Planned, ...]
+    """Causal ablations, one for each replicate."""
 
-    sequentials: tuple[Step, ...]
-    """Sequences, one for each method, order and seed."""
+    sequentials: tuple[Planned, ...]
+    """Sequences, one for each method, order and replicate."""
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        return (*self.evaluations, *self.ablations, *self.sequentials)
+        planned = (*self.evaluations, *self.ablations, *self.sequentials)
+        return tuple(one.step for one in planned)
 
 
 def plan(config: Config, compose: Compose) -> Plan:
@@ -58,37 +68,41 @@ def plan(config: Config, compose: Compose) -> Plan:
         UserError: the study names an option that does not exist, or that does not fit the others.
     """
     study = config.study
-    evaluations: list[Step] = []
-    for model in study.models:
-        main = model == study.main_model
-        evaluations.append(evaluate.step(compose(f"model={model}"), adapted=False))
-        for method in study.methods if main else study.scale_methods:
-            for seed in study.seeds if main else study.scale_seeds:
-                chosen = compose(f"model={model}", f"method={method}", f"seed={seed}")
-                evaluations.append(evaluate.step(chosen))
     on_main = f"model={study.main_model}"
     ablated = [on_main, f"method={study.ablation_method}"]
-    evaluations += [
-        evaluate.step(
-            compose(*ablated, f"seed={seed}", f"intervention={name}", "intervention.phase=training")
-        )
-        for name in study.retrained
-        for seed in study.seeds
-    ]
-    ablations = [
-        causal_ablation.step(compose(*ablated, f"seed={seed}"))
-        for seed in study.seeds
-        if study.interventions
-    ]
-    sequentials = [
-        sequential_forgetting.step(
-            compose(on_main, f"method={method}", f"seed={seed}", *_order(order))
-        )
-        for method in study.sequential_methods
-        for order in study.orders
-        for seed in study.seeds
-    ]
+    evaluations, ablations, sequentials = [], [], []
+
+    def of_replicate(seed: int, *options: str) -> Config:
+        return compose(*options, *_replicate(study, seed))
+
+    for model in study.models:
+        main, scored = model == study.main_model, set()
+        for seed in study.seeds if main else study.scale_seeds:
+            base = evaluate.step(of_replicate(seed, f"model={model}"), adapted=False)
+            if base.fingerprint not in scored:  # one base may serve all replicates
+                evaluations.append(Planned(base, seed))
+                scored.add(base.fingerprint)
+            for method in study.methods if main else study.scale_methods:
+                chosen = of_replicate(seed, f"model={model}", f"method={method}")
+                evaluations.append(Planned(evaluate.step(chosen), seed))
+    for seed in study.seeds:
+        for name in study.retrained:
+            under = (f"intervention={name}", "intervention.phase=training")
+            chosen = of_replicate(seed, *ablated, *under)
+            evaluations.append(Planned(evaluate.step(chosen), seed))
+        if study.interventions:
+            chosen = of_replicate(seed, *ablated)
+            ablations.append(Planned(causal_ablation.step(chosen), seed))
+        for method, order in product(study.sequential_methods, study.orders):
+            chosen = of_replicate(seed, on_main, f"method={method}", *_order(order))
+            sequentials.append(Planned(sequential_forgetting.step(chosen), seed))
     return Plan(tuple(evaluations), tuple(ablations), tuple(sequentials))
+
+
+def _replicate(study: StudyConfig, seed: int) -> list[str]:
+    """Overrides for a replicate: what varies has its seed, the rest that of the first."""
+    keys = dict(zip(PARTS, ("model.seed", "sae.seed", "seed"), strict=True))
+    return [f"{key}={seed if part in study.vary else study.seeds[0]}" for part, key in keys.items()]
 
 
 def _order(name: str) -> list[str]:
@@ -102,8 +116,11 @@ def _order(name: str) -> list[str]:
 def report(config: Config, planned: Plan, run: RunReport) -> Report:
     """Write tables, figures, claims and provenance of a finished experiment."""
 
-    def records(steps: tuple[Step, ...], name: str, kind: type[Record]) -> list[Record]:
-        return [read_record(run[step] / name, kind) for step in steps]
+    def records(planned: tuple[Planned, ...], name: str, kind: type[Record]) -> list[Record]:
+        return [
+            replace(read_record(run[step] / name, kind), seed=replicate)
+            for step, replicate in planned
+        ]
 
     try:
         written = write_report(

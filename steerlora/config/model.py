@@ -67,14 +67,24 @@ class ModelConfig:
     sae_path: str | None = None
     """Published SAEs of this model, the default of ``sae.path``. Null trains them here."""
 
-    steps: int = 1000
-    """Optimizer steps of the pretraining here. At least 1."""
+    steps: int = 4000
+    """Optimizer steps of the pretraining here at most; it ends when the loss on held-out text no
+    longer falls. At least 1."""
+
+    tolerance: float = 0.01
+    """Share by which the loss on held-out text must fall below its lowest so far to be progress in
+    the pretraining here. Greater than 0, below 1."""
 
     batch_size: int = 64
     """Documents in a step of the pretraining here. At least 1."""
 
-    learning_rate: float = 3e-3
-    """Peak learning rate of AdamW in the pretraining here. Greater than 0."""
+    learning_rate: float = 6e-3
+    """Peak learning rate of AdamW, for embeddings and norms, in the pretraining here. Greater than
+    0."""
+
+    matrix_learning_rate: float = 0.05
+    """Peak learning rate of Muon, for the layers' matrices, in the pretraining here. Greater than
+    0."""
 
     prompt_weight: float = 0.1
     """Weight of prompt tokens in the pretraining loss; response tokens have weight 1. Greater than
@@ -88,7 +98,7 @@ class ModelConfig:
             "model",
             self,
             "layers width heads kv_heads head_width ffn_width vocabulary steps batch_size "
-            "learning_rate prompt_weight",
+            "tolerance learning_rate matrix_learning_rate prompt_weight",
         )
         if self.thinking is not None and self.path is None:
             raise UserError(

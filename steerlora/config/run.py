@@ -8,6 +8,9 @@ from typing import Any
 from steerlora.config.checks import given, one_of, positive, share
 from steerlora.errors import UserError
 
+PARTS = ("base", "sae", "adapter")
+"""What a replicate of a study has of its own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
@@ -102,10 +105,15 @@ class StudyConfig:
     """Methods to compare on the other models."""
 
     seeds: list[int] = field(default_factory=lambda: [0])
-    """Seeds of every run on the main model. At least one."""
+    """Seeds of the replicates on the main model. At least one, each once."""
 
     scale_seeds: list[int] = field(default_factory=lambda: [0])
-    """Seeds of every run on the other models. At least one."""
+    """Seeds of the replicates on the other models. At least one, each once."""
+
+    vary: list[str] = field(default_factory=lambda: [*PARTS])
+    """What a replicate makes anew from its seed, initialisation and data order alike: "base" (one
+    that is pretrained here), "sae", "adapter". The others have the first seed in all replicates.
+    At least one."""
 
     interventions: list[str] = field(default_factory=list)
     """Interventions of the causal ablation. Empty runs none in an experiment; ``stage=`` alone
@@ -150,8 +158,15 @@ class StudyConfig:
     def __post_init__(self) -> None:
         positive("study", self, "workers")
         for name in ("seeds", "scale_seeds"):
-            if not getattr(self, name):
+            seeds = getattr(self, name)
+            if not seeds:
                 raise UserError(f"study.{name}=[]: give at least one seed")
+            if len(set(seeds)) < len(seeds):
+                raise UserError(f"study.{name}={seeds}: give each seed once")
+        if not self.vary:
+            raise UserError(f"study.vary=[]: give some of {', '.join(PARTS)}")
+        for part in self.vary:
+            one_of("study.vary", part, PARTS)
         for dose in self.doses:
             if not 0 < dose < 1:
                 raise UserError(f"study.doses={self.doses}: give strengths above 0 and below 1")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from steerlora.config import Config, LoggerConfig, ModelConfig, TrainerConfig
-from steerlora.data.chat import ChatBatches, encode_chats
+from steerlora.data.chat import ChatBatches, batches_by_length, encode_chats
 from steerlora.data.domains.micro import build_tokenizer as build_micro_tokenizer
 from steerlora.data.domains.text.tokenizer import build_tokenizer as build_text_tokenizer
 from steerlora.distributed import ranks
@@ -37,6 +37,11 @@ from steerlora.stages.common import (
     train,
 )
 from steerlora.training.language import PretrainingModule
+
+HELD_OUT_EVERY = 40
+"""One row of pretraining text in so many says when a base has converged, and does not train."""
+HELD_OUT_BATCH = 128
+"""Rows of it in a forward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +87,7 @@ def _check(settings: BaseSettings) -> None:
 
 @stage(
     "base",
-    1,
+    2,
     step=step,
     skip=NOT_IDENTITY
     | ADAPTER_ONLY
@@ -150,6 +155,8 @@ def _pretrain(context: Context, settings: BaseSettings) -> tuple[Qwen3ForCausalL
         )
     )
     rows = encode_chats(tokenizer, read_rows(source / "pretrain.jsonl"), settings.max_length)
+    held_out = rows[::HELD_OUT_EVERY]
+    rows = [row for index, row in enumerate(rows) if index % HELD_OUT_EVERY]
     batches = ChatBatches(
         rows,
         [-1] * len(rows),
@@ -159,10 +166,19 @@ def _pretrain(context: Context, settings: BaseSettings) -> tuple[Qwen3ForCausalL
         prompt_weight=shape.prompt_weight,
     )
     module = PretrainingModule(
-        model.train(), learning_rate=shape.learning_rate, total_steps=shape.steps
+        model.train(),
+        matrix_learning_rate=shape.matrix_learning_rate,
+        learning_rate=shape.learning_rate,
+        held_out=list(batches_by_length(held_out, HELD_OUT_BATCH, tokenizer.pad_token_id)),
+        tolerance=shape.tolerance,
+        most_steps=shape.steps,
     )
+    # A model this small is whole on every rank; Muon needs whole matrices.
+    strategy = "single" if ranks.current().world == 1 else "ddp"
+    trainer = replace(settings.trainer, strategy=strategy, offload=False)
     with run_log(context, settings.logger) as log:
-        figures = train(context, module, batches, shape.steps, log)
+        figures = train(context, module, batches, shape.steps, log, trainer=trainer)
+    figures |= {"converged": module.converged, "heldout_loss": module.held_out_loss}
     if not ranks.is_main():
         return model, figures
     model.eval().save_pretrained(home)

@@ -5,6 +5,8 @@ B batch, S sequence, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import lightning as L
@@ -13,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steerlora.data.chat import IGNORED, ChatBatch
-from steerlora.lm.decoder import hidden_states
+from steerlora.lm.decoder import hidden_states, layers_of
 from steerlora.lm.flops import pretraining_flops_per_token
 from steerlora.lm.shapes import DecoderShape
-from steerlora.training.loop import rise_hold_fall
+from steerlora.training.loop import begins_step
+from steerlora.training.muon import Muon
 
 
 def next_token_loss(model: nn.Module, batch: ChatBatch) -> Tensor:
@@ -58,40 +61,118 @@ class Text(NamedTuple):
         return cls(real / rows, int((batch.labels != IGNORED).sum()) / max(real, 1))
 
 
+WARM_UP = 30
+"""Steps over which the rates of pretraining rise."""
+EVERY = 25
+"""Steps between two looks at the held-out text."""
+PATIENCE = 4
+"""Looks in a row without progress after which the rates fall."""
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[ChatBatch]) -> float:
+    """Mean cross-entropy in nats over the labelled tokens of all batches."""
+    training = model.training
+    model.eval()
+    nats = tokens = 0.0
+    for batch in batches:
+        count = int((batch.labels[:, 1:] != IGNORED).sum())
+        batch = batch.to(next(model.parameters()).device)
+        nats, tokens = nats + float(next_token_loss(model, batch)) * count, tokens + count
+    model.train(training)
+    return nats / max(tokens, 1)
+
+
 class PretrainingModule(L.LightningModule):
-    """A whole model on documents: AdamW, warm-up over 5 %, decay over the last half.
+    """A whole model on documents, for as long as its loss on held-out ones falls: Muon for the
+    matrices of its layers, AdamW for the rest.
+
+    After a short rise the rates stay until the held-out loss no longer falls, and then go to zero
+    over half as many steps again: the trapezoid of Hägele et al. 2024 (arXiv 2405.18392), with its
+    length found on the way.
 
     Args:
         model: every weight trains.
-        learning_rate: peak.
-        total_steps: length of the schedule.
+        matrix_learning_rate: Muon's peak.
+        learning_rate: AdamW's peak, for embeddings and norms.
+        held_out: text that does not train; labels where its loss counts.
+        tolerance: share by which the held-out loss must fall below its lowest so far to be
+            progress.
+        most_steps: after two thirds of which the rates fall in any case.
+
+    Attributes:
+        converged: whether the held-out loss had stopped falling before the rates fell.
+        held_out_loss: at the last look, in nats a token; NaN before the first.
     """
 
-    def __init__(self, model: nn.Module, *, learning_rate: float, total_steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        matrix_learning_rate: float,
+        learning_rate: float,
+        held_out: Sequence[ChatBatch],
+        tolerance: float,
+        most_steps: int,
+    ) -> None:
         super().__init__()
-        self.model = model
-        self.learning_rate, self.total_steps = learning_rate, total_steps
+        self.model, self.held_out, self.tolerance = model, held_out, tolerance
+        self.rates, self.most_steps = (matrix_learning_rate, learning_rate), most_steps
+        self.converged, self.held_out_loss = False, math.nan
+        self._lowest, self._in_vain = math.inf, 0
+        self._held: int | None = None  # steps before the rates fall, once that is known
+
+    def on_train_batch_start(self, batch: ChatBatch, batch_idx: int) -> int | None:
+        """Look at the held-out text and set the rates, before a step; -1 ends the training.
+
+        Before a step and not after the last one: a training that resumes from a checkpoint begins
+        with the look that the unbroken one had there.
+        """
+        if not begins_step(self.trainer, batch_idx):
+            return None
+        done = self.global_step
+        if done and done % EVERY == 0:
+            self._look()
+        if self._held is None and (self._in_vain >= PATIENCE or done >= 2 * self.most_steps // 3):
+            self._held, self.converged = done, self._in_vain >= PATIENCE
+        factor = min(1.0, (done + 1) / WARM_UP)
+        if self._held is not None:
+            fall = max(1, self._held // 2)
+            if done >= self._held + fall:
+                self._look()
+                self.trainer.should_stop = True
+                return -1
+            factor = min(factor, 1 - (done - self._held) / fall)
+        for group, peak in zip(self.optimizers().param_groups, self.rates, strict=True):
+            group["lr"] = peak * factor
+        return None
+
+    def _look(self) -> None:
+        self.held_out_loss = mean_loss(self.model, self.held_out)
+        self.log("heldout/loss", self.held_out_loss)
+        self._in_vain += 1
+        if self.held_out_loss < self._lowest * (1 - self.tolerance):
+            self._lowest, self._in_vain = self.held_out_loss, 0
 
     def training_step(self, batch: ChatBatch, index: int) -> Tensor:
         loss = next_token_loss(self.model, batch)
         self.log("train/loss", loss, sync_dist=True)
         return loss
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["looks"] = [self._lowest, self._in_vain, self._held, self.converged]
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self._lowest, self._in_vain, self._held, self.converged = checkpoint["looks"]
+
     def flops_per_token(self, batch: ChatBatch) -> float:
         """Floating-point operations, forward and backward; 0: unknown."""
         shape = DecoderShape.complete(self.model.config)
         return pretraining_flops_per_token(shape, Text.of(batch).length) if shape else 0.0
 
-    def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(
-            self.parameters(),
-            lr=self.learning_rate,
-            betas=(0.9, 0.98),
-            weight_decay=0.0,
-            fused=True,
-        )
-        total = self.total_steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: rise_hold_fall(step, total, total // 20, total // 2)
-        )
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        hidden = {id(p) for p in layers_of(self.model).parameters() if p.dim() == 2}
+        matrices = [p for p in self.model.parameters() if id(p) in hidden]
+        others = [p for p in self.model.parameters() if id(p) not in hidden]
+        matrix_rate, rate = self.rates
+        return Muon(matrices, others, matrix_lr=matrix_rate, lr=rate)
