@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 import subprocess
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-
 from steerlora.cli.compose import Compose
 from steerlora.config import Config, StudyConfig
 from steerlora.config.run import PARTS
+from steerlora.engine import machine
 from steerlora.engine.artifacts import Artifact
 from steerlora.engine.run import RunReport
 from steerlora.engine.steps import Step
@@ -162,7 +160,7 @@ def methods(study: StudyConfig) -> Methods:
 
 
 def provenance(config: Config, planned: Plan, run: RunReport) -> dict[str, Any]:
-    """Where the numbers come from: configuration, artifacts and their times, machine, code."""
+    """Where the numbers come from: configuration, artifacts and their times, machines, code."""
     stored: list[Artifact] = sorted(run.artifacts.values(), key=lambda a: (a.stage, a.path.name))
     return {
         "experiment": config.study.name,
@@ -177,12 +175,8 @@ def provenance(config: Config, planned: Plan, run: RunReport) -> dict[str, Any]:
             }
             for artifact in stored
         ],
-        "machine": {
-            "cores": psutil.cpu_count(),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30),
-            "system": platform.system(),
-            "python": platform.python_version(),
-        },
+        "machine": machine.description(),
+        "built_by": machine.builders(artifact.manifest for artifact in stored),
         "commit": _commit(),
     }
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import filelock
 
+from steerlora.engine.machine import this_machine
 from steerlora.engine.manifests import (
     ATTEMPT,
     CHECKPOINTS,
@@ -75,7 +76,8 @@ class Artifact:
     """Its folder."""
 
     manifest: dict
-    """The content of its ``manifest.json``: files, configuration, inputs, versions, times."""
+    """The content of its ``manifest.json``: files, configuration, inputs, versions, times,
+    the machine that built it."""
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -156,6 +158,7 @@ class ArtifactStore:
                         "files": describe_files(partial),
                         "wall_seconds": attempt["seconds"] + time.monotonic() - began,
                         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                        "machine": this_machine(),
                         "library_versions": library_versions(),
                     },
                     f"{stage}/{MANIFEST}",

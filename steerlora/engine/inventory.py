@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Column, Table
 
+from steerlora.engine.machine import Machine, built_by, this_machine
 from steerlora.engine.manifests import FINGERPRINT_DIGITS, read_attempt, read_manifest, stat_files
 
 STYLES = {"complete": "green", "partial": "yellow", "corrupt": "red"}
@@ -39,6 +40,9 @@ class ArtifactInfo:
     label: str
     """Label of the step that built it. Empty where that is not known."""
 
+    machine: Machine | None
+    """The machine that built it. None where that is not known."""
+
     @property
     def age(self) -> timedelta:
         return datetime.now(UTC) - self.created
@@ -57,21 +61,44 @@ def listing(root: Path) -> list[ArtifactInfo]:
 def status_table(infos: Sequence[ArtifactInfo]) -> Table:
     """The listing as a table for the terminal."""
     size, age = Column("size", justify="right"), Column("age", justify="right")
-    caption = f"{len(infos)} artifacts"
-    table = Table("stage", "fingerprint", "what", size, age, "state", caption=caption)
+    here = this_machine()
+    columns = "stage", "fingerprint", "what", size, age, "state", "machine"
+    table = Table(*columns, caption=_caption(infos, here))
     for info in infos:
         table.add_row(
             *(info.stage, info.fingerprint, escape(info.label)),
             *(decimal(info.bytes), _age(info.age)),
             f"[{STYLES[info.state]}]{info.state}",
+            _machine(info, here),
         )
     return table
+
+
+def _machine(info: ArtifactInfo, here: Machine) -> str:
+    """What the listing calls the machine that built an artifact."""
+    if info.machine is None:
+        return "unknown" if info.state == "complete" else ""
+    return "this" if info.machine.computes_like(here) else escape(str(info.machine))
+
+
+def _caption(infos: Sequence[ArtifactInfo], here: Machine) -> str:
+    """How many artifacts there are, and how many of them another machine built."""
+    found = [info.machine for info in infos]
+    others = [machine for machine in found if machine and not machine.computes_like(here)]
+    if not others:
+        return f"{len(infos)} artifacts"
+    named = escape("; ".join(dict.fromkeys(map(str, others))))
+    verb, whose = ("was", "its") if len(others) == 1 else ("were", "their")
+    return (
+        f"{len(infos)} artifacts; {len(others)} {verb} built on another machine ({named}): "
+        f"{whose} numbers may differ from what this one would give"
+    )
 
 
 def _describe(path: Path) -> ArtifactInfo:
     """One artifact, whole or not, for the listing."""
     name, _, state = path.name.partition(".")
-    label, created = "", datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    label, machine, created = "", None, datetime.fromtimestamp(path.stat().st_mtime, UTC)
     if state == "partial":
         label = read_attempt(path).get("label", "")
     elif state == "":
@@ -79,11 +106,11 @@ def _describe(path: Path) -> ArtifactInfo:
         sizes = [file and file[1] for file in stat_files(path, manifest.get("files", {}))]
         intact = sizes == [file["bytes"] for file in manifest.get("files", {}).values()]
         state = "complete" if problem is None and intact else "corrupt"
-        label = manifest.get("label", "")
+        label, machine = manifest.get("label", ""), built_by(manifest)
         if "created" in manifest:
             created = datetime.fromisoformat(manifest["created"])
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return ArtifactInfo(path.parent.name, name, state, size, created, label)
+    return ArtifactInfo(path.parent.name, name, state, size, created, label, machine)
 
 
 def _age(age: timedelta) -> str:

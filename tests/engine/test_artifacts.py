@@ -18,7 +18,8 @@ from rich.console import Console
 
 from steerlora.engine import artifacts
 from steerlora.engine.artifacts import ArtifactStore, fingerprint
-from steerlora.engine.inventory import listing, status_table
+from steerlora.engine.inventory import ArtifactInfo, listing, status_table
+from steerlora.engine.machine import built_by, this_machine
 from steerlora.engine.manifests import FINGERPRINT_DIGITS, LIBRARIES, plain, read_json, write_json
 from steerlora.errors import UserError
 
@@ -126,6 +127,7 @@ def test_build_writes_a_full_manifest_and_is_reused(store: ArtifactStore):
     assert sorted(manifest["files"]) == ["a.bin", "deep/b.json"]
     assert manifest["files"]["a.bin"]["bytes"] == 700
     assert {"torch", "lm-eval", "steerlora"} < set(manifest["library_versions"]) == set(LIBRARIES)
+    assert built_by(manifest) == this_machine()
     assert sorted(path.name for path in artifact.path.iterdir()) == [
         "a.bin",
         "deep",
@@ -369,11 +371,48 @@ def test_listing_and_table(store: ArtifactStore):
     assert infos[2].bytes == size > 700
     assert 0 <= infos[2].age.total_seconds() < 60
 
-    console = Console(file=io.StringIO(), width=120)
-    console.print(status_table(infos))
-    text = console.file.getvalue()
+    text = shown(infos)
     for expected in ("sae_training", NAME, "complete", "partial", "corrupt", "lora [seed 1]", "kB"):
         assert expected in text
+
+
+def shown(infos: list[ArtifactInfo]) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    console.print(status_table(infos))
+    return console.file.getvalue()
+
+
+def test_the_listing_says_what_another_machine_built(store: ArtifactStore):
+    build(store)
+    text = shown(listing(store.root))
+    assert "this" in text
+    assert "another machine" not in text
+
+    def elsewhere(stage: str, machine: dict | None) -> None:
+        path = store.build(stage, "a" * 20, {"label": ""}, two_files) / "manifest.json"
+        manifest = json.loads(path.read_text())
+        path.write_text(json.dumps(manifest | {"machine": machine}))
+
+    here = plain(this_machine())
+    elsewhere("base", here | {"processor": "EPYC [9]"})
+    elsewhere("evaluate", here | {"threads": 77})  # not what tells machines apart
+    elsewhere("domains", None)
+    infos = listing(store.root)
+    assert {info.state for info in infos} == {"complete"}
+    text = shown(infos)
+    other = f"{here['instructions']}, EPYC [9]"
+    rows = {line.split()[1]: line for line in text.splitlines() if line.startswith("│")}
+    assert rows["base"].rstrip("│ ").endswith(other)
+    assert rows["domains"].rstrip("│ ").endswith("unknown")
+    assert rows["evaluate"].rstrip("│ ").endswith("this")
+    told = " ".join(text.split("┘")[1].split())
+    assert told == (
+        f"4 artifacts; 1 was built on another machine ({other}): "
+        "its numbers may differ from what this one would give"
+    )
+    elsewhere("activations", here | {"instructions": "SVE"})
+    told = " ".join(shown(listing(store.root)).split("┘")[1].split())
+    assert f"2 were built on another machine (SVE, {here['processor']}; {other}): their" in told
 
 
 def interrupted(directory: Path) -> None:
