@@ -37,7 +37,7 @@ FIGURES = {
     "ablation": "What the SAE signal carries: drop of target scores under interventions.",
     "dose_response": "The same by strength of the intervention, with 95 % intervals.",
     "method": "The project's own method, the others, and each of its switches turned: means over "
-    "orders and seeds with 95 % intervals, and the orders below; dashed lines are the aims.",
+    "replicates with 95 % intervals, and the orders below; dashed lines are the aims.",
     "pareto": "What is learnt against what is forgotten, by method, with 95 % intervals.",
     "forgetting_matrices": "Score of every domain after every stage of a sequence.",
     "general_drift": "How far general features move as domains are learnt, with 95 % intervals.",
