@@ -18,6 +18,8 @@ from steerlora.reporting.tables import interval_text, number
 from steerlora.reporting.verdicts import judge, overlaps
 
 CONTROLS = ("replace_dense", "replace_random_sae", "randomize", "shuffle", "invert")
+SPARED = "fixed_rank"
+"""The intervention of C5, which keeps the signal and takes the dynamic rank away."""
 
 
 class Said(NamedTuple):
@@ -193,7 +195,7 @@ def _controls(ablations: list[Ablation], method: str) -> Claim:
 
 
 def _fixed_rank(ablations: list[Ablation], method: str) -> Claim:
-    advantage = drop_advantage(ablations, CONTROLS, "fixed_rank")
+    advantage = drop_advantage(ablations, CONTROLS, SPARED)
     direction, note = [], ""
     if advantage is not None:
         direction = [advantage.interval]
@@ -201,9 +203,9 @@ def _fixed_rank(ablations: list[Ablation], method: str) -> Claim:
         note = f"Mean drop of C4's controls less this one, in points: {points}."
     return _claim(
         "C5",
-        [drop(ablations, "fixed_rank")],
-        f"Drop of {method}'s mean target-domain score under fixed_rank, as in C4. Direction: "
-        "C4's controls cut more than fixed_rank does. Smallest size: the "
+        [drop(ablations, SPARED)],
+        f"Drop of {method}'s mean target-domain score under {SPARED}, as in C4. Direction: "
+        f"C4's controls cut more than {SPARED} does. Smallest size: the "
         f"{number(LEAST_ADVANTAGE, 1)} points between the paper's figures. In range: the interval "
         "of the drop also holds the paper's figure.",
         direction=direction,

@@ -95,23 +95,6 @@ def base_pairs(
     return [(base, adapted) for base, adapted in pairs if base is not None]
 
 
-def average(records: list[Evaluation], group: str) -> Measure | None:
-    """Average of a task group, of one model and method."""
-    known = [record for record in records if group in record.averages]
-    if not known:
-        return None
-    estimates = [record.averages[group] for record in known]
-    return Measure(
-        group,
-        tuple(record.seed for record in known),
-        tuple(estimate.value for estimate in estimates),
-        None,
-        tuple(estimate.stderr for estimate in estimates),
-        _items(_scores(known, group)),
-        fingerprints(known),
-    )
-
-
 def gain(evaluations: list[Evaluation], model: str, method: str, group: str) -> Measure | None:
     """Average of a task group with the method, less the base model's in the same replicate.
 
