@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from steerlora.evaluation.records import Ablation, DomainSequence, Evaluation
-from steerlora.evaluation.statistics import Interval, run_difference
-from steerlora.reporting.claims import Claim, overlaps, verdict
+from steerlora.evaluation.statistics import Interval
+from steerlora.reporting.claims import Claim
 from steerlora.reporting.effects import Measure, drop, drop_advantage, fingerprints, gain, select
 from steerlora.reporting.health import OverTraining, over_training
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.sequences import broad_first, reduction
 from steerlora.reporting.tables import interval_text, number
+from steerlora.reporting.verdicts import judge, overlaps
 
 CONTROLS = ("replace_dense", "replace_random_sae", "randomize", "shuffle", "invert")
+SPARED = "fixed_rank"
+"""The intervention of C5, which keeps the signal and takes the dynamic rank away."""
 
 
 class Said(NamedTuple):
@@ -27,6 +32,9 @@ class Said(NamedTuple):
 
 SMALLEST_GAIN, LARGEST_GAIN = 0.016, 0.052
 """The range of C1, which also says what C3's "marginal" can mean."""
+LEAST_SPREAD = 0.1
+"""What C8 takes for the smallest difference that would be no collapse against a collapse, in units
+of log E: of four specialists, a collapse onto two costs 0.5, so 0.1 is a fifth of the mildest."""
 CLAIMS = {
     "C1": Said(
         "Instruction following improves over the base model at every scale",
@@ -45,6 +53,9 @@ CLAIMS = {
     "C7": Said("Much less when broad instruction data comes first", 38.3, 38.3),
     "C8": Said("SAE routing prevents the expert collapse of dense-state routing"),
 }
+
+LEAST_ADVANTAGE = CLAIMS["C4"].low - CLAIMS["C5"].high
+"""Percentage points by which, in the paper, the mildest control cuts more than C5's does."""
 
 
 def measure_claims(
@@ -85,6 +96,7 @@ def _claim(
     unit: str = "percent",
     paper: str | None = None,
     direction: Sequence[Interval] | None = None,
+    smallest: float | None = None,
     agrees: bool | None = None,
     note: str = "",
 ) -> Claim:
@@ -95,6 +107,7 @@ def _claim(
         definition, unit, note: as in `Claim`.
         paper: the paper's figure as text; its range unless given.
         direction: intervals that the claim says are positive; the measures' unless given.
+        smallest: effect that the paper's figure implies; the low end of its range unless given.
         agrees: whether the figures agree with the paper's; unless given, whether all of the
             measures' intervals overlap its range.
     """
@@ -115,7 +128,11 @@ def _claim(
         unit=unit,
         definition=definition,
         measures=measures,
-        verdict=verdict(intervals if direction is None else direction, agrees=agrees),
+        judged=judge(
+            intervals if direction is None else direction,
+            smallest=low if smallest is None else smallest,
+            agrees=agrees,
+        ),
         note=note,
     )
 
@@ -126,7 +143,7 @@ def _gain(id: str, evaluations: list[Evaluation], method: str, group: str) -> Cl
         id,
         measures,
         f"Average of the {group.replace('_', ' ')} tasks with {method}, less the base model's; "
-        "mean over seeds, for every model, paired by item.",
+        "mean over replicates, for every model.",
         unit="score",
         note="One model only: scale was not tested." if len(measures) == 1 else "",
     )
@@ -150,13 +167,15 @@ def _marginal(evaluations: list[Evaluation], method: str) -> Claim:
         f"Gain of {method} over the base model on each set, for every model. The paper gives "
         f"no figure, so C1's are the yardstick: in range if every interval lies wholly below "
         f"its smallest gain ({number(SMALLEST_GAIN, sign=True)}), direction reproduced if "
-        f"wholly below its largest ({number(LARGEST_GAIN, sign=True)}).",
+        f"wholly below its largest ({number(LARGEST_GAIN, sign=True)}), not reproduced if one lies "
+        "wholly above it.",
         unit="score",
         paper="marginal or negative",
         direction=[
             Interval(LARGEST_GAIN - value, LARGEST_GAIN - high, LARGEST_GAIN - low, seeds, items)
             for value, low, high, seeds, items in (measure.interval for measure in measures)
         ],
+        smallest=0.0,
         agrees=all(measure.interval.high < SMALLEST_GAIN for measure in measures),
     )
 
@@ -169,14 +188,14 @@ def _controls(ablations: list[Ablation], method: str) -> Claim:
         measures.values(),
         f"Drop of {method}'s mean target-domain score under {', '.join(CONTROLS)} at "
         "evaluation time, in percent of the intact adapter's; ratio of means over domains "
-        "and seeds.",
+        "and replicates.",
         agrees=False if missing else None,
         note=f"Not run: {', '.join(missing)}." if 0 < len(missing) < len(CONTROLS) else "",
     )
 
 
 def _fixed_rank(ablations: list[Ablation], method: str) -> Claim:
-    advantage = drop_advantage(ablations, CONTROLS, "fixed_rank")
+    advantage = drop_advantage(ablations, CONTROLS, SPARED)
     direction, note = [], ""
     if advantage is not None:
         direction = [advantage.interval]
@@ -184,11 +203,13 @@ def _fixed_rank(ablations: list[Ablation], method: str) -> Claim:
         note = f"Mean drop of C4's controls less this one, in points: {points}."
     return _claim(
         "C5",
-        [drop(ablations, "fixed_rank")],
-        f"Drop of {method}'s mean target-domain score under fixed_rank, as in C4. Direction: "
-        "C4's controls cut more than fixed_rank does, paired by item. In range: the interval "
+        [drop(ablations, SPARED)],
+        f"Drop of {method}'s mean target-domain score under {SPARED}, as in C4. Direction: "
+        f"C4's controls cut more than {SPARED} does. Smallest size: the "
+        f"{number(LEAST_ADVANTAGE, 1)} points between the paper's figures. In range: the interval "
         "of the drop also holds the paper's figure.",
         direction=direction,
+        smallest=LEAST_ADVANTAGE,
         note=note,
     )
 
@@ -196,13 +217,13 @@ def _fixed_rank(ablations: list[Ablation], method: str) -> Claim:
 def _reduction(id: str, sequentials: list[DomainSequence], methods: Methods, which: str) -> Claim:
     measure = reduction(sequentials, methods.paper, methods.baseline)
     note = ""
-    if measure is not None and not measure.interval.known:
+    if measure is not None and math.isnan(measure.interval.value):
         note = f"{methods.baseline} forgot next to nothing, so a percentage of it means nothing."
     return _claim(
         id,
         [measure],
         f"Percentage by which {methods.paper}'s mean positive forgetting is below that of "
-        f"{methods.baseline} with as many parameters, over {which} and seeds; items: those of "
+        f"{methods.baseline} with as many parameters, over {which} and replicates; items: those of "
         "one domain's score.",
         note=note,
     )
@@ -223,11 +244,20 @@ def _collapse(evaluations: list[Evaluation], methods: Methods) -> Claim:
     if shared:
         pairs = [over_training(runs[paper][key], runs[dense_routing][key]) for key in shared]
         own, dense = zip(*pairs, strict=True)
-        entropy = run_difference(
-            [run.usage_entropy for run in dense], [run.usage_entropy for run in own]
-        )._replace(seeds=len({seed for _, seed in shared}))
-        used = fingerprints(runs[name][key] for name in runs for key in shared)
-        measures = [Measure(f"{paper} less {dense_routing}", entropy, used)]
+        found: dict[int, list[float]] = defaultdict(list)
+        for (_, seed), (one, other) in zip(shared, pairs, strict=True):
+            found[seed].append(one.usage_entropy - other.usage_entropy)
+        seeds = tuple(sorted(found))
+        measure = Measure(
+            label=f"{paper} less {dense_routing}",
+            seeds=seeds,
+            numerator=tuple(sum(found[seed]) / len(found[seed]) for seed in seeds),
+            denominator=None,
+            item_errors=(0.0,) * len(seeds),  # so many tokens that only the replicate matters
+            items=0,
+            fingerprints=fingerprints(runs[name][key] for name in runs for key in shared),
+        )
+        measures = [measure]
         agrees = not any(run.died for run in own) and 2 * sum(r.died for r in dense) >= len(shared)
         note = _collapse_note(methods, own, dense)
     return _claim(
@@ -235,10 +265,12 @@ def _collapse(evaluations: list[Evaluation], methods: Methods) -> Claim:
         measures,
         f"Usage entropy of {paper}'s gates less that of {dense_routing}'s, in units of log E, "
         "mean over the training's measurements (a batch each) and the final evaluation's "
-        "tokens, over all runs (model, seed) that both have. In range: also no run of "
-        f"{paper} has a dead specialist at any measurement after the first, and at least "
-        f"half of {dense_routing}'s do.",
+        "tokens, over the models that both have in a replicate, and over replicates. Smallest "
+        f"size: {LEAST_SPREAD}, where a collapse onto half of four specialists costs 0.5. In "
+        f"range: also no run (model, seed) of {paper} has a dead specialist at any measurement "
+        f"after the first, and at least half of {dense_routing}'s do.",
         unit="usage entropy / log E",
+        smallest=LEAST_SPREAD,
         paper="no collapse, against collapse",
         agrees=agrees,
         note=note,
@@ -271,6 +303,4 @@ def _collapse_note(
     if min(measured) == 1:
         late = sum(times == 1 for times in measured)
         parts.append(f"Runs without a history of training, judged at evaluation alone: {late}.")
-    if count == 1:
-        parts.append("One run a side: no interval.")
     return " ".join(parts)

@@ -1,13 +1,13 @@
-"""Does it hold? A claim of the paper beside our number, the rule for a verdict, how it is shown.
+"""Does it hold? A claim of the paper beside our number, its verdict, how it is shown.
 
-The rule looks at intervals, never at points (`verdict`). What each claim is measured by is its
+How a verdict is reached is `steerlora.reporting.verdicts`. What each claim is measured by is its
 ``definition``, which ``claims.md`` shows; `steerlora.reporting.claim_measures` computes it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.markup import escape as escape_markup
@@ -18,20 +18,19 @@ from steerlora.evaluation.statistics import Interval
 from steerlora.reporting.effects import Measure
 from steerlora.reporting.labels import BANNER
 from steerlora.reporting.tables import MISSING, interval_text, markdown_grid, number, page, row_of
-
-IN_RANGE = "in range"
-DIRECTION = "direction reproduced"
-NOT_REPRODUCED = "not reproduced"
-NOT_MEASURED = "not measured"
-
-RULE = (
-    "**not measured**: no records, or too few for an interval. "
-    "**not reproduced**: some 95 % interval does not lie wholly on the claimed side of zero. "
-    "**direction reproduced**: all of them do. "
-    "**in range**: they do, and every interval also meets the paper's range. "
-    "Where a claim is about several models or interventions, all must satisfy it. "
-    "C3, C5 and C8 say in their definition what takes the place of zero and of the range."
+from steerlora.reporting.verdicts import (
+    DIRECTION,
+    IN_RANGE,
+    LEAST_AGAIN,
+    NOT_MEASURED,
+    NOT_REPRODUCED,
+    RULE,
+    UNDECIDED,
+    Judged,
 )
+
+Studies = Mapping[str, Mapping[int, Mapping[str, int]]]
+"""{claim: {replicates: {verdict: how many studies came to it}}}, of a calibration study."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +53,31 @@ class Claim:
     """What ours is, in a sentence or two."""
     measures: tuple[Measure, ...] = ()
     """Ours, one entry a model or an intervention; none if not measured."""
-    verdict: str = NOT_MEASURED
-    """`IN_RANGE`, `DIRECTION`, `NOT_REPRODUCED` or `NOT_MEASURED`."""
+    judged: Judged
+    """The verdict, and what it comes from."""
     note: str = ""
     """What else a reader should know."""
 
     @property
+    def verdict(self) -> str:
+        """One of those of `steerlora.reporting.verdicts`."""
+        return self.judged.verdict
+
+    @property
+    def shown_verdict(self) -> str:
+        """The verdict; of an undecided one also over how many replicates."""
+        if self.verdict != UNDECIDED:
+            return self.verdict
+        return f"{UNDECIDED} ({_replicates(self.judged.replicates)})"
+
+    @property
+    def shown_again(self) -> str:
+        """Probability that another study of this size comes to what the intervals say."""
+        return number(self.judged.again, 2)
+
+    @property
     def envelope(self) -> Interval | None:
-        """Mean of the measures, lowest and highest bound, fewest seeds, most items."""
+        """Mean of the measures, lowest and highest bound, fewest replicates, most items."""
         if not self.measures:
             return None
         values, lows, highs, seeds, items = zip(*(m.interval for m in self.measures), strict=True)
@@ -84,7 +100,8 @@ class Claim:
     def details(self) -> list[str]:
         """Every measure on a line of its own."""
         return [
-            f"{measure.label}: {self._show(measure.interval)}; seeds: {measure.interval.seeds}"
+            f"{measure.label}: {self._show(measure.interval)}; "
+            f"{_replicates(measure.interval.seeds)}"
             + (f"; items: {measure.interval.items}" if measure.interval.items else "")
             for measure in self.measures
         ]
@@ -103,26 +120,11 @@ class Claim:
         return interval_text(interval, digits, unit, sign=sign)
 
 
-def verdict(direction: Sequence[Interval], *, agrees: bool) -> str:
-    """The rule.
-
-    Args:
-        direction: intervals that the claim says are positive.
-        agrees: whether the figures also agree with the paper's.
-    """
-    if not direction or not all(interval.known for interval in direction):
-        return NOT_MEASURED
-    if not all(interval.low > 0 for interval in direction):
-        return NOT_REPRODUCED
-    return IN_RANGE if agrees else DIRECTION
+def _replicates(count: int) -> str:
+    return f"{count} replicate" if count == 1 else f"{count} replicates"
 
 
-def overlaps(interval: Interval, low: float, high: float) -> bool:
-    """Whether an interval and the paper's range have a point in common."""
-    return interval.low <= high and interval.high >= low
-
-
-COLUMNS = ("Claim", "Paper", "Ours [95 % interval]", "Seeds", "Items", "Verdict")
+COLUMNS = ("Claim", "Paper", "Ours [95 % interval]", "Replicates", "Items", "Verdict", "Again")
 
 
 def _row(claim: Claim) -> list[str]:
@@ -130,7 +132,8 @@ def _row(claim: Claim) -> list[str]:
         _span(getattr(measure.interval, field) for measure in claim.measures)
         for field in ("seeds", "items")
     )
-    return [f"{claim.id} {claim.text}", claim.paper, claim.ours, seeds, items, claim.verdict]
+    name, reached = f"{claim.id} {claim.text}", claim.shown_verdict
+    return [name, claim.paper, claim.ours, seeds, items, reached, claim.shown_again]
 
 
 def _span(counts: Iterable[int]) -> str:
@@ -146,20 +149,53 @@ def claims_grid(claims: Sequence[Claim]) -> str:
     return markdown_grid(COLUMNS, [row_of(*_row(claim)) for claim in claims])
 
 
-def claims_markdown(claims: Sequence[Claim], *, name: str, meaningful: bool) -> str:
-    """``claims.md``: the table, the rule, then every claim with its definition and sources."""
+def claims_markdown(
+    claims: Sequence[Claim], *, name: str, meaningful: bool, studies: Studies | None = None
+) -> str:
+    """``claims.md``: the table, the rule, then every claim with its definition and sources.
+
+    Args:
+        studies: what a calibration study saw, if there is one.
+    """
     parts = [claims_grid(claims), f"How a verdict is reached. {RULE}"]
     for claim in claims:
-        parts.append(f"## {claim.id}: {claim.verdict}")
+        parts.append(f"## {claim.id}: {claim.shown_verdict}")
         parts.append(f"{claim.text}. Paper: {claim.paper}. Ours: {claim.definition}")
         if claim.measures:
             parts.append("\n".join(f"- {line}" for line in claim.details))
-        if claim.note:
-            parts.append(claim.note)
+        said = (_how_sure(claim), _observed(claim, studies), claim.note)
+        parts += [text for text in said if text]
         if claim.fingerprints:
             sources = ", ".join(f"`{fingerprint[:12]}`" for fingerprint in claim.fingerprints)
             parts.append(f"From artifacts {sources}.")
     return page(parts, meaningful=meaningful, title=f"Claims: {name}")
+
+
+def _how_sure(claim: Claim) -> str:
+    """What the intervals say, where another study would often not say it again."""
+    judged = claim.judged
+    if judged.verdict == judged.by_intervals:
+        return ""
+    return (
+        f"The intervals alone say: {judged.by_intervals}. Another study of "
+        f"{_replicates(judged.replicates)} would say so again with probability "
+        f"{claim.shown_again}, which is less than {LEAST_AGAIN}."
+    )
+
+
+def _observed(claim: Claim, studies: Studies | None) -> str:
+    """How often studies of as many replicates came to the claim's verdict."""
+    counts = (studies or {}).get(claim.id, {}).get(claim.judged.replicates)
+    if not counts or claim.verdict == NOT_MEASURED:
+        return ""
+    total = sum(counts.values())
+    shares = {name: f"{number(100 * count / total, 0)} %" for name, count in counts.items()}
+    own = shares.pop(claim.verdict, "none")
+    others = ", ".join(f"{share} to {name}" for name, share in shares.items())
+    return (
+        f"Of {total} studies of {_replicates(claim.judged.replicates)}, {own} came to this verdict"
+        + (f" ({others})." if others else ".")
+    )
 
 
 def claims_json(claims: Sequence[Claim], *, name: str, meaningful: bool) -> str:
@@ -182,6 +218,11 @@ def claims_json(claims: Sequence[Claim], *, name: str, meaningful: bool) -> str:
                     for measure in claim.measures
                 ],
                 "verdict": claim.verdict,
+                **_nulls(
+                    by_intervals=claim.judged.by_intervals,
+                    again=claim.judged.again,
+                    replicates=claim.judged.replicates,
+                ),
                 "note": claim.note,
                 "artifacts": list(claim.fingerprints),
             }
@@ -194,10 +235,21 @@ def claims_json(claims: Sequence[Claim], *, name: str, meaningful: bool) -> str:
 def _numbers(interval: Interval | None) -> dict[str, float | int | None]:
     if interval is None:
         return dict.fromkeys(Interval._fields)
-    return {field: None if value != value else value for field, value in interval._asdict().items()}
+    return _nulls(**interval._asdict())
 
 
-STYLES = {IN_RANGE: "green", DIRECTION: "cyan", NOT_REPRODUCED: "red", NOT_MEASURED: "dim"}
+def _nulls(**values: float | int | str) -> dict[str, float | int | str | None]:
+    """The values, those that are not numbers as nothing."""
+    return {name: None if value != value else value for name, value in values.items()}
+
+
+STYLES = {
+    IN_RANGE: "green",
+    DIRECTION: "cyan",
+    NOT_REPRODUCED: "red",
+    UNDECIDED: "yellow",
+    NOT_MEASURED: "dim",
+}
 
 
 def claims_terminal(claims: Sequence[Claim], *, name: str, meaningful: bool) -> TerminalTable:
@@ -205,6 +257,6 @@ def claims_terminal(claims: Sequence[Claim], *, name: str, meaningful: bool) -> 
     title = f"{name}: the paper's claims" + ("" if meaningful else f"\n{BANNER}")
     table = TerminalTable(*COLUMNS, title=escape_markup(title))
     for claim in claims:
-        *cells, reached = _row(claim)
-        table.add_row(*map(Text, cells), Text(reached, style=STYLES[reached]))
+        *cells, reached, again = _row(claim)
+        table.add_row(*map(Text, cells), Text(reached, style=STYLES[claim.verdict]), Text(again))
     return table

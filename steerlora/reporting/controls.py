@@ -8,12 +8,15 @@ import numpy as np
 import pandas as pd
 
 from steerlora.evaluation.records import INTACT, Ablation, Evaluation
-from steerlora.evaluation.statistics import effect_size, holm, paired_drop, paired_test
+from steerlora.evaluation.scores import Score
+from steerlora.evaluation.statistics import effect_size, holm, paired_test
 from steerlora.reporting import labels
-from steerlora.reporting.effects import ablation_strata, drop, mean_of, retrained_drop, select
+from steerlora.reporting.effects import ablated, drop, mean_of, retrained_drop, select
 from steerlora.reporting.labels import in_order
 from steerlora.reporting.tables import (
+    ERROR,
     MISSING,
+    OVER,
     Table,
     interval_fields,
     mean_and_error,
@@ -47,9 +50,9 @@ def ablation_table(ablations: list[Ablation]) -> Table | None:
     who = "" if len(keys) > 1 else f" of {' '.join(keys[0])}"
     caption = (
         f"Causal ablation{who}: score under each intervention, drop from "
-        f"intact in percent [95 % bootstrap interval over items and seeds]; {seeds} seeds, "
+        f"intact in percent [{OVER}]; {seeds} replicates, "
         f"{items} items; d_z: mean drop of an item over the standard deviation of these drops "
-        "(Cohen); p: paired permutation test over items, Holm-corrected over interventions; "
+        "(Cohen); p: paired t-test over replicates, Holm-corrected over interventions; "
         "both of the average."
     )
     headings = ["Model", "Intervention"] if len(keys) > 1 else ["Intervention"]
@@ -63,35 +66,38 @@ def _ablation_rows(ablations: list[Ablation], model: str, method: str) -> list[d
     rows = []
     for name in names:
         for place, members in [("average", domains), *((d, [d]) for d in domains)]:
-            found = [r.interventions.get(name, {}) for r in records]
-            scores = [
-                mean_of([run[domain] for domain in members])
-                for run in found
-                if run.keys() >= set(members)
-            ]
-            strata = ablation_strata(records, name, members)
-            compared = name != INTACT and strata is not None
+            found, scores = ablated(records, (INTACT, name), members)
+            measure = drop(found, name, members) if name != INTACT else None
             row = {"model": model, "method": method, "intervention": name, "domain": place}
-            row |= mean_and_error("score", scores)
-            row |= interval_fields("drop_percent", paired_drop(strata) if compared else None)
-            row |= {
-                "d_z": np.nan,
-                "p_holm": np.nan,
-                "seeds": len(scores),
-                "items": sum(s.baseline.shape[1] for s in strata) if strata else 0,
-            }
-            if compared:
-                intact, changed = (
-                    np.concatenate([stratum[side].mean(axis=0) for stratum in strata])
-                    for side in (0, 1)
-                )
-                row["d_z"] = effect_size(changed, intact)
+            row |= mean_and_error("score", [mean_of(changed) for _, changed in scores])
+            row |= interval_fields("drop_percent", measure)
+            row |= {"d_z": np.nan, "p_holm": np.nan, "seeds": len(found), "items": 0}
+            if found:
+                row["items"] = sum(score.items for score in scores[0][0])
+            if measure is not None:
+                row["d_z"] = _item_effect(scores)
                 if place == "average":
-                    row["p_holm"] = paired_test(intact, changed)
+                    row["p_holm"] = paired_test(measure.numerator)
             rows.append(row)
     for row, adjusted in zip(rows, holm([row["p_holm"] for row in rows]), strict=True):
         row["p_holm"] = float(adjusted)
     return rows
+
+
+def _item_effect(scores: list[list[list[Score]]]) -> float:
+    """d_z of the items' drops, means over replicates; NaN where items are not the same in all.
+
+    Args:
+        scores: of every replicate, the (intact, changed) scores by domain.
+    """
+    sides = []
+    for side in (0, 1):
+        runs = [[item for score in run[side] for item in score.per_item] for run in scores]
+        sides.append(runs)
+    if len({len(items) for runs in sides for items in runs}) != 1:
+        return np.nan
+    intact, changed = (np.mean(runs, axis=0) for runs in sides)
+    return effect_size(changed, intact)
 
 
 def _drop_text(row: dict | None) -> str:
@@ -128,7 +134,7 @@ def retrained_table(
                 | mean_and_error("intact", [r.averages.get("target") for r in beside])
                 | mean_and_error("retrained", [r.averages.get("target") for r in chosen.values()])
                 | interval_fields("retrained_drop_percent", after)
-                | interval_fields("evaluation_drop_percent", before and before.interval)
+                | interval_fields("evaluation_drop_percent", before)
             )
     if not rows:
         return None
@@ -145,12 +151,12 @@ def retrained_table(
         )
         for _, row in data.iterrows()
     ]
-    headings = ["Model", "Intervention", "Seeds", "Intact", "Retrained"]
+    headings = ["Model", "Intervention", "Replicates", "Intact", "Retrained"]
     headings += ["Drop, retrained", "Drop, at evaluation only"]
     caption = (
         "Retrained controls: target score of adapters trained and evaluated "
-        "under an intervention, beside the intact adapter's, mean over seeds ± standard error; "
-        "drop from intact in percent [95 % bootstrap interval over items and seeds], and that of "
+        "under an intervention, beside the intact adapter's, mean over replicates ± its standard "
+        f"error ({ERROR}); drop from intact in percent [{OVER}], and that of "
         "the same intervention on the intact adapter at evaluation time. What a retrained adapter "
         "wins back, it does without the signal."
     )

@@ -1,30 +1,46 @@
 """From records to effects with intervals: gains, and drops under interventions.
 
 Every function here takes records (`steerlora.evaluation.records`) and returns a `Measure`, or None
-where those that it needs are not there.
+where those that it needs are not there. An effect is reduced to one number a replicate, or to the
+two sides of a ratio, before anything is said of its error. Shapes: S replicates.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from steerlora.evaluation import statistics
 from steerlora.evaluation.records import BASE, INTACT, Ablation, Evaluation, Record
 from steerlora.evaluation.scores import Estimate, Score
-from steerlora.evaluation.statistics import Interval, Paired, Runs
+from steerlora.evaluation.statistics import Interval, t_interval
 from steerlora.reporting.methods import Methods
 
 
 class Measure(NamedTuple):
-    """One effect: what it is of, its interval, and the artifacts it came from."""
+    """One effect: what it is of, what it is in every replicate, and where it came from."""
 
     label: str
-    interval: Interval
+    seeds: tuple[int, ...]
+    """The S replicates."""
+    numerator: tuple[float, ...]
+    """[S] numbers of which the effect is the mean, or the upper side of a ratio of means."""
+    denominator: tuple[float, ...] | None
+    """[S] of the lower side; None where the effect is a mean."""
+    item_errors: tuple[float, ...]
+    """[S] standard errors of every replicate's effect that come from its items."""
+    items: int
+    """How many items it rests on; 0 where they are not counted."""
     fingerprints: tuple[str, ...]
+    """Of the artifacts that it came from."""
+
+    @property
+    def interval(self) -> Interval:
+        """The effect with its 95 % interval over replicates."""
+        return t_interval(self.numerator, self.denominator, items=self.items)
 
 
 def select(records: Iterable[Record], **where: object) -> list[Record]:
@@ -65,21 +81,23 @@ def mean_of(scores: Sequence[Score | Estimate]) -> Estimate:
 def base_pairs(
     evaluations: list[Evaluation], model: str, method: str
 ) -> list[tuple[Evaluation, Evaluation]]:
-    """(base, adapted) evaluations of one model, seed by seed.
+    """(base, adapted) evaluations of one model within every replicate.
 
-    A base model that was evaluated under one seed only stands beside every seed.
+    A base model with one evaluation, such as a published one, is that of every replicate.
     """
     bases = select(evaluations, model=model, method=BASE)
     by_seed = {record.seed: record for record in bases}
-    adapted = select(evaluations, model=model, method=method) if bases else []
-    return [(by_seed.get(record.seed, bases[0]), record) for record in adapted]
+    only = bases[0] if len(bases) == 1 else None
+    pairs = [
+        (by_seed.get(record.seed, only), record)
+        for record in select(evaluations, model=model, method=method)
+    ]
+    return [(base, adapted) for base, adapted in pairs if base is not None]
 
 
 def gain(evaluations: list[Evaluation], model: str, method: str, group: str) -> Measure | None:
-    """Average of a task group with the method, less the base model's.
+    """Average of a task group with the method, less the base model's in the same replicate.
 
-    Paired by item where all of the group's tasks were scored; else from the averages and their
-    standard errors, as if the two models had been scored on separate items.
     None where neither model scores at all: at the floor there is nothing to gain or lose.
     """
     pairs = [
@@ -87,53 +105,79 @@ def gain(evaluations: list[Evaluation], model: str, method: str, group: str) -> 
         for pair in base_pairs(evaluations, model, method)
         if all(group in record.averages for record in pair)
     ]
-    if not any(record.averages[group].value for pair in pairs for record in pair):
+    averages = [[record.averages[group] for record in pair] for pair in pairs]
+    if not any(estimate.value for pair in averages for estimate in pair):
         return None
-    used = fingerprints(record for pair in pairs for record in pair)
-    strata = _group_strata(pairs, group)
-    if strata is not None:
-        return Measure(model, statistics.paired_difference(strata), used)
-    averages = [[pair[side].averages[group] for pair in pairs] for side in (0, 1)]
-    runs = [
-        Runs(np.array([[one.value for one in side]]), np.array([[one.stderr for one in side]]))
-        for side in averages
-    ]
-    return Measure(model, statistics.summary_difference(*runs, items=0), used)
-
-
-def _group_strata(pairs: list[tuple[Evaluation, Evaluation]], group: str) -> list[Paired] | None:
-    """Item scores of every task of a group, or None if the records cannot be paired by item."""
-    adapted = pairs[0][1]
-    tasks = {"target": list(adapted.target_tasks.values()), **adapted.groups}.get(group)
-    return _stacked(
-        [[pair[side].tasks.get(task) for pair in pairs] for side in (0, 1)] for task in tasks or ()
+    scores = [_scores(pair, group) for pair in pairs]
+    return Measure(
+        model,
+        tuple(adapted.seed for _, adapted in pairs),
+        tuple(adapted.value - base.value for base, adapted in averages),
+        None,
+        tuple(
+            item_error([(-1.0, before), (1.0, after)])
+            if before
+            else math.hypot(base.stderr, adapted.stderr)
+            for (before, after), (base, adapted) in zip(scores, averages, strict=True)
+        ),
+        _items([side for pair in scores for side in pair]),
+        fingerprints(record for pair in pairs for record in pair),
     )
 
 
-def _stacked(strata: Iterable[Sequence[Sequence[Score | None]]]) -> list[Paired] | None:
-    """Item scores as [S, I] arrays, from one score a seed of (baseline, treatment) by stratum.
+def _scores(records: Sequence[Evaluation], group: str) -> list[list[Score]]:
+    """Of every record, the scores of those tasks of a group that all of them have."""
+    tasks = {"target": list(records[0].target_tasks.values()), **records[0].groups}.get(group, [])
+    shared = [task for task in tasks if all(task in record.tasks for record in records)]
+    return [[record.tasks[task] for task in shared] for record in records]
 
-    None unless there is a stratum, and the scores of each have the same items.
+
+def _items(sides: Sequence[Sequence[Score]]) -> int:
+    """Items of all tasks; 0 where one side does not know its tasks."""
+    return min((sum(score.items for score in side) for side in sides), default=0)
+
+
+def item_error(terms: Sequence[tuple[float, Sequence[Score]]]) -> float:
+    """Standard error, from items, of a weighted sum of means over tasks.
+
+    Task by task it is that of the items' weighted sums, so what conditions have in common cancels;
+    where their items are not the same, conditions count as independent.
+
+    Args:
+        terms: (weight, scores of the K tasks) of every condition; the same tasks in all.
     """
-    stacked = []
-    for sides in strata:
-        lengths = {len(score.per_item) if score else 0 for side in sides for score in side}
-        if len(lengths) != 1 or 0 in lengths:
-            return None
-        arrays = (np.array([score.per_item for score in side], dtype=float) for side in sides)
-        stacked.append(Paired(*arrays))
-    return stacked or None
+    weights = [weight for weight, _ in terms]
+    variances = []
+    for scores in zip(*(scores for _, scores in terms), strict=True):
+        if len({len(score.per_item) for score in scores}) == 1 and scores[0].per_item:
+            summed = np.array(weights) @ np.array([score.per_item for score in scores])
+            variances.append(summed.var(ddof=1) / len(summed) if len(summed) > 1 else 0.0)
+        else:
+            variances.append(
+                sum((w * score.stderr) ** 2 for w, score in zip(weights, scores, strict=True))
+            )
+    return math.sqrt(sum(variances)) / len(variances)
 
 
-def ablation_strata(
-    ablations: list[Ablation], intervention: str, domains: Sequence[str] = ()
-) -> list[Paired] | None:
-    """(intact, intervened) item scores by domain; None where an intervention was not run."""
-    records = [r for r in ablations if {INTACT, intervention} <= set(r.interventions)]
-    return _stacked(
-        [[r.interventions[name].get(domain) for r in records] for name in (INTACT, intervention)]
-        for domain in domains or (records[0].domains if records else ())
-    )
+def ablated(
+    ablations: list[Ablation], names: Sequence[str], domains: Sequence[str] = ()
+) -> tuple[list[Ablation], list[list[list[Score]]]]:
+    """The records that ran all of some interventions on all of some domains, and their scores.
+
+    Args:
+        domains: all of each record's unless some are given.
+
+    Returns:
+        Records, and of each of them a list of scores by domain for every intervention.
+    """
+    records, scores = [], []
+    for record in ablations:
+        places = domains or record.domains
+        runs = [record.interventions.get(name, {}) for name in names]
+        if all(run.keys() >= set(places) for run in runs):
+            records.append(record)
+            scores.append([[run[place] for place in places] for run in runs])
+    return records, scores
 
 
 def drop(
@@ -142,26 +186,70 @@ def drop(
     """Percentage drop of the mean score over domains under an intervention, against intact.
 
     Args:
-        ablations: of one model and method, one record a seed.
+        ablations: of one model and method, one record a replicate.
         domains: all of the records' unless some are given.
     """
-    strata = ablation_strata(ablations, intervention, domains)
-    if strata is None:
+    records, scores = ablated(ablations, (INTACT, intervention), domains)
+    return _drop(intervention, records, scores, fingerprints(records))
+
+
+def _drop(
+    label: str,
+    records: Sequence[Record],
+    scores: Sequence[Sequence[Sequence[Score]]],
+    used: tuple[str, ...],
+) -> Measure | None:
+    """Percentage drop from (before, after) scores by task of every replicate."""
+    if not records:
         return None
-    return Measure(intervention, statistics.paired_drop(strata), fingerprints(ablations))
+    values = [[mean_of(side).value for side in sides] for sides in scores]
+    errors = [
+        100 / before * item_error([(-after / before, sides[0]), (1.0, sides[1])])
+        if before > 0
+        else math.nan
+        for (before, after), sides in zip(values, scores, strict=True)
+    ]
+    return Measure(
+        label,
+        tuple(record.seed for record in records),
+        tuple(100 * (before - after) for before, after in values),
+        tuple(before for before, _ in values),
+        tuple(errors),
+        _items([side for sides in scores for side in sides]),
+        used,
+    )
 
 
 def drop_advantage(
     ablations: list[Ablation], controls: Sequence[str], spared: str
 ) -> Measure | None:
-    """How much more the controls cut, on average, than ``spared`` does, in percentage points."""
-    first = [ablation_strata(ablations, control) for control in controls]
-    first = [strata for strata in first if strata is not None]
-    second = ablation_strata(ablations, spared)
-    if not first or second is None:
+    """How much more the controls cut, on average, than ``spared`` does, in percentage points.
+
+    Both drops are from the same intact score, so their difference is one ratio to it. Controls
+    that no replicate ran are left out.
+    """
+    run = [name for name in controls if any(name in r.interventions for r in ablations)]
+    records, scores = ablated(ablations, (INTACT, spared, *run))
+    if not run or not records:
         return None
-    interval = statistics.paired_drop_difference(first, second)
-    return Measure(f"controls less {spared}", interval, fingerprints(ablations))
+    values = np.array([[mean_of(side).value for side in sides] for sides in scores])  # [S, 2 + C]
+    intact, above = values[:, 0], 100 * (values[:, 1] - values[:, 2:].mean(axis=1))
+    errors = []
+    for before, points, sides in zip(intact, above, scores, strict=True):
+        if before > 0:
+            weights = [-points / before, 100.0, *[-100.0 / len(run)] * len(run)]
+            errors.append(item_error(list(zip(weights, sides, strict=True))) / before)
+        else:
+            errors.append(math.nan)
+    return Measure(
+        f"controls less {spared}",
+        tuple(record.seed for record in records),
+        tuple(above.tolist()),
+        tuple(intact.tolist()),
+        tuple(errors),
+        _items([side for sides in scores for side in sides]),
+        fingerprints(records),
+    )
 
 
 def dose_drops(ablations: list[Ablation], intervention: str) -> dict[float, Measure | None]:
@@ -176,7 +264,7 @@ def dose_drops(ablations: list[Ablation], intervention: str) -> dict[float, Meas
 
 def retrained_drop(
     evaluations: list[Evaluation], record_of: dict[int, Evaluation]
-) -> Interval | None:
+) -> Measure | None:
     """Percentage drop of the mean target score of retrained controls, against intact ones.
 
     Args:
@@ -184,5 +272,11 @@ def retrained_drop(
         record_of: {seed: evaluation of the retrained control}, of one intervention.
     """
     pairs = [(r, record_of[r.seed]) for r in evaluations if r.seed in record_of]
-    strata = _group_strata(pairs, "target") if pairs else None
-    return statistics.paired_drop(strata) if strata else None
+    scores = [_scores(pair, "target") for pair in pairs]
+    known = [place for place, sides in enumerate(scores) if all(sides)]
+    return _drop(
+        "retrained",
+        [pairs[place][0] for place in known],
+        [scores[place] for place in known],
+        fingerprints(record for place in known for record in pairs[place]),
+    )

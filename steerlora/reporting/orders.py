@@ -7,13 +7,15 @@ import pandas as pd
 
 from steerlora.evaluation.forgetting import METRICS
 from steerlora.evaluation.records import DomainSequence
-from steerlora.evaluation.statistics import holm, standard_error
+from steerlora.evaluation.scores import Estimate
+from steerlora.evaluation.statistics import holm
 from steerlora.reporting import labels
 from steerlora.reporting.effects import by_method, select
 from steerlora.reporting.labels import in_order
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.sequences import (
     broad_first,
+    by_replicate,
     forgotten,
     kept,
     ordered,
@@ -22,6 +24,8 @@ from steerlora.reporting.sequences import (
     twins,
 )
 from steerlora.reporting.tables import (
+    ERROR,
+    OVER,
     Cell,
     Table,
     interval_fields,
@@ -81,10 +85,10 @@ def forgetting_table(
     headings += ["General kept"] if general else []
     headings += [f"Reduction vs {methods.baseline}", "p (Holm)"]
     caption = (
-        "Sequential adaptation, score: mean over runs (orders × seeds); "
-        "± is the standard error from runs and items; the reduction of positive forgetting is "
-        f"against {methods.baseline}, in percent [95 % bootstrap interval over orders, seeds and "
-        "items]; p: its paired permutation test over runs, Holm-corrected over methods."
+        "Sequential adaptation, score: mean over replicates, of each the mean over its orders "
+        f"(runs: both) ± its standard error ({ERROR}); the reduction of positive forgetting is "
+        f"against {methods.baseline}, in percent [{OVER}]; p: paired t-test of positive "
+        "forgetting over replicates, Holm-corrected over methods."
     )
     if general:
         caption += " General kept: general knowledge after the sequence, as a share of the base's."
@@ -101,14 +105,14 @@ def _forgetting_rows(where: dict, records: list[DomainSequence], methods: Method
         own = select(records, method=name)
         row = where | {"method": name, "runs": len(own), "seeds": len({r.seed for r in own})}
         for metric in METRICS:
-            values = [metric(ordered(record)[0]) for record in own]
-            row[metric.__name__] = float(np.mean(values))
-            row[f"{metric.__name__}_stderr"] = standard_error(values) if len(own) > 1 else np.nan
-        # Of this metric the items' error is known too.
-        row |= mean_and_error("positive_forgetting", [forgotten(record) for record in own])
-        measure = reduction(records, name, baseline) if name != baseline else None
+            # The items' error is known of one metric alone.
+            found = by_replicate(own, lambda r, f=metric: Estimate(f(ordered(r)[0]), np.nan))
+            row |= mean_and_error(metric.__name__, list(found.values()))
+        found = by_replicate(own, forgotten)
+        row |= mean_and_error("positive_forgetting", list(found.values()))
         row |= interval_fields("general", kept(own))
-        row |= interval_fields("reduction_percent", measure and measure.interval)
+        reduced = reduction(records, name, baseline) if name != baseline else None
+        row |= interval_fields("reduction_percent", reduced)
         rows.append(row | {"p_holm": p_values.get(name, np.nan)})
     return rows
 
@@ -160,8 +164,7 @@ def order_effects_table(sequentials: list[DomainSequence], methods: Methods) -> 
     caption = (
         "Broad data first, or not: mean positive forgetting of orders, and of their twins in which "
         "the broad domain has been moved to the front and the others keep their order (same "
-        "method, same seed); difference first less later, negative where coming first lessens "
-        "forgetting [95 % bootstrap interval over orders, seeds and items]; p: paired permutation "
-        "test over pairs, Holm-corrected over methods."
+        "method, same replicate); difference first less later, negative where coming first lessens "
+        f"forgetting [{OVER}]; p: paired t-test over replicates, Holm-corrected over methods."
     )
     return Table("order_effects", caption, data, [*headings, "p (Holm)"], cells)

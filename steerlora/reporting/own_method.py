@@ -8,12 +8,13 @@ import numpy as np
 import pandas as pd
 
 from steerlora.evaluation.records import DomainSequence
-from steerlora.evaluation.statistics import Interval
-from steerlora.reporting.effects import select
+from steerlora.reporting.effects import Measure, select
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.orders import against
-from steerlora.reporting.sequences import final, forgotten, kept, ratio
+from steerlora.reporting.sequences import by_replicate, final, forgotten, kept, ratio
 from steerlora.reporting.tables import (
+    ERROR,
+    OVER,
     Cell,
     Table,
     interval_fields,
@@ -28,7 +29,7 @@ from steerlora.reporting.tables import (
 
 MOST_FORGETTING, LEAST_GENERAL, LEAST_FINAL = 0.2, 0.95, 2.0
 """The aims: forgetting as a share of LoRA's, general knowledge of the base's, score of LoRA's."""
-LEAST_ORDERS, LEAST_SEEDS = 4, 3
+LEAST_ORDERS, LEAST_REPLICATES = 4, 3
 """Over how much the aims ask to be measured."""
 
 
@@ -37,7 +38,7 @@ class Aim(NamedTuple):
 
     text: str
     """What, in words."""
-    interval: Interval | None
+    measure: Measure | None
     """What it reached; None where it was not measured."""
     least: float = -np.inf
     """It is met where the whole interval is at least this,"""
@@ -46,10 +47,12 @@ class Aim(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        if self.interval is None or not self.interval.known:
+        if self.measure is None or np.isnan(self.measure.interval.value):
             return "not measured"
-        met = self.least <= self.interval.low and self.interval.high <= self.most
-        return "met" if met else "not met"
+        interval = self.measure.interval
+        if not interval.known:
+            return "undecided"
+        return "met" if self.least <= interval.low and interval.high <= self.most else "not met"
 
 
 def method_table(
@@ -84,15 +87,14 @@ def method_table(
         )
         for index, row in data.iterrows()
     ]
-    headings = ["Method", "Orders × seeds", "Positive forgetting", f"Of {methods.baseline}'s"]
+    headings = ["Method", "Orders × replicates", "Positive forgetting", f"Of {methods.baseline}'s"]
     headings += ["Final average", f"Of {methods.baseline}'s", "General kept", "p (Holm)"]
     caption = (
-        f"The project's own method on {model}, score: mean over orders and seeds "
-        f"± standard error from runs and items; ratios to {methods.baseline}'s, and general "
-        "knowledge after the sequence as a share of the base model's [95 % bootstrap intervals "
-        "over orders, seeds and items]; p: paired permutation test of positive forgetting against "
-        f"{methods.own} over runs, Holm-corrected over methods. The lower rows have one switch of "
-        "it turned."
+        f"The project's own method on {model}, score: mean over replicates, of each the mean over "
+        f"its orders, ± its standard error ({ERROR}); ratios to {methods.baseline}'s, and general "
+        f"knowledge after the sequence as a share of the base model's [{OVER}]; p: paired t-test "
+        f"of positive forgetting against {methods.own} over replicates, Holm-corrected over "
+        "methods. The lower rows have one switch of it turned."
     )
     notes = [_sentence(aim) for aim in aims(records, methods)]
     notes.append(_breadth(*data[data.method == methods.own].iloc[0][["orders", "seeds"]]))
@@ -114,10 +116,10 @@ def _row(records: list[DomainSequence], method: str, methods: Methods) -> dict:
         ("positive_forgetting", "forgetting", forgotten),
         ("final_average", "final", final),
     ):
-        row |= mean_and_error(name, [read(record) for record in own])
+        row |= mean_and_error(name, list(by_replicate(own, read).values()))
         compared = method != methods.baseline
-        measure = ratio(records, method, methods.baseline, read) if compared else None
-        row |= interval_fields(f"{short}_ratio", measure and measure.interval)
+        share = ratio(records, method, methods.baseline, read) if compared else None
+        row |= interval_fields(f"{short}_ratio", share)
     return row | interval_fields("general", kept(own))
 
 
@@ -133,7 +135,7 @@ def aims(records: list[DomainSequence], methods: Methods) -> tuple[Aim, ...]:
     return (
         Aim(
             f"Positive forgetting at most {MOST_FORGETTING} of {methods.baseline}'s",
-            forgetting and forgetting.interval,
+            forgetting,
             most=MOST_FORGETTING,
         ),
         Aim(
@@ -143,20 +145,20 @@ def aims(records: list[DomainSequence], methods: Methods) -> tuple[Aim, ...]:
         ),
         Aim(
             f"Final target average at least {LEAST_FINAL:g} times {methods.baseline}'s",
-            score and score.interval,
+            score,
             least=LEAST_FINAL,
         ),
     )
 
 
 def _sentence(aim: Aim) -> str:
-    known = aim.interval is not None and aim.interval.value == aim.interval.value
-    measured = f" ({interval_text(aim.interval, 3)})" if known else ""
+    known = aim.verdict != "not measured"
+    measured = f" ({interval_text(aim.measure.interval, 3)})" if known else ""
     return f"{aim.text}: {aim.verdict}{measured}."
 
 
 def _breadth(orders: int, seeds: int) -> str:
-    text = f"An aim is met where its whole interval is. Orders: {orders}, seeds: {seeds}"
-    if orders < LEAST_ORDERS or seeds < LEAST_SEEDS:
-        text += f"; the aims ask for at least {LEAST_ORDERS} and {LEAST_SEEDS}"
+    text = f"An aim is met where its whole interval is. Orders: {orders}, replicates: {seeds}"
+    if orders < LEAST_ORDERS or seeds < LEAST_REPLICATES:
+        text += f"; the aims ask for at least {LEAST_ORDERS} and {LEAST_REPLICATES}"
     return f"{text}."

@@ -17,6 +17,7 @@ from steerlora.reporting import figures, routing_figures, sequence_figures
 from steerlora.reporting.claim_measures import measure_claims
 from steerlora.reporting.claims import (
     Claim,
+    Studies,
     claims_grid,
     claims_json,
     claims_markdown,
@@ -37,7 +38,7 @@ FIGURES = {
     "ablation": "What the SAE signal carries: drop of target scores under interventions.",
     "dose_response": "The same by strength of the intervention, with 95 % intervals.",
     "method": "The project's own method, the others, and each of its switches turned: means over "
-    "orders and seeds with 95 % intervals, and the orders below; dashed lines are the aims.",
+    "replicates with 95 % intervals, and the orders below; dashed lines are the aims.",
     "pareto": "What is learnt against what is forgotten, by method, with 95 % intervals.",
     "forgetting_matrices": "Score of every domain after every stage of a sequence.",
     "general_drift": "How far general features move as domains are learnt, with 95 % intervals.",
@@ -75,6 +76,7 @@ def write_report(
     meaningful: bool,
     provenance: dict,
     main_model: str,
+    studies: Studies | None = None,
 ) -> Report:
     """Write everything that the records allow; what has no records is left out.
 
@@ -91,6 +93,7 @@ def write_report(
         meaningful: False marks everything as a smoke run.
         provenance: anything JSON that says where the numbers came from (config, times, commit).
         main_model: the model whose ablation, sequences and routing are shown and measured.
+        studies: which verdicts a calibration study saw (`steerlora.reporting.calibration`).
     """
     directory.mkdir(parents=True, exist_ok=True)
     provided = [*evaluations, *ablations, *sequentials]
@@ -115,9 +118,9 @@ def write_report(
     ]
     drawn = _draw(directory, evaluations, ablations, sequentials, methods, main_model, meaningful)
     texts = {
-        "claims.md": claims_markdown(claims, name=name, meaningful=meaningful),
+        "claims.md": claims_markdown(claims, name=name, meaningful=meaningful, studies=studies),
         "claims.json": claims_json(claims, name=name, meaningful=meaningful),
-        "provenance.json": _provenance(provenance, name, meaningful, provided),
+        "provenance.json": provenance_json(provenance, name, meaningful, provided),
         "results.md": _index(name, meaningful, claims, tables, drawn),
     }
     for file, text in texts.items():
@@ -163,7 +166,8 @@ def _draw(
     return files
 
 
-def _provenance(given: dict, name: str, meaningful: bool, records: list[Record]) -> str:
+def provenance_json(given: dict, name: str, meaningful: bool, records: list[Record]) -> str:
+    """``provenance.json``: what is given, versions of libraries, the records' artifacts."""
     versions = {"python": platform.python_version(), **library_versions()}
     document = {
         "name": name,

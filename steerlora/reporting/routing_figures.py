@@ -18,7 +18,8 @@ from steerlora.reporting.methods import Methods
 def gate_by_domain(evaluations: list[Evaluation], model: str, methods: Methods) -> Figure | None:
     """Mean gate of every domain on every specialist, a heat map a method.
 
-    One seed: specialists have no identity across seeds, so an average over them shows nothing.
+    One replicate: specialists have no identity across replicates, so an average over them shows
+    nothing.
     """
     found = routed(evaluations, model, methods)
     if not found:
@@ -32,7 +33,7 @@ def gate_by_domain(evaluations: list[Evaluation], model: str, methods: Methods) 
         image = heat_map(axis, values, list(gates), specialists, 0.0, 1.0, size=8)
         axis.set_xlabel("specialist")
         axis.tick_params(labelsize=9)
-        title = f"{method} (seed {records[0].seed})\nmutual information "
+        title = f"{method} (replicate {records[0].seed})\nmutual information "
         title += f"{health.mutual_information:.2f}, chance {health.mutual_information_null:.2f}"
         axis.set_title(title, fontsize=9)
     figure.colorbar(image, ax=axes, label="mean gate", aspect=30)
@@ -40,7 +41,7 @@ def gate_by_domain(evaluations: list[Evaluation], model: str, methods: Methods) 
 
 
 def rank_by_domain(evaluations: list[Evaluation], model: str, methods: Methods) -> Figure | None:
-    """Mean token rank (sum of the rank mask) by domain and method; dots are seeds."""
+    """Mean token rank (sum of the rank mask) by domain and method; dots are replicates."""
     found = routed(evaluations, model, methods)
     if not found:
         return None
@@ -53,13 +54,16 @@ def rank_by_domain(evaluations: list[Evaluation], model: str, methods: Methods) 
         places = bars(axis, bounds, index, len(found), method, methods.colour(method))
         axis.plot(places, ranks.T, "o", color="black", markersize=3, alpha=0.7)
     name_ticks(axis, domains)
-    axis.set(ylabel="mean token rank", title=f"Effective rank by domain, {model} (dots: seeds)")
+    axis.set(
+        ylabel="mean token rank", title=f"Effective rank by domain, {model} (dots: replicates)"
+    )
     axis.figure.legend(loc="outside right upper")
     return axis.figure
 
 
 def rank_by_layer(evaluations: list[Evaluation], model: str, methods: Methods) -> Figure | None:
-    """Mean token rank by domain and control site, seed means, a heat map a method.
+    """Mean token rank by domain and control site, means of replicates, a heat map a
+    method.
 
     Of methods with several sites only: one site is what `rank_by_domain` shows.
     """
@@ -86,7 +90,7 @@ def rank_by_layer(evaluations: list[Evaluation], model: str, methods: Methods) -
 
 
 def routing_over_time(evaluations: list[Evaluation], model: str, methods: Methods) -> Figure | None:
-    """Usage entropy over the steps of training: means over seeds, and every seed, faint."""
+    """Usage entropy over the steps of training: means over replicates, and each, faint."""
     found = {
         method: [r.routing_history for r in records if r.routing_history]
         for method, records in routed(evaluations, model, methods).items()
@@ -103,7 +107,7 @@ def routing_over_time(evaluations: list[Evaluation], model: str, methods: Method
         mean = pd.concat(runs, axis=1).sort_index().mean(axis=1)
         axis.plot(mean.index, mean, color=colour, lw=2, label=method)
     axis.grid(axis="y")
-    title = f"How evenly specialists are used in training, {model} (faint: seeds)"
+    title = f"How evenly specialists are used in training, {model} (faint: replicates)"
     axis.set(xlabel="training step", ylabel="usage entropy / log E", title=title, ylim=(0, 1.03))
     axis.figure.legend(loc="outside right upper")
     return axis.figure

@@ -10,6 +10,7 @@ from steerlora.reporting import labels
 from steerlora.reporting.effects import gain, select
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.tables import (
+    ERROR,
     Cell,
     Table,
     interval_fields,
@@ -48,11 +49,11 @@ def scale_table(
     ]
     headings = [labels.GROUPS.get(c, c.removeprefix("target_")) for c in scores]
     caption = (
-        "Scale: mean over seeds ± standard error (seeds and items), score; "
+        f"Scale: mean over replicates ± its standard error ({ERROR}), score; "
         "in brackets the gain over the base model; bold leads its model's adapters by more than "
         "the standard errors explain."
     )
-    return Table("scale", caption, data, ["Model", "Method", "Seeds", *headings], cells)
+    return Table("scale", caption, data, ["Model", "Method", "Replicates", *headings], cells)
 
 
 def _score_text(row: pd.Series, name: str) -> str:
@@ -68,7 +69,7 @@ def _scale_row(evaluations: list[Evaluation], model: str, method: str) -> dict:
         row |= mean_and_error(group, scores)
         if method != BASE:
             measure = gain(evaluations, model, method, group)
-            row |= interval_fields(f"{group}_gain", measure and measure.interval)
+            row |= interval_fields(f"{group}_gain", measure)
     for domain in records[0].domains:
         scores = [record.tasks.get(record.target_tasks.get(domain)) for record in records]
         row |= mean_and_error(f"target_{domain}", scores)

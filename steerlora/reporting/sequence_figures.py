@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from steerlora.evaluation.records import DomainSequence
 from steerlora.evaluation.scores import Estimate
-from steerlora.evaluation.statistics import Interval, Runs, summary_mean
+from steerlora.evaluation.statistics import Interval
 from steerlora.reporting.drawing import WIDTH, heat_map
 from steerlora.reporting.effects import by_method, select
 from steerlora.reporting.labels import in_order
@@ -31,7 +31,8 @@ MAX_METHODS = 4
 def forgetting_matrices(
     sequentials: list[DomainSequence], model: str, methods: Methods
 ) -> Figure | None:
-    """Scores after every stage: a row of heat maps a method, a column an order, seed means.
+    """Scores after every stage: a row of heat maps a method, a column an order, means of
+    replicates.
 
     Domains run in the order of learning, left to right, so stage i learns column i. At
     most `MAX_ORDERS` orders, and `MAX_METHODS` methods, are drawn.
@@ -76,7 +77,10 @@ def pareto(sequentials: list[DomainSequence], model: str, methods: Methods) -> F
     runs = by_method(sequentials, model, methods)
     if not runs:
         return None
-    points = {name: (mean(own, forgotten), mean(own, final)) for name, own in runs.items()}
+    points = {
+        name: tuple(mean(own, read).interval for read in (forgotten, final))
+        for name, own in runs.items()
+    }
     axis = Figure(figsize=(WIDTH, 4.6)).subplots()
     for name, (x, y) in points.items():
         across, up = ([read(r).value for r in runs[name]] for read in (forgotten, final))
@@ -112,7 +116,7 @@ def pareto_front(points: dict[str, tuple[Interval, Interval]]) -> list[str]:
 
 
 def general_drift(sequentials: list[DomainSequence], model: str, methods: Methods) -> Figure | None:
-    """Drift of general features after each stage: mean over runs with its interval, by method.
+    """Drift of general features after each stage: mean with its interval, by method.
 
     Switches of our method are left out: they would hide the methods.
     """
@@ -138,14 +142,13 @@ def general_drift(sequentials: list[DomainSequence], model: str, methods: Method
 
 
 def _drift(records: Sequence[DomainSequence], stage: int) -> Interval:
-    values = np.array([[record.drift[stage - 1]] for record in records])
-    return summary_mean(Runs(values, np.zeros_like(values)), 0)
+    return mean(records, lambda record: Estimate(record.drift[stage - 1], np.nan)).interval
 
 
 def method(sequentials: list[DomainSequence], model: str, methods: Methods) -> Figure | None:
     """Our method beside the others and its own switches: three scores with intervals and aims.
 
-    The dots below are orders, means over seeds.
+    The dots below are orders, means over replicates.
     """
     runs = by_method(sequentials, model, methods)
     if methods.own not in runs:
@@ -161,16 +164,17 @@ def method(sequentials: list[DomainSequence], model: str, methods: Methods) -> F
     for axis, (title, read, factor) in zip(axes, columns, strict=True):
         of_base = read is _kept_share
         bounds = {name: kept(own) if of_base else mean(own, read) for name, own in runs.items()}
-        for row, (name, interval) in enumerate(bounds.items()):
+        for row, (name, measure) in enumerate(bounds.items()):
             scores = pd.Series([read(run).value for run in runs[name]])
             orders = scores.groupby([run.order for run in runs[name]], sort=False).mean()
             below = [row + 0.32] * len(orders)
             axis.plot(orders, below, ".", color=methods.colour(name), alpha=0.5, markersize=4)
-            if interval is not None:
+            if measure is not None:
+                interval = measure.interval
                 style = {"elinewidth": 1.2, "capsize": 2.5} | methods.marker(name)
                 axis.errorbar(interval.value, row, xerr=_arms(interval), **style)
         reference = bounds.get(methods.baseline)
-        aim = factor if of_base else reference and factor * reference.value
+        aim = factor if of_base else reference and factor * reference.interval.value
         if aim is not None:
             axis.axvline(aim, color="#777777", linestyle="--", lw=1, zorder=0)
             of = "of the base's" if of_base else f"× {methods.baseline}'s"

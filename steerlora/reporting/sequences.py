@@ -1,19 +1,19 @@
 """From records of sequential adaptation to effects with intervals. A *run* is an (order, seed).
 
-Shapes: T stages, O orders, S seeds.
+Orders are the same in every replicate, so what a replicate has is the mean over its orders. Shapes:
+T stages, S replicates.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
-from steerlora.evaluation import statistics
 from steerlora.evaluation.forgetting import (
     positive_forgetting,
     positive_forgetting_stderr,
@@ -21,7 +21,7 @@ from steerlora.evaluation.forgetting import (
 )
 from steerlora.evaluation.records import DomainSequence
 from steerlora.evaluation.scores import Estimate
-from steerlora.evaluation.statistics import Interval, Runs
+from steerlora.evaluation.statistics import paired_test
 from steerlora.reporting.effects import Measure, fingerprints, mean_of, select
 
 Read = Callable[[DomainSequence], Estimate]
@@ -65,21 +65,54 @@ def apart_by_replay(sequentials: Sequence[DomainSequence]) -> list[DomainSequenc
     ]
 
 
-def mean(records: Sequence[DomainSequence], read: Read) -> Interval | None:
-    """Mean over runs of one method, with its interval over orders, seeds and items."""
+def by_replicate(records: Iterable[DomainSequence], read: Read) -> dict[int, Estimate]:
+    """{seed: mean over its orders, with the error of its items, which its orders share}."""
+    found: dict[int, list[Estimate]] = defaultdict(list)
+    for record in records:
+        found[record.seed].append(read(record))
+    return {
+        seed: Estimate(
+            sum(run.value for run in runs) / len(runs), sum(run.stderr for run in runs) / len(runs)
+        )
+        for seed, runs in sorted(found.items())
+    }
+
+
+def mean(records: Sequence[DomainSequence], read: Read) -> Measure | None:
+    """Mean over the runs of one method."""
     if not records:
         return None
-    return statistics.summary_mean(_grid(records, read), _items(records))
+    found = by_replicate(records, read)
+    return Measure(
+        records[0].method,
+        tuple(found),
+        tuple(estimate.value for estimate in found.values()),
+        None,
+        tuple(estimate.stderr for estimate in found.values()),
+        _items(records),
+        fingerprints(records),
+    )
 
 
-def kept(records: Sequence[DomainSequence]) -> Interval | None:
+def kept(records: Sequence[DomainSequence]) -> Measure | None:
     """General knowledge after a sequence as a share of the base model's; one method's runs."""
     known = [record for record in records if record.general]
     if not known:
         return None
-    before = _grid(known, lambda record: record.general.before)
-    after = _grid(known, lambda record: record.general.after)
-    return statistics.summary_ratio(before, after, _items(known))
+    before = by_replicate(known, lambda record: record.general.before)
+    after = by_replicate(known, lambda record: record.general.after)
+    return _share(known[0].method, before, after, known)
+
+
+def ratio(
+    sequentials: list[DomainSequence], method: str, baseline: str, read: Read
+) -> Measure | None:
+    """A method's mean as a share of the baseline's, over the runs that both have."""
+    own, others = _shared(sequentials, method, baseline)
+    if not own:
+        return None
+    sides = (by_replicate(side, read) for side in (others, own))
+    return _share(f"{method} against {baseline}", *sides, select([*others, *own]))
 
 
 def reduction(sequentials: list[DomainSequence], method: str, baseline: str) -> Measure | None:
@@ -88,21 +121,48 @@ def reduction(sequentials: list[DomainSequence], method: str, baseline: str) -> 
     Args:
         sequentials: of one model.
     """
-    return _compared(sequentials, method, baseline, forgotten, statistics.summary_reduction)
+    share = ratio(sequentials, method, baseline, forgotten)
+    if share is None:
+        return None
+    lowered = zip(share.denominator, share.numerator, strict=True)
+    return share._replace(
+        numerator=tuple(100 * (other - own) for other, own in lowered),
+        item_errors=tuple(100 * error for error in share.item_errors),
+    )
 
 
-def ratio(
-    sequentials: list[DomainSequence], method: str, baseline: str, read: Read
-) -> Measure | None:
-    """A method's mean as a share of the baseline's, over the runs that both have."""
-    return _compared(sequentials, method, baseline, read, statistics.summary_ratio)
+def _share(
+    label: str,
+    before: dict[int, Estimate],
+    after: dict[int, Estimate],
+    records: Sequence[DomainSequence],
+) -> Measure:
+    """``after / before`` of the same replicates, which count as independent in their items."""
+    sides = [(before[seed], after[seed]) for seed in before]
+    errors = [
+        math.hypot(own.stderr, own.value / base.value * base.stderr) / base.value
+        if base.value > 0
+        else math.nan
+        for base, own in sides
+    ]
+    return Measure(
+        label,
+        tuple(before),
+        tuple(own.value for _, own in sides),
+        tuple(base.value for base, _ in sides),
+        tuple(errors),
+        _items(records),
+        fingerprints(records),
+    )
 
 
 def p_value(sequentials: list[DomainSequence], method: str, baseline: str, read: Read) -> float:
-    """Of a paired sign-flip test over the runs that both methods have; NaN below two."""
-    one, other = _shared(sequentials, method, baseline)
-    values = ([read(record).value for record in side] for side in (other, one))
-    return statistics.paired_test(*values)
+    """Of a paired t-test over replicates, on the runs that both methods have; NaN below two."""
+    own, others = (
+        np.array([estimate.value for estimate in by_replicate(side, read).values()])
+        for side in _shared(sequentials, method, baseline)
+    )
+    return paired_test(own - others)
 
 
 def _shared(
@@ -117,29 +177,6 @@ def _shared(
     return [sides[0][run] for run in runs], [sides[1][run] for run in runs]
 
 
-def _compared(
-    sequentials: list[DomainSequence],
-    method: str,
-    baseline: str,
-    read: Read,
-    statistic: Callable[[Runs, Runs, int], Interval],
-) -> Measure | None:
-    own, others = _shared(sequentials, method, baseline)
-    if not own:
-        return None
-    used = [*others, *own]
-    interval = statistic(_grid(others, read), _grid(own, read), _items(used))
-    return Measure(f"{method} against {baseline}", interval, fingerprints(select(used)))
-
-
-def _grid(records: Iterable[DomainSequence], read: Read) -> Runs:
-    """[O, S] values and errors of some records, by order and seed; NaN: no such run."""
-    found = {(record.order, record.seed): read(record) for record in records}
-    values = pd.Series({run: estimate.value for run, estimate in found.items()}).unstack()
-    stderr = pd.Series({run: estimate.stderr for run, estimate in found.items()}).unstack()
-    return Runs(*map(np.ascontiguousarray, (values, stderr.fillna(0.0))))
-
-
 def _items(records: Iterable[DomainSequence]) -> int:
     return max(record.items for record in records)
 
@@ -151,10 +188,10 @@ class Twins(NamedTuple):
     """Mean positive forgetting with the broad domain first."""
     later: float
     """The same with the broad domain where the order has it."""
-    difference: Interval
+    difference: Measure
     """``first - later``; negative: coming first lessens forgetting."""
     p: float
-    """Of a paired sign-flip test over the pairs."""
+    """Of a paired t-test over replicates."""
     pairs: int
     """How many (order, twin, seed) there are."""
     orders: int
@@ -168,24 +205,30 @@ def twins(records: Sequence[DomainSequence]) -> Twins | None:
         records: of one model and method. Pairs have the same seed.
     """
     by_run = {(tuple(record.sequence), record.seed): record for record in records}
-    later, first = [], []
+    pairs = []
     for (sequence, seed), record in by_run.items():
         broad = record.broad
         front = (broad, *(domain for domain in sequence if domain != broad))
         if sequence != front and (front, seed) in by_run:
-            later.append(record)
-            # Under the name of its twin: the pair is one order of the comparison.
-            first.append(replace(by_run[front, seed], order=record.order))
-    if not later:
+            pairs.append((record, by_run[front, seed]))
+    if not pairs:
         return None
-    values = [[forgotten(record).value for record in side] for side in (later, first)]
+    later, first = (by_replicate([pair[side] for pair in pairs], forgotten) for side in (0, 1))
+    records = [record for pair in pairs for record in pair]
+    difference = Measure(
+        records[0].method,
+        tuple(first),
+        tuple(first[seed].value - later[seed].value for seed in first),
+        None,
+        tuple(math.hypot(first[seed].stderr, later[seed].stderr) for seed in first),
+        _items(records),
+        fingerprints(records),
+    )
     return Twins(
-        float(np.mean(values[1])),
-        float(np.mean(values[0])),
-        statistics.summary_difference(
-            _grid(later, forgotten), _grid(first, forgotten), _items(later)
-        ),
-        statistics.paired_test(*values),
-        len(later),
-        len({record.order for record in later}),
+        float(np.mean([estimate.value for estimate in first.values()])),
+        float(np.mean([estimate.value for estimate in later.values()])),
+        difference,
+        paired_test(difference.numerator),
+        len(pairs),
+        len({record.order for record, _ in pairs}),
     )

@@ -10,10 +10,15 @@ import numpy as np
 import pandas as pd
 
 from steerlora.evaluation.scores import Estimate
-from steerlora.evaluation.statistics import Interval, combined_error
+from steerlora.evaluation.statistics import replicates_error
+from steerlora.reporting.effects import Measure
 from steerlora.reporting.labels import BANNER
 
 MISSING = "–"
+ERROR = "of items alone where there is one replicate"
+"""What a standard error is that is not over replicates, for captions."""
+OVER = "95 % interval over replicates"
+"""What the brackets behind a number are, for captions."""
 
 
 class Cell(NamedTuple):
@@ -149,12 +154,12 @@ def interval_text(
 
 
 def mean_and_error(name: str, scores: Sequence[Estimate | None]) -> dict[str, float]:
-    """Columns ``name`` and ``name_stderr`` of a CSV file: scores of several seeds, or NaN."""
+    """Columns ``name`` and ``name_stderr`` of a CSV file, of one score a replicate; NaN: none."""
     known = [score for score in scores if score is not None]
     if not known:
         return {name: np.nan, f"{name}_stderr": np.nan}
     values, errors = [score.value for score in known], [score.stderr for score in known]
-    return {name: float(np.mean(values)), f"{name}_stderr": combined_error(values, errors)}
+    return {name: float(np.mean(values)), f"{name}_stderr": replicates_error(values, errors)}
 
 
 def mean_text(row: pd.Series, name: str) -> str:
@@ -163,10 +168,10 @@ def mean_text(row: pd.Series, name: str) -> str:
     return text if MISSING in (text, error) else f"{text} ± {error}"
 
 
-def interval_fields(name: str, interval: Interval | None) -> dict[str, float]:
+def interval_fields(name: str, measure: Measure | None) -> dict[str, float]:
     """Columns ``name``, ``name_low`` and ``name_high`` of a CSV file; ``_percent`` of a name is
     left out of the bounds' columns."""
-    value, low, high = interval[:3] if interval is not None else (np.nan,) * 3
+    value, low, high = measure.interval[:3] if measure is not None else (np.nan,) * 3
     bounds = name.removesuffix("_percent")
     return {name: value, f"{bounds}_low": low, f"{bounds}_high": high}
 

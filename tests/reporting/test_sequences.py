@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from steerlora.cli import compose, sections
 from steerlora.evaluation.forgetting import forgetting_metrics
 from steerlora.evaluation.records import DomainSequence, GeneralKnowledge
 from steerlora.evaluation.scores import Estimate
+from steerlora.evaluation.statistics import holm
 from steerlora.reporting.orders import MAX_ORDERS, forgetting_table, order_effects_table
 from steerlora.reporting.own_method import aims, method_table
 from steerlora.reporting.sequences import (
@@ -70,10 +72,13 @@ def test_every_order_is_compared_with_its_own_twin():
     assert (effect.pairs, effect.orders) == (2, 1)
     assert effect.first == pytest.approx(0.25)
     assert effect.later == pytest.approx(0.6)
-    assert effect.difference.value == pytest.approx(-0.35)
-    assert effect.difference.low == pytest.approx(-0.4)  # the worse seed alone
-    assert effect.difference.high == pytest.approx(-0.3)
-    assert effect.p == 0.5  # two pairs can say no more
+    differences = [-0.3, -0.4]
+    interval = effect.difference.interval
+    assert interval.value == pytest.approx(-0.35)
+    assert interval[1:3] == pytest.approx(
+        stats.t.interval(0.95, 1, loc=-0.35, scale=stats.sem(differences))
+    )
+    assert effect.p == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
     with_twin = [*records, record("lora", ("instruction", "code", "math"), 0, 0.1)]
     assert (twins(with_twin).pairs, twins(with_twin).orders) == (3, 2)
     assert twins([record("lora", FIRST, 0, 0.2)]) is None
@@ -84,38 +89,62 @@ def test_one_twin_may_serve_several_orders():
     records += [record("lora", ("math", "instruction", "code"), 0, 0.4)]
     effect = twins(records)
     assert (effect.pairs, effect.orders) == (2, 2)
-    assert effect.difference.value == pytest.approx(-0.25)
+    assert effect.difference.interval.value == pytest.approx(-0.25)
+    assert not effect.difference.interval.known  # one replicate
 
 
 def test_order_effects_table_has_a_row_a_method_with_pairs(methods):
     records = [
-        record(name, o, s, 0.3) for name in ("lora", "a") for o in (FIRST, LAST) for s in (0, 1)
-    ]
+        record(name, o, s, 0.3 + 0.1 * s * (o == LAST))
+        for name in ("lora", "a") for o in (FIRST, LAST) for s in (0, 1)
+    ]  # fmt: skip
     records += [record("alone", LAST, 0, 0.3)]
     table = order_effects_table(records, methods)
     assert list(table.data.method) == ["lora", "a"]
     assert [row[2].text for row in table.rows] == ["2 (1)", "2 (1)"]
-    assert table.rows[0][5].text == "+0.000 [+0.000, +0.000]"
-    assert set(table.data.p_holm) == {1.0}
+    assert table.rows[0][5].text == "−0.050 [−0.685, +0.585]"
+    p_value = stats.ttest_1samp([0.0, -0.1], 0).pvalue
+    assert table.data.p_holm.tolist() == pytest.approx([min(1, 2 * p_value)] * 2)
     assert order_effects_table(records[-1:], methods) is None
 
 
 def test_ratio_and_p_value_use_only_runs_that_both_have():
-    records = [record("lora", FIRST, seed, 0.4) for seed in range(4)]
+    records = [record("lora", FIRST, seed, 0.4 + 0.01 * seed) for seed in range(4)]
     records += [record("own", FIRST, seed, 0.1) for seed in range(3)]
     records += [record("own", LAST, 0, 0.8)]  # lora never ran it
-    assert ratio(records, "own", "lora", forgotten).interval.value == pytest.approx(0.25)
-    assert ratio(records, "own", "lora", forgotten).interval.seeds == 3
+    measure = ratio(records, "own", "lora", forgotten)
+    assert measure.interval.value == pytest.approx(0.1 / 0.41)
+    assert measure.seeds == (0, 1, 2)
     assert ratio(records, "own", "lora", final).interval.value > 1
-    assert p_value(records, "own", "lora", forgotten) == pytest.approx(2 / 8)
+    differences = [0.1 - 0.4, 0.1 - 0.41, 0.1 - 0.42]
+    assert p_value(records, "own", "lora", forgotten) == pytest.approx(
+        stats.ttest_1samp(differences, 0).pvalue
+    )
     assert ratio(records, "own", "absent", forgotten) is None
     assert np.isnan(p_value(records, "own", "absent", forgotten))
 
 
+def test_orders_are_no_replicates():
+    """Runs of one replicate count once, over the orders that both methods ran in it."""
+    lost = {"lora": {FIRST: 0.4, LAST: 0.6}, "own": {FIRST: 0.1, LAST: 0.3}}
+    records = [
+        record(name, order, seed, value + 0.02 * seed)
+        for name, orders in lost.items()
+        for order, value in orders.items()
+        for seed in (0, 1)
+        if (name, order, seed) != ("own", LAST, 1)
+    ]
+    measure = ratio(records, "own", "lora", forgotten)
+    assert measure.numerator == pytest.approx((0.2, 0.12))
+    assert measure.denominator == pytest.approx((0.5, 0.42))
+    assert mean(records[:4], forgotten).numerator == pytest.approx((0.5, 0.52))
+
+
 def test_general_knowledge_kept():
     records = [record("own", FIRST, seed, 0.1, general=0.6 + 0.1 * seed) for seed in range(2)]
-    assert kept(records).value == pytest.approx(0.65 / 0.8)
-    assert kept(records).low == pytest.approx(0.6 / 0.8)
+    interval = kept(records).interval
+    assert interval.value == pytest.approx(0.65 / 0.8)
+    assert interval.high - interval.value == pytest.approx(12.706 * 0.05 / 0.8, rel=1e-4)
     unmeasured = [record("own", FIRST, 2, 0.1)]
     assert kept([*records, *unmeasured]) == kept(records)
     assert kept(unmeasured) is None
@@ -143,11 +172,20 @@ def study(
     lost = {"lora": 0.7, "sc_lora": 0.5, OWN: own_lost}
     lost |= {f"{OWN}_soft": 0.3, f"{OWN}_free": 0.4}
     return [
-        record(name, order, seed, part + 0.005 * seed, general=general if name == OWN else 0.3)
+        record(name, order, seed, part * (1 + 0.01 * seed), general=general if name == OWN else 0.3)
         for name, part in lost.items()
         for order in orders
         for seed in range(3)
     ]
+
+
+def p_holm(method, against=OWN):
+    """Of a method among all that `study` compares, from what it makes them lose."""
+    lost = {"lora": 0.7, "sc_lora": 0.5, OWN: 0.02, f"{OWN}_soft": 0.3, f"{OWN}_free": 0.4}
+    seeds = 1 + 0.01 * np.arange(3)
+    others = [name for name in lost if name != against]
+    tests = [stats.ttest_rel(lost[name] * seeds, lost[against] * seeds) for name in others]
+    return holm([test.pvalue for test in tests])[others.index(method)]
 
 
 def test_method_table(methods):
@@ -160,16 +198,17 @@ def test_method_table(methods):
         f"{OWN}: nothing frozen",
     ]
     own = data.loc[OWN]
-    assert own.positive_forgetting == pytest.approx(0.025)
-    assert own.forgetting_ratio == pytest.approx(0.025 / 0.705)
-    assert own.final_average == pytest.approx(0.8 - 2 / 3 * 0.025)
+    assert own.positive_forgetting == pytest.approx(0.0202)
+    assert own.positive_forgetting_stderr == pytest.approx(stats.sem([0.02, 0.0202, 0.0204]))
+    assert own.forgetting_ratio == pytest.approx(0.02 / 0.7)
+    assert own.final_average == pytest.approx(0.8 - 2 / 3 * 0.0202)
     assert own.general == pytest.approx(1.0)
     assert (own.runs, own.orders, own.seeds) == (12, 4, 3)
     assert np.isnan(own.p_holm)
     assert table.rows[2][1].text == "4 × 3"
     assert table.rows[2][2].best
     assert not table.rows[0][2].best
-    assert data.loc["lora"].p_holm == pytest.approx(4 * 0.001)  # four comparisons
+    assert data.loc["lora"].p_holm == pytest.approx(p_holm("lora"))
     assert np.isnan(data.loc["lora"].forgetting_ratio)
 
 
@@ -195,15 +234,26 @@ def test_aims(changes, verdicts, methods):
     assert [note.split(": ")[1].split(" ")[0].rstrip(".") for note in notes[:3]] == [
         verdict.split(" ")[0] for verdict in verdicts
     ]
-    assert "Orders: 4, seeds: 3." in notes[3]
+    assert "Orders: 4, replicates: 3." in notes[3]
 
 
 def test_an_aim_that_the_interval_only_touches_is_not_met(methods):
-    records = study()
-    noisy = [replace(r, stderr=np.full((4, 3), 0.1).tolist()) for r in records]
-    forgetting = aims(noisy, methods)[0]
-    assert forgetting.interval.value < 0.2 < forgetting.interval.high
+    spread = {0: 0.2, 1: 1.0, 2: 1.8}
+    records = [
+        record(r.method, r.sequence, r.seed, 0.1 * spread[r.seed]) if r.method == OWN else r
+        for r in study()
+    ]
+    forgetting = aims(records, methods)[0]
+    interval = forgetting.measure.interval
+    assert interval.value < 0.2 < interval.high
     assert forgetting.verdict == "not met"
+
+
+def test_aims_of_one_replicate_are_undecided(methods):
+    records = [r for r in study() if r.seed == 0]
+    assert [aim.verdict for aim in aims(records, methods)] == ["undecided"] * 3
+    note = method_table(records, "m", methods, meaningful=True).notes[0]
+    assert note == "Positive forgetting at most 0.2 of lora's: undecided (0.029)."
 
 
 def test_without_the_baseline_or_with_too_few_orders(methods):
@@ -214,7 +264,7 @@ def test_without_the_baseline_or_with_too_few_orders(methods):
         "not measured",
     ]
     few = method_table(study(orders=(FIRST,)), "m", methods, meaningful=True)
-    assert few.notes[3].endswith("Orders: 1, seeds: 3; the aims ask for at least 4 and 3.")
+    assert few.notes[3].endswith("Orders: 1, replicates: 3; the aims ask for at least 4 and 3.")
     assert (
         method_table([r for r in study() if r.method != OWN], "m", methods, meaningful=True) is None
     )
@@ -226,10 +276,11 @@ def test_forgetting_table_has_general_knowledge_and_p_values(methods):
     rows = table.data[table.data.order == "all"].set_index("method")
     assert rows.loc[OWN].general == pytest.approx(1.0)
     assert rows.loc["lora"].general == pytest.approx(0.375)
-    assert rows.loc[OWN].p_holm == pytest.approx(4 * 0.001)
+    assert rows.loc[OWN].p_holm == pytest.approx(p_holm(OWN, against="lora"))
     assert np.isnan(rows.loc["lora"].p_holm)
+    # Orders are no replicates: one order tells as much here as all four do.
     by_order = table.data[table.data.order == "-".join(LAST)].set_index("method")
-    assert by_order.loc[OWN].p_holm == 1.0  # of three pairs, 0.25 by four comparisons
+    assert by_order.loc[OWN].p_holm == pytest.approx(rows.loc[OWN].p_holm)
     assert "General kept" in table.columns
     assert all(len(row) == len(table.columns) for row in table.rows)
     bare = [replace(r, general=None) for r in study()]

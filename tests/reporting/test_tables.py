@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from steerlora.evaluation.forgetting import forgetting_metrics
+from steerlora.evaluation.statistics import holm
 from steerlora.reporting.controls import ablation_table, retrained_table
 from steerlora.reporting.labels import BANNER
 from steerlora.reporting.orders import forgetting_table
@@ -83,12 +85,16 @@ def test_scale_table(world, methods):
     assert row.instruction_following == pytest.approx(0.4355)
     assert row.instruction_following_gain == pytest.approx(0.0355)
     assert row.instruction_following_gain_low < 0.0355 < row.instruction_following_gain_high
+    assert row.instruction_following_stderr == pytest.approx(0.0005)  # of 0.435 and 0.436
     assert row.target_law == pytest.approx(0.6005)
     assert np.isnan(data.loc["micro_m", "none"].gsm8k_gain)
     assert list(data.index)[:4] == [("micro_s", a) for a in ("none", "lora", "moe_lora", "sc_lora")]
     assert all(len(cells) == len(table.columns) for cells in table.rows)
-    assert table.rows[1][3].text == "0.435 ± 0.012 (+0.035)"
+    assert table.rows[5][3].text == "0.436 ± 0.001 (+0.036)"
     assert not any(cell.best for row in table.rows for cell in row)  # all adapters are equal
+    one = scale_table(world.evaluations(seeds=(0,)), methods, meaningful=True)
+    assert one.rows[1][3].text == "0.435 ± 0.012 (+0.035)"  # the error of the items alone
+    assert "of items alone where there is one replicate" in one.caption
 
 
 def test_scale_table_where_not_every_task_was_asked_for(world, methods):
@@ -103,8 +109,8 @@ def test_scale_table_where_not_every_task_was_asked_for(world, methods):
     table = scale_table(records, methods, meaningful=True)
     row = table.data.set_index("method").loc["sc_lora"]
     assert row.instruction_following_gain == pytest.approx(0.0355)
-    # Without pairing, both models' errors count: 1.96 * sqrt(2) * 0.01 on either side.
-    assert row.instruction_following_gain_high - 0.0355 > 0.02
+    # Replicates are paired, and no items are needed for it.
+    assert row.instruction_following_gain_high - 0.0355 == pytest.approx(12.706 * 0.0005, rel=1e-3)
     assert "MMLU-Pro" not in table.columns
     assert "law" not in table.columns
 
@@ -113,10 +119,17 @@ def test_ablation_table(world, methods):
     table = ablation_table([world.ablation(0), world.ablation(1)])
     data = table.data.set_index(["intervention", "domain"])
     row = data.loc["invert", "average"]
-    assert row.drop_percent == pytest.approx(100 * (1 - 0.229 / 0.601), abs=0.01)
+    intact, inverted = np.array([0.6, 0.602]), 0.6 * 0.38 + np.array([0.0, 0.002]) * 0.38**2
+    assert row.drop_percent == pytest.approx(100 * (1 - inverted.mean() / intact.mean()))
     assert row.drop_low < row.drop_percent < row.drop_high
     assert (row.seeds, row["items"]) == (2, 500)
-    assert row.p_holm == pytest.approx(9 * 0.001)  # nine interventions, each at the least p-value
+    p_values = {
+        name: stats.ttest_rel(*(np.array([0.0, 0.002]) * k**2 + 0.6 * k for k in (1.0, kept)))[1]
+        for name, kept in world.kept.items()
+        if name != "intact"
+    }
+    expected = holm(list(p_values.values()))[list(p_values).index("invert")]
+    assert row.p_holm == pytest.approx(expected)
     intact, inverted = (
         np.concatenate(
             [
