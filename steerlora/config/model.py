@@ -71,7 +71,7 @@ class ModelConfig:
     """Optimizer steps of the pretraining here at most; it ends when the loss on held-out text no
     longer falls. At least 1."""
 
-    tolerance: float = 0.01
+    tolerance: float = 0.03
     """Share by which the loss on held-out text must fall below its lowest so far to be progress in
     the pretraining here. Greater than 0, below 1."""
 

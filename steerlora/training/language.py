@@ -65,7 +65,7 @@ WARM_UP = 30
 """Steps over which the rates of pretraining rise."""
 EVERY = 25
 """Steps between two looks at the held-out text."""
-PATIENCE = 4
+PATIENCE = 3
 """Looks in a row without progress after which the rates fall."""
 
 
