@@ -23,6 +23,7 @@ from steerlora.evaluation.records import (
     Record,
     read_record,
 )
+from steerlora.reporting.calibration import read_studies, write_calibration
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.report import Report, write_report
 from steerlora.reporting.runs import open_run
@@ -120,26 +121,32 @@ def report(config: Config, planned: Plan, run: RunReport) -> Report:
             for step, replicate in planned
         ]
 
+    study, directory = config.study, Path(config.results.dir)
+    given = {
+        "evaluations": records(planned.evaluations, evaluate.SCORES, Evaluation),
+        "ablations": records(planned.ablations, causal_ablation.RESULT, Ablation),
+        "sequentials": records(planned.sequentials, sequential_forgetting.RESULT, DomainSequence),
+        "methods": methods(study),
+        "name": study.name,
+        "meaningful": study.meaningful,
+        "provenance": provenance(config, planned, run),
+        "main_model": study.main_model,
+    }
+    calibration = Path(study.calibration) if study.calibration else None
+    known = read_studies(calibration) if calibration and calibration.is_file() else None
     try:
-        written = write_report(
-            Path(config.results.dir),
-            evaluations=records(planned.evaluations, evaluate.SCORES, Evaluation),
-            ablations=records(planned.ablations, causal_ablation.RESULT, Ablation),
-            sequentials=records(planned.sequentials, sequential_forgetting.RESULT, DomainSequence),
-            methods=methods(config.study),
-            name=config.study.name,
-            meaningful=config.study.meaningful,
-            provenance=provenance(config, planned, run),
-            main_model=config.study.main_model,
-        )
+        written = write_report(directory, **given, studies=known)
+        tables = dict(written.tables)
+        if study.calibrate:
+            tables |= write_calibration(directory, **given, sizes=study.calibrate).tables
     except OSError as error:
         raise UserError(
             f"cannot write the report into {config.results.dir} ({error.strerror}): make room or "
             "give results.dir=<folder>; what was built is kept"
         ) from error
-    name = f"report {config.study.name}"
+    name = f"report {study.name}"
     with open_run(config.logger, job_type="report", name=name, config=asdict(config)) as log:
-        for table, frame in written.tables.items():
+        for table, frame in tables.items():
             log.table(table, list(frame.columns), frame.astype(object).values.tolist())
         claims = [[c.id, c.paper, c.ours, c.verdict] for c in written.claims]
         log.table("claims", ["claim", "paper", "ours", "verdict"], claims)

@@ -151,6 +151,16 @@ class StudyConfig:
     variants: dict[str, str] = field(default_factory=dict)
     """{a method that is ``own_method`` with one thing changed: what is changed}."""
 
+    calibrate: list[int] = field(default_factory=list)
+    """Numbers of replicates of smaller studies, drawn from this one's, whose intervals and verdicts
+    the report compares with the replicates that they leave out. Each at least 2 and less than the
+    number of ``seeds``. Empty compares none."""
+
+    calibration: str | None = None
+    """``calibration.json`` of a study with ``calibrate``, from which the report says how often
+    studies of this size came to a claim's verdict. Null, or a file that is not there: it does
+    not."""
+
     workers: int = 1
     """Number of stages that are built at the same time, each in a process of its own. At least
     1."""
@@ -167,6 +177,12 @@ class StudyConfig:
             raise UserError(f"study.vary=[]: give some of {', '.join(PARTS)}")
         for part in self.vary:
             one_of("study.vary", part, PARTS)
+        for size in self.calibrate:
+            if not 2 <= size < len(self.seeds):
+                raise UserError(
+                    f"study.calibrate={self.calibrate}: give numbers from 2 to "
+                    f"{len(self.seeds) - 1}, so that some of study.seeds={self.seeds} is left out"
+                )
         for dose in self.doses:
             if not 0 < dose < 1:
                 raise UserError(f"study.doses={self.doses}: give strengths above 0 and below 1")

@@ -210,7 +210,14 @@ def memory_training(folder: Path, trainer: TrainerConfig) -> None:
 def pretraining(folder: Path, trainer: TrainerConfig) -> None:
     """Every weight trains, one of them tied."""
     base = model()
-    module = PretrainingModule(base.train(), learning_rate=3e-3, total_steps=STEPS)
+    module = PretrainingModule(
+        base.train(),
+        matrix_learning_rate=0.02,
+        learning_rate=3e-3,
+        held_out=[chats()(0)],
+        tolerance=0.03,
+        most_steps=STEPS,
+    )
     facts = train(module, chats(), folder, trainer)
     assert base.lm_head.weight is base.model.embed_tokens.weight
     note(folder, facts, dict(base.named_parameters()))
@@ -247,7 +254,8 @@ def runs(strategies: dict[str, dict]) -> dict[str, tuple]:
     for name, options in strategies.items():
         found[f"adapter {name}"] = (adapter_training, options, {})
         found[f"memory {name}"] = (memory_training, options, {})
-        found[f"base {name}"] = (pretraining, options, {})
+        if options["strategy"] in ("single", "ddp"):  # whole on every rank, always
+            found[f"base {name}"] = (pretraining, options, {})
         found[f"sae {name}"] = (sae_training, options, {})
         found[f"relu {name}"] = (sae_training, options, {"architecture": "relu"})
         # Of parts that a rank takes in turn, load balance sees one at a time.

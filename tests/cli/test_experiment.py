@@ -1,0 +1,74 @@
+"""What an experiment is made of: replicates, and what of them varies."""
+
+import pytest
+
+from steerlora.cli import compose, experiment
+from steerlora.errors import UserError
+
+SMOKE = ("experiment=smoke", "study.seeds=[4,7]", "study.interventions=[shuffle]")
+
+
+def planned(*changes: str) -> experiment.Plan:
+    overrides = [*SMOKE, *changes]
+    return experiment.plan(compose.load(overrides), lambda *more: compose.load([*overrides, *more]))
+
+
+def upstream(step, stage: str) -> set[str]:
+    """Fingerprints of the steps of a stage that a step rests on, itself included."""
+    found = {step.fingerprint} if step.stage == stage else set()
+    return found.union(*(upstream(other, stage) for other in step.upstream))
+
+
+def varied(plan: experiment.Plan) -> dict[str, int]:
+    """{stage: how many artifacts of it the two ablations rest on}"""
+    ablations = [step for step, _ in plan.ablations]
+    assert len(ablations) == 2
+    return {
+        stage: len(set.union(*(upstream(step, stage) for step in ablations)))
+        for stage in ("domains", "base", "sae_training", "adapter_training")
+    }
+
+
+@pytest.mark.parametrize(
+    ("vary", "counts"),
+    [
+        ("[base,sae,adapter]", (1, 2, 2, 2)),
+        ("[base]", (1, 2, 2, 2)),  # what is trained on another base is another
+        ("[sae]", (1, 1, 2, 2)),
+        ("[adapter]", (1, 1, 1, 2)),
+    ],
+)
+def test_a_replicate_makes_anew_what_varies(vary, counts):
+    plan = planned(f"study.vary={vary}")
+    assert tuple(varied(plan).values()) == counts
+    for part in (plan.ablations, plan.sequentials):
+        assert {replicate for _, replicate in part} == {4, 7}
+
+
+def test_what_does_not_vary_has_the_first_seed():
+    for step, _ in planned("study.vary=[base]").ablations:
+        assert step.config.seed == 4
+    assert [step.config.seed for step, _ in planned("study.vary=[adapter]").ablations] == [4, 7]
+
+
+def test_every_replicate_scores_its_own_base_and_one_that_all_share_is_scored_once():
+    def bases(*changes: str) -> list[int]:
+        plan = planned(*changes)
+        return [r for step, r in plan.evaluations if step.config.method == "base"]
+
+    assert bases() == [4, 7]
+    assert bases("study.vary=[sae,adapter]") == [4]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("study.vary=[]", "study.vary=\\[\\]: give some of base, sae, adapter"),
+        ("study.vary=[bases]", "study.vary=bases: .*base"),
+        ("study.seeds=[1,1]", "study.seeds=\\[1, 1\\]: give each seed once"),
+        ("study.calibrate=[2]", "study.calibrate=\\[2\\]: give numbers from 2 to 1"),
+    ],
+)
+def test_a_study_that_makes_no_sense_is_refused(override, message):
+    with pytest.raises(UserError, match=message):
+        planned(override)
