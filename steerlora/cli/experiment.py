@@ -135,7 +135,13 @@ def report(config: Config, planned: Plan, run: RunReport) -> Report:
     calibration = Path(study.calibration) if study.calibration else None
     known = read_studies(calibration) if calibration and calibration.is_file() else None
     try:
-        written = write_report(directory, **given, studies=known)
+        written = write_report(
+            directory,
+            **given,
+            studies=known,
+            varied=_varied(config),
+            least_general=study.least_general,
+        )
         tables = dict(written.tables)
         if study.calibrate:
             tables |= write_calibration(directory, **given, sizes=study.calibrate).tables
@@ -151,6 +157,12 @@ def report(config: Config, planned: Plan, run: RunReport) -> Report:
         claims = [[c.id, c.paper, c.ours, c.verdict] for c in written.claims]
         log.table("claims", ["claim", "paper", "ours", "verdict"], claims)
     return written
+
+
+def _varied(config: Config) -> list[str]:
+    """What every replicate has of its own: a base or SAEs that are given are nobody's."""
+    given = {"base": config.model.path, "sae": config.sae.path}
+    return [part for part in PARTS if part in config.study.vary and not given.get(part)]
 
 
 def methods(study: StudyConfig) -> Methods:

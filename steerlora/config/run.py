@@ -151,6 +151,10 @@ class StudyConfig:
     variants: dict[str, str] = field(default_factory=dict)
     """{a method that is ``own_method`` with one thing changed: what is changed}."""
 
+    least_general: float | None = None
+    """General knowledge, from 0 to 1, that every base should have; the report names those that
+    have less. Null names none."""
+
     calibrate: list[int] = field(default_factory=list)
     """Numbers of replicates of smaller studies, drawn from this one's, whose intervals and verdicts
     the report compares with the replicates that they leave out. Each at least 2 and less than the
@@ -177,6 +181,8 @@ class StudyConfig:
             raise UserError(f"study.vary=[]: give some of {', '.join(PARTS)}")
         for part in self.vary:
             one_of("study.vary", part, PARTS)
+        if self.least_general is not None:
+            share("study", self, "least_general")
         for size in self.calibrate:
             if not 2 <= size < len(self.seeds):
                 raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pandas as pd
 from matplotlib import rc_context
 from rich.table import Table as TerminalTable
 
+from steerlora.config.run import PARTS
 from steerlora.engine.manifests import library_versions
 from steerlora.evaluation.records import Ablation, DomainSequence, Evaluation, Record
 from steerlora.reporting import figures, routing_figures, sequence_figures
@@ -77,6 +79,8 @@ def write_report(
     provenance: dict,
     main_model: str,
     studies: Studies | None = None,
+    varied: Sequence[str] = (),
+    least_general: float | None = None,
 ) -> Report:
     """Write everything that the records allow; what has no records is left out.
 
@@ -94,13 +98,17 @@ def write_report(
         provenance: anything JSON that says where the numbers came from (config, times, commit).
         main_model: the model whose ablation, sequences and routing are shown and measured.
         studies: which verdicts a calibration study saw (`steerlora.reporting.calibration`).
+        varied: what every replicate has of its own, such as "base" or "adapter".
+        least_general: as for `scale_table`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     provided = [*evaluations, *ablations, *sequentials]
     controls, evaluations = retrained(evaluations), uncontrolled(evaluations)
     sequentials = apart_by_replay(sequentials)
     built = {
-        "scale": scale_table(evaluations, methods, meaningful=meaningful),
+        "scale": scale_table(
+            evaluations, methods, meaningful=meaningful, least_general=least_general
+        ),
         "ablation": ablation_table(ablations),
         "retrained": retrained_table(controls, evaluations, ablations),
         "forgetting": forgetting_table(sequentials, methods, meaningful=meaningful),
@@ -121,7 +129,7 @@ def write_report(
         "claims.md": claims_markdown(claims, name=name, meaningful=meaningful, studies=studies),
         "claims.json": claims_json(claims, name=name, meaningful=meaningful),
         "provenance.json": provenance_json(provenance, name, meaningful, provided),
-        "results.md": _index(name, meaningful, claims, tables, drawn),
+        "results.md": _index(name, meaningful, varied, claims, tables, drawn),
     }
     for file, text in texts.items():
         (directory / file).write_text(text, encoding="utf-8")
@@ -180,9 +188,15 @@ def provenance_json(given: dict, name: str, meaningful: bool, records: list[Reco
 
 
 def _index(
-    name: str, meaningful: bool, claims: tuple[Claim, ...], tables: list[Table], drawn: list[Path]
+    name: str,
+    meaningful: bool,
+    varied: Sequence[str],
+    claims: tuple[Claim, ...],
+    tables: list[Table],
+    drawn: list[Path],
 ) -> str:
     parts = [
+        *_replicates(varied),
         "## Claims",
         claims_grid(claims),
         "How each is measured and judged: [claims.md](claims.md), for programs "
@@ -200,3 +214,20 @@ def _index(
     for file in drawn:
         parts.append(f"![{FIGURES[file.stem]}]({file.name})\n\n{FIGURES[file.stem]}")
     return page(parts, meaningful=meaningful, title=f"Results: {name}")
+
+
+def _replicates(varied: Sequence[str]) -> list[str]:
+    """What a replicate is, in a sentence."""
+    if not varied:
+        return []
+    same = [part for part in PARTS if part not in varied]
+    return [
+        f"A replicate has its own {_listed(varied)}, and order of the data; "
+        f"{_listed([*same, 'world', 'evaluation items'])} are the same in all."
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """``base, SAE and adapter``"""
+    shown = [name.replace("sae", "SAE") for name in names]
+    return " and ".join(part for part in (", ".join(shown[:-1]), shown[-1]) if part)

@@ -21,11 +21,24 @@ from steerlora.reporting.tables import (
     row_of,
 )
 
+GENERAL = "general_knowledge"
+
 
 def scale_table(
-    evaluations: list[Evaluation], methods: Methods, *, meaningful: bool
+    evaluations: list[Evaluation],
+    methods: Methods,
+    *,
+    meaningful: bool,
+    least_general: float | None = None,
 ) -> Table | None:
-    """Every model, base and adapted: task-group averages, target domains, gains over base."""
+    """Every model, base and adapted: task-group averages, target domains, gains over base.
+
+    Args:
+        evaluations: of models without any intervention.
+        methods: the parts that methods have in the report.
+        meaningful: False for a smoke run, which has no leaders.
+        least_general: general knowledge that every base should have; a note says which have not.
+    """
     if not evaluations:
         return None
     rows = [
@@ -53,7 +66,21 @@ def scale_table(
         "in brackets the gain over the base model; bold leads its model's adapters by more than "
         "the standard errors explain."
     )
-    return Table("scale", caption, data, ["Model", "Method", "Replicates", *headings], cells)
+    notes = () if least_general is None else (_knowledge_note(evaluations, least_general),)
+    columns = ["Model", "Method", "Replicates", *headings]
+    return Table("scale", caption, data, columns, cells, notes)
+
+
+def _knowledge_note(evaluations: list[Evaluation], least: float) -> str:
+    """Which bases know less than they should."""
+    scores = {
+        f"{record.model} of replicate {record.seed}": record.averages[GENERAL].value
+        for record in select(evaluations, method=BASE)
+        if GENERAL in record.averages
+    }
+    short = [f"{name} ({number(value)})" for name, value in scores.items() if value < least]
+    said = f"Bases with general knowledge below {number(least, 2)}, of {len(scores)}: "
+    return said + (", ".join(short) if short else "none") + "."
 
 
 def _score_text(row: pd.Series, name: str) -> str:

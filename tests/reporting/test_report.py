@@ -195,3 +195,23 @@ def test_scores_that_are_no_accuracies(tmp_path, make_world, methods):
     verdicts = {claim.id: claim.verdict for claim in written.claims}
     assert verdicts["C4"] == "not measured"  # a percentage of a negative score means nothing
     assert verdicts["C1"] == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("varied", "sentence"),
+    [
+        (
+            ("base", "sae", "adapter"),
+            "A replicate has its own base, SAE and adapter, and order of the data; world and "
+            "evaluation items are the same in all.",
+        ),
+        (
+            ("adapter",),
+            "A replicate has its own adapter, and order of the data; base, SAE, world and "
+            "evaluation items are the same in all.",
+        ),
+    ],
+)
+def test_the_report_says_what_a_replicate_is(tmp_path, methods, varied, sentence):
+    report(tmp_path, methods, varied=varied)
+    assert sentence in (tmp_path / "results.md").read_text()

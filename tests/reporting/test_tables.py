@@ -97,6 +97,27 @@ def test_scale_table(world, methods):
     assert "of items alone where there is one replicate" in one.caption
 
 
+def test_bases_that_know_too_little_are_named(world, methods):
+    def with_general(record, value):
+        changed = replace(record.averages["general_knowledge"], value=value)
+        return replace(record, averages={**record.averages, "general_knowledge": changed})
+
+    knows = {("micro_s", 0): 0.98, ("micro_s", 1): 0.979, ("micro_m", 0): 1.0, ("micro_m", 1): 0.5}
+    records = [
+        with_general(record, knows[record.model, record.seed])
+        for record in world.evaluations(models=("micro_s", "micro_m"))
+        if record.method == "none"
+    ]
+    (note,) = scale_table(records, methods, meaningful=True, least_general=0.98).notes
+    assert note == (
+        "Bases with general knowledge below 0.98, of 4: micro_s of replicate 1 (0.979), micro_m of "
+        "replicate 1 (0.500)."
+    )
+    (note,) = scale_table(records[:1], methods, meaningful=True, least_general=0.98).notes
+    assert note == "Bases with general knowledge below 0.98, of 1: none."
+    assert not scale_table(records, methods, meaningful=True).notes
+
+
 def test_scale_table_where_not_every_task_was_asked_for(world, methods):
     records = [
         replace(

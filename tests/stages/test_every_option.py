@@ -143,6 +143,7 @@ CHANGES = {
     "study.scale_methods": None,  # only with a second model, covered below
     "study.scale_seeds": None,
     "study.seeds": "[3]",
+    "study.vary": "[adapter]",
     "study.interventions": "[shuffle]",
     "study.doses": "[0.5]",
     "study.retrained": None,  # its variants' own options: covered below
@@ -181,6 +182,9 @@ HOW_NOT_WHAT = {
     "study.name",
     "study.meaningful",
     "study.workers",
+    "study.least_general",
+    "study.calibrate",
+    "study.calibration",
     "study.paper_method",
     "study.baseline_method",
     "study.dense_method",
