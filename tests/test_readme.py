@@ -148,6 +148,9 @@ def shrunk(command: str, text_folder: Path, root: Path, pretrained: Path) -> lis
         tiny |= {"model.path": pretrained, "model.thinking": "null", "sae.path": "null"}
     if "experiment=continual" in words:
         tiny |= {"study.sequential_methods": "[lora,sc_lora_context]"}
+    if "experiment=calibration" in words:
+        tiny |= {"study.seeds": "[0,1,2]", "study.scale_seeds": "[0,1,2]", "study.calibrate": "[2]"}
+        tiny |= {"study.models": "[micro_m]", "study.interventions": "[shuffle]"}
     if "experiment=micro_full" in words:
         tiny |= {f"study.{those}methods": "[lora,sc_lora]" for those in ("", "scale_")}
         tiny |= {"study.sequential_methods": "[lora,sc_lora]"}
