@@ -12,7 +12,7 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from steerlora.evaluation.statistics import CONFIDENCE, ratio_estimate, t_quantile
 
@@ -48,7 +48,7 @@ def student_and_items(samples: Samples) -> Bounds:
     """Student's t, its half-width and that of the items' normal interval added in squares."""
     value, error = ratio_estimate(samples.numerator, samples.denominator)
     across = t_quantile(samples.numerator.shape[1]) * error
-    return _around(value, np.hypot(across, stats.norm.isf(TAIL) * _item_error(samples)))
+    return _around(value, np.hypot(across, -special.ndtri(TAIL) * _item_error(samples)))
 
 
 def percentile(samples: Samples) -> Bounds:

@@ -219,28 +219,34 @@ def measured_coverage(checked: Sequence[Quantity], studies: dict[int, np.ndarray
         (whether it holds the mean of the others, without and with `_scale`), width (in units of
         that of Student's t).
     """
+    sides = [_sides(quantity) for quantity in checked]
+    errors = [np.array(quantity.measure.item_errors) for quantity in checked]
     parts = []
     for size, chosen in studies.items():
-        for quantity in checked:
-            above, below = _sides(quantity)
-            left = np.ones((len(chosen), len(above)))
-            np.put_along_axis(left, chosen, 0.0, axis=1)
-            truth = (left @ above) / (left @ below)
-            errors = np.array(quantity.measure.item_errors)
-            samples = Samples(above[chosen], below[chosen], errors[chosen])
-            value, _ = ratio_estimate(samples.numerator, samples.denominator)
-            bounds = {name: method(samples) for name, method in METHODS.items()}
-            unit = bounds[REFERENCE].high - bounds[REFERENCE].low
-            for name, (low, high) in bounds.items():
-                known = np.isfinite(low) & np.isfinite(high)
-                scale = _scale(size, len(above))
-                held = {
-                    kind: np.where(known, _holds(truth, value, low, high, by), np.nan)
-                    for kind, by in (("raw", 1.0), ("scaled", scale))
-                }
-                width = np.divide(high - low, unit, where=unit > 0, out=np.full_like(unit, np.nan))
-                where = {"method": name, "replicates": size, "family": quantity.family}
-                parts.append(pd.DataFrame({**where, "known": known, **held, "width": width}))
+        others = np.ones((len(chosen), len(errors[0])))
+        np.put_along_axis(others, chosen, 0.0, axis=1)
+        truths = [(others @ above) / (others @ below) for above, below in sides]
+        samples = [
+            Samples(above[chosen], below[chosen], error[chosen])
+            for (above, below), error in zip(sides, errors, strict=True)
+        ]
+        truth = np.array(truths)  # [Q, N], like all that follow
+        value = np.array([ratio_estimate(one.numerator, one.denominator)[0] for one in samples])
+        bounds = {
+            name: np.array([method(one) for one in samples]).swapaxes(0, 1)
+            for name, method in METHODS.items()
+        }
+        unit = np.ptp(bounds[REFERENCE], axis=0)
+        for name, (low, high) in bounds.items():
+            known = np.isfinite(low) & np.isfinite(high)
+            held = {
+                kind: np.where(known, _holds(truth, value, low, high, scale), np.nan).ravel()
+                for kind, scale in (("raw", 1.0), ("scaled", _scale(size, len(errors[0]))))
+            }
+            width = np.divide(high - low, unit, where=unit > 0, out=np.full_like(unit, np.nan))
+            columns = {"method": name, "replicates": size, "known": known.ravel(), **held}
+            family = np.repeat([quantity.family for quantity in checked], len(chosen))
+            parts.append(pd.DataFrame({**columns, "family": family, "width": width.ravel()}))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -297,7 +303,7 @@ def coverage_table(
         f"Coverage: the share of studies of so many of {count} replicates whose 95 % interval "
         "holds the mean (of a ratio: the ratio of means) of the replicates left out, over "
         f"{len(checked)} numbers of the report. As it is, and with its half-width times "
-        "√(1 + S/(R − S)): the mean of the R − S left out has an error of its own, which "
+        "sqrt(1 + S/(R − S)): the mean of the R − S left out has an error of its own, which "
         "this makes up for, so that a perfect t interval holds it in 95 % of studies. "
         f"Covers: {LEAST_COVERED} to {MOST_COVERED}. Width: median, in that of {REFERENCE}. "
         "By family, scaled: "
@@ -331,7 +337,8 @@ def coverage_figure(data: pd.DataFrame) -> Figure:
     rows = data[(data.family == EVERY) & data.scaled.notna()]
     for index, (method, own) in enumerate(rows.groupby("method", sort=False)):
         colour = COLOURS[index % len(COLOURS)]
-        axis.plot(own.replicates, own.scaled, "o-", color=colour, markersize=4, label=method)
+        line = "o--" if method == REFERENCE else "o-"  # which another method may lie under
+        axis.plot(own.replicates, own.scaled, line, color=colour, markersize=4, label=method)
     axis.set_xticks(sorted(rows.replicates.unique()))
     axis.grid(axis="y")
     axis.set(xlabel="replicates of a study", ylabel="share of 95 % intervals that hold")

@@ -30,7 +30,7 @@ RULE = (
     "paper's figure implies. "
     "**not measured**: there is no effect to measure. "
     "**direction reproduced**: every 95 % interval lies wholly above zero. "
-    "**in range**: it does, and every interval also meets the paper's range. "
+    "**in range**: they do, and all also meet the paper's range. "
     "**not reproduced**: some interval lies wholly below the smallest size, and not wholly above "
     "zero. "
     "**undecided**: neither, or one replicate, which has no interval. "
