@@ -72,7 +72,7 @@ def plan(config: Config, compose: Compose) -> Plan:
     evaluations, ablations, sequentials = [], [], []
 
     def of_replicate(seed: int, *options: str) -> Config:
-        return compose(*options, *_replicate(study, seed))
+        return compose(*options, *_replicate(compose(*options), seed))
 
     for model in study.models:
         main, scored = model == study.main_model, set()
@@ -98,10 +98,17 @@ def plan(config: Config, compose: Compose) -> Plan:
     return Plan(tuple(evaluations), tuple(ablations), tuple(sequentials))
 
 
-def _replicate(study: StudyConfig, seed: int) -> list[str]:
+def _replicate(config: Config, seed: int) -> list[str]:
     """Overrides for a replicate: what varies has its seed, the rest that of the first."""
     keys = dict(zip(PARTS, ("model.seed", "sae.seed", "seed"), strict=True))
-    return [f"{key}={seed if part in study.vary else study.seeds[0]}" for part, key in keys.items()]
+    first, own = config.study.seeds[0], varied(config)
+    return [f"{key}={seed if part in own else first}" for part, key in keys.items()]
+
+
+def varied(config: Config) -> list[str]:
+    """What every replicate has of its own; a base or SAEs that are given are the same in all."""
+    given = {"base": config.model.path, "sae": config.sae.path}
+    return [part for part in PARTS if part in config.study.vary and not given.get(part)]
 
 
 def _order(name: str) -> list[str]:
@@ -139,7 +146,7 @@ def report(config: Config, planned: Plan, run: RunReport) -> Report:
             directory,
             **given,
             studies=known,
-            varied=_varied(config),
+            varied=varied(config),
             least_general=study.least_general,
         )
         tables = dict(written.tables)
@@ -157,12 +164,6 @@ def report(config: Config, planned: Plan, run: RunReport) -> Report:
         claims = [[c.id, c.paper, c.ours, c.verdict] for c in written.claims]
         log.table("claims", ["claim", "paper", "ours", "verdict"], claims)
     return written
-
-
-def _varied(config: Config) -> list[str]:
-    """What every replicate has of its own: a base or SAEs that are given are nobody's."""
-    given = {"base": config.model.path, "sae": config.sae.path}
-    return [part for part in PARTS if part in config.study.vary and not given.get(part)]
 
 
 def methods(study: StudyConfig) -> Methods:

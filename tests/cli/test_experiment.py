@@ -4,6 +4,7 @@ import pytest
 
 from steerlora.cli import compose, experiment
 from steerlora.errors import UserError
+from steerlora.evaluation.records import BASE
 
 SMOKE = ("experiment=smoke", "study.seeds=[4,7]", "study.interventions=[shuffle]")
 
@@ -19,7 +20,7 @@ def upstream(step, stage: str) -> set[str]:
     return found.union(*(upstream(other, stage) for other in step.upstream))
 
 
-def varied(plan: experiment.Plan) -> dict[str, int]:
+def counted(plan: experiment.Plan) -> dict[str, int]:
     """{stage: how many artifacts of it the two ablations rest on}"""
     ablations = [step for step, _ in plan.ablations]
     assert len(ablations) == 2
@@ -40,7 +41,7 @@ def varied(plan: experiment.Plan) -> dict[str, int]:
 )
 def test_a_replicate_makes_anew_what_varies(vary, counts):
     plan = planned(f"study.vary={vary}")
-    assert tuple(varied(plan).values()) == counts
+    assert tuple(counted(plan).values()) == counts
     for part in (plan.ablations, plan.sequentials):
         assert {replicate for _, replicate in part} == {4, 7}
 
@@ -51,10 +52,20 @@ def test_what_does_not_vary_has_the_first_seed():
     assert [step.config.seed for step, _ in planned("study.vary=[adapter]").ablations] == [4, 7]
 
 
+def test_a_base_and_saes_that_are_given_are_the_same_in_all(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    of_sae = counted(planned(f"sae.path={tmp_path}"))
+    assert (of_sae["base"], of_sae["sae_training"], of_sae["adapter_training"]) == (2, 2, 2)
+    plan = planned(f"model.path={tmp_path}", f"sae.path={tmp_path}")
+    assert tuple(counted(plan).values()) == (1, 1, 1, 2)
+    config = compose.load([*SMOKE, f"model.path={tmp_path}"])
+    assert experiment.varied(config) == ["sae", "adapter"]
+
+
 def test_every_replicate_scores_its_own_base_and_one_that_all_share_is_scored_once():
     def bases(*changes: str) -> list[int]:
         plan = planned(*changes)
-        return [r for step, r in plan.evaluations if step.config.method == "base"]
+        return [r for step, r in plan.evaluations if step.config.method == BASE]
 
     assert bases() == [4, 7]
     assert bases("study.vary=[sae,adapter]") == [4]
