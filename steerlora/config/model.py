@@ -68,12 +68,18 @@ class ModelConfig:
     """Published SAEs of this model, the default of ``sae.path``. Null trains them here."""
 
     steps: int = 4000
-    """Optimizer steps of the pretraining here at most; it ends when the loss on held-out text no
-    longer falls. At least 1."""
+    """Optimizer steps of the pretraining here at most; it ends by ``target_loss`` or ``tolerance``.
+    At least 1."""
+
+    target_loss: float | None = None
+    """Loss on held-out text, in nats a response token, at which the rates of the pretraining here
+    begin to fall, so that models of one level come out of it. Greater than 0; null: they fall when
+    that loss no longer does."""
 
     tolerance: float = 0.03
     """Share by which the loss on held-out text must fall below its lowest so far to be progress in
-    the pretraining here. Greater than 0, below 1."""
+    the pretraining here; without any for three looks in a row the rates fall. Greater than 0, below
+    1."""
 
     batch_size: int = 64
     """Documents in a step of the pretraining here. At least 1."""
@@ -98,7 +104,7 @@ class ModelConfig:
             "model",
             self,
             "layers width heads kv_heads head_width ffn_width vocabulary steps batch_size "
-            "tolerance learning_rate matrix_learning_rate prompt_weight",
+            "target_loss tolerance learning_rate matrix_learning_rate prompt_weight",
         )
         if self.thinking is not None and self.path is None:
             raise UserError(

@@ -170,6 +170,7 @@ def _pretrain(context: Context, settings: BaseSettings) -> tuple[Qwen3ForCausalL
         matrix_learning_rate=shape.matrix_learning_rate,
         learning_rate=shape.learning_rate,
         held_out=list(batches_by_length(held_out, HELD_OUT_BATCH, tokenizer.pad_token_id)),
+        target_loss=shape.target_loss or 0.0,
         tolerance=shape.tolerance,
         most_steps=shape.steps,
     )

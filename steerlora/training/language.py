@@ -87,21 +87,23 @@ class PretrainingModule(L.LightningModule):
     """A whole model on documents, for as long as its loss on held-out ones falls: Muon for the
     matrices of its layers, AdamW for the rest.
 
-    After a short rise the rates stay until the held-out loss no longer falls, and then go to zero
-    over half as many steps again: the trapezoid of Hägele et al. 2024 (arXiv 2405.18392), with its
-    length found on the way.
+    After a short rise the rates stay until the held-out loss has come down to a given level, or no
+    longer falls, and then go to zero over half as many steps again: the trapezoid of Hägele et al.
+    2024 (arXiv 2405.18392), with its length found on the way.
 
     Args:
         model: every weight trains.
         matrix_learning_rate: Muon's peak.
         learning_rate: AdamW's peak, for embeddings and norms.
         held_out: text that does not train; labels where its loss counts.
+        target_loss: level of the held-out loss, in nats a token; 0: there is none to reach.
         tolerance: share by which the held-out loss must fall below its lowest so far to be
             progress.
         most_steps: after two thirds of which the rates fall in any case.
 
     Attributes:
-        converged: whether the held-out loss had stopped falling before the rates fell.
+        converged: whether the held-out loss was at its level, or had stopped falling, before the
+            rates fell.
         held_out_loss: at the last look, in nats a token; NaN before the first.
     """
 
@@ -112,11 +114,13 @@ class PretrainingModule(L.LightningModule):
         matrix_learning_rate: float,
         learning_rate: float,
         held_out: Sequence[ChatBatch],
+        target_loss: float,
         tolerance: float,
         most_steps: int,
     ) -> None:
         super().__init__()
-        self.model, self.held_out, self.tolerance = model, held_out, tolerance
+        self.model, self.held_out = model, held_out
+        self.target_loss, self.tolerance = target_loss, tolerance
         self.rates, self.most_steps = (matrix_learning_rate, learning_rate), most_steps
         self.converged, self.held_out_loss = False, math.nan
         self._lowest, self._in_vain = math.inf, 0
@@ -133,8 +137,10 @@ class PretrainingModule(L.LightningModule):
         done = self.global_step
         if done and done % EVERY == 0:
             self._look()
-        if self._held is None and (self._in_vain >= PATIENCE or done >= 2 * self.most_steps // 3):
-            self._held, self.converged = done, self._in_vain >= PATIENCE
+        if self._held is None:
+            self.converged = self._in_vain >= PATIENCE or self.held_out_loss <= self.target_loss
+            if self.converged or done >= 2 * self.most_steps // 3:
+                self._held = done
         factor = min(1.0, (done + 1) / WARM_UP)
         if self._held is not None:
             fall = max(1, self._held // 2)

@@ -215,6 +215,7 @@ def pretraining(folder: Path, trainer: TrainerConfig) -> None:
         matrix_learning_rate=0.02,
         learning_rate=3e-3,
         held_out=[chats()(0)],
+        target_loss=0.0,
         tolerance=0.03,
         most_steps=STEPS,
     )

@@ -29,6 +29,7 @@ CHANGES = {
     "model.sae_path": "elsewhere",
     "model.steps": 3,
     "model.batch_size": 5,
+    "model.target_loss": 0.5,
     "model.tolerance": 0.5,
     "model.learning_rate": 0.5,
     "model.matrix_learning_rate": 0.5,

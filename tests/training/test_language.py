@@ -59,7 +59,7 @@ class Rates(lightning.Callback):
 
 
 def pretrain(
-    folder, monkeypatch, looks, *, most_steps=1000, stop_at=None
+    folder, monkeypatch, looks, *, target_loss=0.0, most_steps=1000, stop_at=None
 ) -> tuple[PretrainingModule, Rates]:
     """Pretrain a tiny model that finds ``looks``, one every two steps, for its held-out losses."""
     monkeypatch.setattr(language, "EVERY", 2)
@@ -69,6 +69,7 @@ def pretrain(
         matrix_learning_rate=0.1,
         learning_rate=0.01,
         held_out=[],
+        target_loss=target_loss,
         tolerance=0.03,
         most_steps=most_steps,
     )
@@ -109,6 +110,13 @@ def test_it_trains_until_the_held_out_loss_no_longer_falls(tmp_path, monkeypatch
     factors = [*rise, *hold, *fall]
     assert [matrix for matrix, _ in rates.seen] == pytest.approx([0.1 * f for f in factors])
     assert [other for _, other in rates.seen] == pytest.approx([0.01 * f for f in factors])
+
+
+def test_it_trains_until_the_held_out_loss_is_at_its_level(tmp_path, monkeypatch):
+    looks = [3.0, 2.5, 2.0, 1.5, 1.4, 1.3]
+    module, rates = pretrain(tmp_path, monkeypatch, looks, target_loss=1.5)
+    assert module.converged
+    assert len(rates.seen) == 8 + 4
 
 
 def test_without_convergence_it_ends_after_the_most_steps(tmp_path, monkeypatch):
@@ -156,6 +164,7 @@ def test_muon_takes_the_matrices_of_the_layers():
         matrix_learning_rate=0.1,
         learning_rate=0.01,
         held_out=[],
+        target_loss=0.0,
         tolerance=0.03,
         most_steps=5,
     )
