@@ -228,7 +228,9 @@ def _step(
     found = module.configure_optimizers()
     optimizer = found["optimizer"] if isinstance(found, dict) else found[0][0]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    trainer = SimpleNamespace(strategy=None, optimizers=[optimizer], global_step=0)
+    trainer = SimpleNamespace(
+        strategy=None, optimizers=[optimizer], global_step=0, log_every_n_steps=1
+    )
     module._trainer, module.optimizers = trainer, lambda: optimizer
     module.log = module.log_dict = lambda *args, **kwargs: None
     for parameter in trained:  # a step before this one has left gradients and moments

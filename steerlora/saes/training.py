@@ -36,7 +36,7 @@ class SAEModule(lightning.LightningModule):
     Decoder rows stay unit vectors and their gradients orthogonal to them. Ranks that share a batch
     divide by its deviation, not by that of their own parts.
 
-    Logged at every step: ``sae/loss``, ``sae/fvu``, ``sae/l0``, ``sae/dead_fraction``, ``sae/lr``.
+    Logged: ``sae/loss``, ``sae/fvu``, ``sae/l0``, ``sae/dead_fraction``, ``sae/lr``.
 
     Args:
         sae: trained in place; centre it on activations beforehand (`SparseAutoencoder.center_on`).
@@ -74,16 +74,17 @@ class SAEModule(lightning.LightningModule):
         (fired,) = sum_over_ranks([fired])
         tokens = len(batch) * world()
         self.count_idle_tokens(fired, tokens)
-        self.log_dict(
-            {
-                "sae/loss": losses.total.detach(),
-                "sae/fvu": losses.fvu.detach(),
-                "sae/l0": fired.sum() / tokens,
-                "sae/dead_fraction": self.dead().float().mean(),
-                "sae/lr": self.optimizers().param_groups[0]["lr"],
-            },
-            sync_dist=True,
-        )
+        self.log("sae/loss", losses.total.detach(), sync_dist=True)
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # else no logger sees it
+            self.log_dict(
+                {
+                    "sae/fvu": losses.fvu.detach(),
+                    "sae/l0": fired.sum() / tokens,
+                    "sae/dead_fraction": self.dead().float().mean(),
+                    "sae/lr": self.optimizers().param_groups[0]["lr"],
+                },
+                sync_dist=True,
+            )
         return losses.total
 
     def losses(self, batch: Tensor) -> tuple[SAELosses, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +183,7 @@ def test_the_loss_is_the_weighted_sum(make_module, monkeypatch):
     made = make_module(task=0.5, **ALL_ON)
     batch = batches()(0)
     logged = {}
+    made._trainer = SimpleNamespace(global_step=0, log_every_n_steps=1)
     monkeypatch.setattr(made, "log", lambda name, value, **_: logged.update({name: value}))
     monkeypatch.setattr(made, "log_dict", lambda values, **_: logged.update(values))
     loss = made.training_step(batch, 0)
@@ -189,6 +191,9 @@ def test_the_loss_is_the_weighted_sum(make_module, monkeypatch):
     expected += sum(w * value.item() for w, value in made.learner.auxiliary(batch).values())
     assert loss.item() == pytest.approx(expected)
     assert set(logged) == {"train/loss", "train/task", *(f"train/{name}" for name in ALL_ON)}
+    made._trainer.log_every_n_steps, logged = 10, {}  # of the next ten steps the last one
+    made.training_step(batch, 0)
+    assert set(logged) == {"train/loss"}
 
 
 @pytest.mark.parametrize("signal", ["none", "dense", "sae"])

@@ -36,6 +36,7 @@ def fit(
         accelerator="cpu",
         max_steps=stop_after or module.total_steps,
         logger=False,
+        log_every_n_steps=1,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
