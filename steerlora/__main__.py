@@ -184,14 +184,15 @@ def _planned(config: Config, variant: compose.Compose) -> tuple[Plan | None, tup
     Raises:
         UserError: a step cannot be built with this configuration.
     """
-    from steerlora.cli import experiment
-    from steerlora.engine.steps import STAGES
-
     if config.stage and config.stage.name in ("status", "plan"):
         return None, ()
     if config.stage and config.stage.name != "report":
+        from steerlora.engine.steps import STAGES
+
         STAGES.check("stage.name", config.stage.name)
         return None, tuple(STAGES[config.stage.name].steps(config, variant))
+    from steerlora.cli import experiment
+
     planned = experiment.plan(config, variant)
     return planned, planned.steps
 
