@@ -187,7 +187,7 @@ def test_what_is_trained_is_what_is_planned():
 
 
 def test_a_published_sae_is_not_trained():
-    plan = plan_of("model=qwen3_8b", "trainer=gpu")
+    plan = plan_of("model=qwen3_8b", "model.layers=4", "method.sites=[1]", "trainer=gpu")
     assert [*plan.memories] == [ADAPTER]
     assert plan.sae == 2 * 4096 * 65536 + 65536 + 4096
 
@@ -209,7 +209,8 @@ def test_disk_is_of_every_site_and_the_monitor():
 
 def test_monitored_losses_and_second_forwards_cost_their_share():
     def each(*changes: str) -> float:
-        (work,) = (w for w in plan_of(*QWEN3_8B, *changes).works if w.name == ADAPTER)
+        found = plan_of(*QWEN3_8B, *changes).works
+        (work,) = (work for work in found if work.name == ADAPTER)
         return work.model + work.single
 
     plain = each()

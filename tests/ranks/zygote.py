@@ -2,10 +2,10 @@
 forks.
 
 Standard input takes a JSON line per request, standard output answers each with another:
-{"script", "arguments", "environment", "folder", "out", "err", "first"} starts a process and gives its
-number; {"poll": number} gives its exit code as subprocess has it, or null while it runs. Without a
-``script`` it is ``steerlora``. ``first``, where it is given, is a script that the process runs before,
-as an interpreter runs sitecustomize.
+{"script", "arguments", "environment", "folder", "out", "err", "first"} starts a process and gives
+its number; {"poll": number} gives its exit code as subprocess has it, or null while it runs.
+Without a ``script`` it is ``steerlora``. ``first``, where it is given, is one that the process runs
+before, as an interpreter runs sitecustomize.
 """
 
 from __future__ import annotations
