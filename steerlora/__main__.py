@@ -151,7 +151,7 @@ def execute(config: Config, variant: compose.Compose) -> None:
 def _build(config: Config, variant: compose.Compose) -> None:
     """Build what is missing, and print the results."""
     # Only now: the command line answers --help and mistakes without importing torch.
-    from steerlora.cli import experiment, summary
+    from steerlora.cli import summary
     from steerlora.distributed.strategies import check_hardware
     from steerlora.engine.artifacts import ArtifactStore
     from steerlora.engine.progress import ConsoleProgress
@@ -172,6 +172,8 @@ def _build(config: Config, variant: compose.Compose) -> None:
     if not ranks.is_main():
         return
     if planned:
+        from steerlora.cli import experiment
+
         written = experiment.report(config, planned, finished)
         summary.print_experiment(console, config, finished, written, time.monotonic() - began)
     else:
@@ -184,14 +186,15 @@ def _planned(config: Config, variant: compose.Compose) -> tuple[Plan | None, tup
     Raises:
         UserError: a step cannot be built with this configuration.
     """
-    from steerlora.cli import experiment
-    from steerlora.engine.steps import STAGES
-
     if config.stage and config.stage.name in ("status", "plan"):
         return None, ()
     if config.stage and config.stage.name != "report":
+        from steerlora.engine.steps import STAGES
+
         STAGES.check("stage.name", config.stage.name)
         return None, tuple(STAGES[config.stage.name].steps(config, variant))
+    from steerlora.cli import experiment
+
     planned = experiment.plan(config, variant)
     return planned, planned.steps
 

@@ -1,11 +1,13 @@
-"""A tiny random Qwen3, SAE and adapter, built alike in every test that needs one."""
+"""What tests everywhere need: a tiny random Qwen3, SAE and adapter, and processes to run in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
+import runs
 import torch
+from runs import Starter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -32,6 +34,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if set(SLOW) & set(item.path.relative_to(item.config.rootpath).parts):
             item.add_marker("slow")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session")
+def ask() -> Iterator[Callable[..., int | None]]:
+    """Starts and polls processes that have imported what is slow (``ranks/zygote.py``)."""
+    yield from runs.zygote()
+
+
+@pytest.fixture
+def start(ask, tmp_path) -> Iterator[Starter]:
+    """Runs of the command line, and ranks of one; ended with the test."""
+    starter = Starter(tmp_path, ask)
+    yield starter
+    starter.close()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -11,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import free_port
+from torch.distributed.run import parse_args
 from transformers import AutoConfig
 
+import steerlora.__main__
 from steerlora.__main__ import main
 from steerlora.lm.pretrained import shape_of
 
@@ -201,29 +201,19 @@ def test_the_download_finds_what_there_is_to_fetch():
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("torchrun")])
-def test_torchrun_commands_run(command, text_folder, root, pretrained, tmp_path):
-    """With two ranks in place of sixteen, every agent of them here, and local files."""
-    machines = 2 if "--nnodes" in command else 1
-    command = command.replace("HOST:29500", f"127.0.0.1:{free_port()}")
-    command = command.replace("--nproc-per-node 8", f"--nproc-per-node {2 // machines}")
+def test_torchrun_commands_run(command, text_folder, root, pretrained, start):
+    """Two ranks in place of the many, and local files; tests/ranks/ run torchrun itself."""
     launcher, asked = command.split(" -m steerlora ")
+    options = parse_args([*shlex.split(launcher)[1:], "-m", "steerlora"])
+    machines = int(options.nnodes.split(":")[0])
+    assert int(options.nproc_per_node) > 1
+    assert (options.rdzv_endpoint != "") == (machines > 1)
     asked = shrunk(f"steerlora {asked}", text_folder, root, pretrained)
     hardware = ["trainer.accelerator=cpu", "trainer.precision=32-true", f"seed={machines}"]
     before = set((root / "adapter_training").glob("*/adapter"))
-    words = [sys.executable, "-m", "torch.distributed.run", *shlex.split(launcher)[1:]]
-    agents = [
-        subprocess.Popen(
-            [*words, "-m", "steerlora", *asked, *hardware],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for _ in range(machines)
-    ]
-    said = [agent.communicate(timeout=240)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0] * machines, said
+    script = Path(steerlora.__main__.__file__)
+    for rank in start.ranks(*asked, *hardware, script=script, machines=machines > 1):
+        rank.ends_well()
     assert len({*(root / "adapter_training").glob("*/adapter")} - before) == 1
 
 

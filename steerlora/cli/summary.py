@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +13,9 @@ from rich.table import Table
 from steerlora.config import Config
 from steerlora.engine.run import RunReport
 from steerlora.engine.steps import Step
-from steerlora.reporting.report import Report
+
+if TYPE_CHECKING:
+    from steerlora.reporting.report import Report
 
 
 def print_experiment(

@@ -1,19 +1,18 @@
 """Two ranks under ZeRO hold in shards what one process holds whole.
 
-The ranks are this file, started by torchrun: each trains a small model under every kind of
+The ranks are this file, run twice: each trains a small model under every kind of
 sharding, and rank 0 writes what it gathered.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from runs import Starter
 from torch import Tensor, nn
 
 from steerlora.config import TrainerConfig
@@ -127,22 +126,10 @@ def main(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Path:
+def two(ask, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    ended = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", __file__, str(folder)],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    for rank in Starter(folder, ask).ranks(str(folder), script=Path(__file__)):
+        rank.ends_well()
     return folder
 
 

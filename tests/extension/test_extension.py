@@ -111,9 +111,13 @@ def test_a_report_shows_them_beside_the_others(root):
 
 
 def test_a_plugin_of_the_current_folder_reaches_the_jobs_of_a_launcher(root, monkeypatch):
+    """A job whose method nothing in it had registered would fail."""
     monkeypatch.chdir(Path(__file__).parent)
-    asked = ("hydra/launcher=submitit_local", "stage=domains", "seed=0,1", "method=stream_bias")
+    roots = ",".join(str(root / name) for name in ("one", "other"))
+    asked = ("stage=status", f"artifacts.root={roots}", f"hydra.sweep.dir={root / 'sweep'}")
+    method = ("method=stream_bias", "plugins=[stream_bias]")
     with pytest.raises(SystemExit) as ended:
-        main(["-m", *TINY, f"artifacts.root={root / 'jobs'}", *asked, "plugins=[stream_bias]"])
+        main(["-m", *TINY, "hydra/launcher=submitit_local", *asked, *method])
     assert ended.value.code == 0
-    assert {info.stage for info in listing(root / "jobs")} == {"domains"}
+    said = [path.read_text() for path in root.glob("sweep/logs/*/*_log.out")]
+    assert ["0 artifacts" in text for text in said] == [True, True]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +11,7 @@ import yaml
 from rich.console import Console
 
 from steerlora import planning
+from steerlora.__main__ import main
 from steerlora.cli import compose
 from steerlora.config import Config
 from steerlora.errors import UserError
@@ -188,7 +187,7 @@ def test_what_is_trained_is_what_is_planned():
 
 
 def test_a_published_sae_is_not_trained():
-    plan = plan_of("model=qwen3_8b", "trainer=gpu")
+    plan = plan_of("model=qwen3_8b", "model.layers=4", "method.sites=[1]", "trainer=gpu")
     assert [*plan.memories] == [ADAPTER]
     assert plan.sae == 2 * 4096 * 65536 + 65536 + 4096
 
@@ -210,7 +209,8 @@ def test_disk_is_of_every_site_and_the_monitor():
 
 def test_monitored_losses_and_second_forwards_cost_their_share():
     def each(*changes: str) -> float:
-        (work,) = (w for w in plan_of(*QWEN3_8B, *changes).works if w.name == ADAPTER)
+        found = plan_of(*QWEN3_8B, *changes).works
+        (work,) = (work for work in found if work.name == ADAPTER)
         return work.model + work.single
 
     plain = each()
@@ -261,17 +261,17 @@ def test_the_tables_name_every_part_and_mark_the_gpu():
     assert text.count("a sequence of domains") == 2
 
 
-def test_the_command_prints_tables_and_refuses_in_one_line(tmp_path):
-    def run(*changes: str):
-        command = [sys.executable, "-m", "steerlora", "stage=plan", *QWEN3_8B, *changes]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-
-    good = run("trainer.accumulate=8")
-    assert (good.returncode, good.stderr) == (0, "")
-    assert "memory of each of 1 x h100-80gb" in good.stdout
-    bad = run()
-    assert bad.returncode == 2
-    assert "memory of each of 1 x h100-80gb" in bad.stdout
-    assert bad.stderr.startswith("error: adapter training needs")
-    assert bad.stderr.count("\n") == 1
+def test_the_command_prints_tables_and_refuses_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["stage=plan", *QWEN3_8B, "trainer.accumulate=8"])
+    good = capsys.readouterr()
+    assert good.err == ""
+    assert "memory of each of 1 x h100-80gb" in good.out
+    with pytest.raises(SystemExit) as ended:
+        main(["stage=plan", *QWEN3_8B])
+    bad = capsys.readouterr()
+    assert ended.value.code == 2
+    assert "memory of each of 1 x h100-80gb" in bad.out
+    assert bad.err.startswith("error: adapter training needs")
+    assert bad.err.count("\n") == 1
     assert [*tmp_path.iterdir()] == []  # nothing is written

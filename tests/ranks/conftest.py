@@ -1,29 +1,15 @@
-"""Runs of the command line, an artifact root to train in, and a training that was interrupted."""
+"""An artifact root to train in, and a training that was interrupted."""
 
 from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import runs
 from runs import ADAPTER, Starter, reached, until, weights
 from torch import Tensor
-
-
-@pytest.fixture(scope="session")
-def ask() -> Iterator[Callable[..., int | None]]:
-    yield from runs.zygote()
-
-
-@pytest.fixture
-def start(ask, tmp_path) -> Iterator[Starter]:
-    starter = Starter(tmp_path, ask)
-    yield starter
-    starter.close()
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -108,8 +109,8 @@ class Run:
             time.sleep(0.01)
         return code
 
-    def ends_well(self) -> Run:
-        assert self.wait() == 0, self.out + self.err
+    def ends_well(self, patience: float = PATIENCE) -> Run:
+        assert self.wait(patience) == 0, self.out + self.err
         return self
 
     @property
@@ -153,22 +154,26 @@ class Starter:
             file.touch()
         return files[0], files[1]
 
-    def __call__(self, *arguments: str, first: str = "", **environment: str) -> Run:
-        """``steerlora`` with these arguments, forked.
+    def __call__(
+        self, *arguments: str, script: Path | None = None, first: str = "", **environment: str
+    ) -> Run:
+        """``steerlora`` with these arguments, in the tiny experiment, forked.
 
         Args:
+            script: to run in its place.
             first: what Python runs before, as it would a sitecustomize.
         """
         out, err = self._files()
-        script = out.with_name(f"{out.name}.py")
-        script.write_text(first)
+        before = out.with_name(f"{out.name}.py")
+        before.write_text(first)
         number = self._ask(
-            arguments=[*TINY, *arguments],
+            script=script and str(script),
+            arguments=arguments if script else [*TINY, *arguments],
             environment=ALONE | environment,
             folder=str(self._folder),
             out=str(out),
             err=str(err),
-            first=first and str(script),
+            first=first and str(before),
         )
         known: list[int] = []
 
@@ -185,14 +190,14 @@ class Starter:
         *arguments: str,
         each: tuple[tuple[str, ...], ...] = ((), ()),
         machines: bool = False,
-        first: str = "",
-        **environment: str,
+        **more: Any,
     ) -> list[Run]:
         """The ranks of one run, without torchrun: rank 0 hosts the rendezvous store.
 
         Args:
             each: a rank's own arguments.
             machines: one a machine.
+            more: what a single run takes.
         """
         shared = {
             "WORLD_SIZE": str(len(each)),
@@ -203,7 +208,7 @@ class Starter:
         found = []
         for rank, own in enumerate(each):
             its = {"RANK": str(rank), "LOCAL_RANK": "0" if machines else str(rank)}
-            found.append(self(*arguments, *own, first=first, **shared, **its, **environment))
+            found.append(self(*arguments, *own, **shared, **its, **more))
         return found
 
     def torchrun(self, options: str, *arguments: str) -> Run:

@@ -8,36 +8,25 @@ differ: losses to 2e-2.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import runs
 import torch
 import trainings
-from runs import ADAPTER, MEMORY, trained
+from runs import ADAPTER, MEMORY, Starter, trained
 from safetensors.torch import load_file
 
 LOSS, WEIGHT, AUTOCAST = 1e-5, 5e-5, 2e-2
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Path:
+def two(ask, tmp_path_factory) -> Path:
     """All trainings, by two ranks in one go."""
     folder = tmp_path_factory.mktemp("two")
-    script = Path(trainings.__file__)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    ended = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", str(script), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    for rank in Starter(folder, ask).ranks(str(folder), script=Path(trainings.__file__)):
+        rank.ends_well(patience=300)
     return folder
 
 

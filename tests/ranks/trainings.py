@@ -1,4 +1,4 @@
-"""Small trainings, to be run by one process or by several ranks: ``torchrun trainings.py FOLDER``.
+"""Small trainings, to be run by one process or by several ranks: ``trainings.py FOLDER``.
 
 Each leaves its losses, what it trained and a few facts in a folder of its own.
 """

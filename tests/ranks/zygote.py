@@ -1,13 +1,16 @@
-"""``python -m steerlora`` in a moment: a process that has imported what is slow, and forks.
+"""``python -m steerlora``, or a script, in a moment: a process that has imported what is slow, and
+forks.
 
 Standard input takes a JSON line per request, standard output answers each with another:
-{"arguments", "environment", "folder", "out", "err", "first"} starts a process and gives its number;
-{"poll": number} gives its exit code as subprocess has it, or null while it runs. ``first``, where
-it is given, is a script that the process runs before, as an interpreter runs sitecustomize.
+{"script", "arguments", "environment", "folder", "out", "err", "first"} starts a process and gives
+its number; {"poll": number} gives its exit code as subprocess has it, or null while it runs.
+Without a ``script`` it is ``steerlora``. ``first``, where it is given, is one that the process runs
+before, as an interpreter runs sitecustomize.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -49,7 +52,7 @@ def become(request: dict) -> None:
         (2, request["err"], os.O_WRONLY),
     ):
         os.dup2(os.open(path, flags), descriptor)
-    sys.argv = ["steerlora", *request["arguments"]]
+    sys.argv = [request["script"] or "steerlora", *request["arguments"]]
     if request["first"]:
         runpy.run_path(request["first"])
 
@@ -57,7 +60,11 @@ def become(request: dict) -> None:
 for name in SLOW:
     importlib.import_module(name)
 STAGES.items()  # which imports every stage
+gc.freeze()  # at their ends the processes need not look through all of it
 asked = serve()
 if asked is not None:
     become(asked)
-    runpy.run_module("steerlora", run_name="__main__", alter_sys=True)
+    if asked["script"]:
+        runpy.run_path(asked["script"], run_name="__main__")
+    else:
+        runpy.run_module("steerlora", run_name="__main__", alter_sys=True)

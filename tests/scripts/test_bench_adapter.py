@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import bench_adapter
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_adapter.py"
 TINY = {
     "layers": 2,
     "width": 64,
@@ -30,11 +28,21 @@ TINY = {
 SIZES = [part for name, size in TINY.items() for part in (f"--{name}", str(size))]
 
 
-def test_json_has_every_ratio_and_every_figure_of_every_contender():
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), *SIZES, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+@pytest.fixture
+def bench(monkeypatch, capsys) -> Callable[..., str]:
+    """``bench(...)``: what the script prints with these arguments, in this process."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # the threads are all tests'
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["bench_adapter.py", *SIZES, *arguments])
+        bench_adapter.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_json_has_every_ratio_and_every_figure_of_every_contender(bench):
+    found = json.loads(bench("--json"))
     targets = {
         "sc_lora_over_peft_same_layers": "at most 1.05",
         "sc_lora_over_peft_all_layers": "at most 0.95",
@@ -69,14 +77,10 @@ def test_json_has_every_ratio_and_every_figure_of_every_contender():
     assert found["published_over_sc_lora_parameters"]["median"] == pytest.approx(ratio)
 
 
-def test_the_table_shows_what_was_chosen_and_whether_the_target_is_met(monkeypatch, capsys):
-    chosen = ["--contenders", "sc_lora", "peft_all_layers"]
-    monkeypatch.setattr(sys, "argv", ["bench_adapter.py", *SIZES, *chosen])
-    # Memory takes processes of their own, and the threads are all tests'.
+def test_the_table_shows_what_was_chosen_and_whether_the_target_is_met(bench, monkeypatch):
+    # Memory takes processes of their own.
     monkeypatch.setattr(bench_adapter, "_in_a_process_of_its_own", lambda *_: 0)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    bench_adapter.main()
-    shown = capsys.readouterr().out
+    shown = bench("--contenders", "sc_lora", "peft_all_layers")
     assert "published" not in shown
     row = next(line for line in shown.splitlines() if "sc_lora_over_peft_all_layers" in line)
     assert "at most 0.95" in row

@@ -219,8 +219,9 @@ def fingerprints(*changes: str, compose_variants: bool = False) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def unchanged() -> set[str]:
-    return fingerprints()
+def unchanged() -> dict[bool, set[str]]:
+    """{whether variants have options of their own: fingerprints}"""
+    return {composed: fingerprints(compose_variants=composed) for composed in (False, True)}
 
 
 def keys_of(prefix: str, section) -> list[str]:
@@ -250,12 +251,9 @@ def test_it_changes_what_is_built(key, unchanged, tmp_path):
         extra = [f"domains.dir={tmp_path}"]
     if key == "intervention.name":  # only SAE routing has a signal to intervene on
         extra = ["method=sc_lora"]
-    if key.startswith("study."):
-        unchanged = fingerprints(compose_variants=True)
-    changed = fingerprints(
-        f"{key}={CHANGES[key]}", *extra, compose_variants=key.startswith("study.")
-    )
-    assert changed != unchanged
+    composed = key.startswith("study.")
+    changed = fingerprints(f"{key}={CHANGES[key]}", *extra, compose_variants=composed)
+    assert changed != unchanged[composed]
 
 
 def test_the_intervention_seed_counts_under_an_intervention():
