@@ -31,10 +31,13 @@ from steerlora.stages import causal_ablation, evaluate, sequential_forgetting
 
 
 class Planned(NamedTuple):
-    """A step whose record the report is made from, and the replicate that it belongs to."""
+    """A step whose record the report is made from."""
 
     step: Step
+    """Builds the record."""
+
     replicate: int
+    """Seed of the replicate that it belongs to."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from steerlora.saes.config import SAES
 OPTIONS = {
     "domains": 3,
     "evaluation": 3,
-    "experiment": 5,
+    "experiment": 6,
     "intervention": 10,
     "logger": 2,
     "method": 14,
