@@ -104,7 +104,7 @@ class PretrainingModule(L.LightningModule):
     Attributes:
         converged: whether the held-out loss was at its level, or had stopped falling, before the
             rates fell.
-        held_out_loss: at the last look, in nats a token; NaN before the first.
+        held_out_loss: at the last look or the end, in nats a token; NaN before.
     """
 
     def __init__(
@@ -145,7 +145,6 @@ class PretrainingModule(L.LightningModule):
         if self._held is not None:
             fall = max(1, self._held // 2)
             if done >= self._held + fall:
-                self._look()
                 self.trainer.should_stop = True
                 return -1
             factor = min(factor, 1 - (done - self._held) / fall)
@@ -159,6 +158,9 @@ class PretrainingModule(L.LightningModule):
         self._in_vain += 1
         if self.held_out_loss < self._lowest * (1 - self.tolerance):
             self._lowest, self._in_vain = self.held_out_loss, 0
+
+    def on_train_end(self) -> None:
+        self.held_out_loss = mean_loss(self.model, self.held_out)
 
     def training_step(self, batch: ChatBatch, index: int) -> Tensor:
         loss = next_token_loss(self.model, batch)

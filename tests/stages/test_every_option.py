@@ -144,7 +144,7 @@ CHANGES = {
     "study.scale_methods": None,  # only with a second model, covered below
     "study.scale_seeds": None,
     "study.seeds": "[3]",
-    "study.vary": "[adapter]",
+    "study.vary": None,  # needs two replicates: tests/cli/test_experiment.py
     "study.interventions": "[shuffle]",
     "study.doses": "[0.5]",
     "study.retrained": None,  # its variants' own options: covered below
