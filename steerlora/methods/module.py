@@ -49,7 +49,9 @@ class MethodModule(L.LightningModule):
         terms = self.learner.losses(batch)
         loss = sum(weight * term for weight, term in terms.values())
         self.log("train/loss", loss, sync_dist=True)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # else no logger sees it
+        trainer = self._trainer
+        if trainer and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+            # Of other steps no logger sees it.
             parts = {f"train/{name}": term for name, (_, term) in terms.items()}
             self.log_dict(parts, sync_dist=True)
         return loss
