@@ -94,7 +94,8 @@ class Claim:
         if len(set(ends)) == 1:
             return self._show(self.envelope)
         low, high = (number(bound, digits, sign=sign) for bound in self.envelope[1:3])
-        return f"{ends[0]} to {ends[1]}{unit} [{low}, {high}]"
+        known = MISSING not in (low, high)
+        return f"{ends[0]} to {ends[1]}{unit}" + (f" [{low}, {high}]" if known else "")
 
     @property
     def details(self) -> list[str]:

@@ -248,6 +248,15 @@ def test_one_replicate_decides_nothing(world, methods):
         assert not claim.measures[0].interval.known
         assert claim.shown_again == "–"
     assert claims[3].verdict == NOT_MEASURED
+    two = measure_claims(
+        world.evaluations(models=("micro_s",), seeds=(0,)) + world.evaluations(models=("micro_m",)),
+        [],
+        [],
+        methods,
+        main_model="micro_m",
+    )
+    assert "[" not in two[0].ours  # one of the two models has no interval
+    assert two[0].measures[1].interval.known
 
 
 def test_nothing_measured_and_another_main_model(world, methods):
