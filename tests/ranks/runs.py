@@ -310,7 +310,11 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """To 1e-5, absolute: sums over ranks are taken in another order."""
+    """To 1e-4, absolute: sums over ranks are taken in another order.
+
+    AdamW divides a gradient by its own size: where it is near zero, its last digits alone can move
+    a weight by a share of the rate (4e-3). Other data would move every weight by about the rate.
+    """
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4, msg=name)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import another_machine
 import pytest
 
 from steerlora.engine.inventory import listing
-from steerlora.engine.machine import supported, this_machine
+from steerlora.engine.machine import LIMITS, supported, this_machine
 
 SLICE = ("study.methods=[sc_lora]", "study.sequential_methods=[]", "study.interventions=[]")
 
@@ -29,7 +30,8 @@ def test_the_child_ran_under_the_other_instruction_set(smoke, rerun):
     instructions, out, code = rerun
     built = listing(smoke.root / instructions)
     assert {"base", "sae_training", "adapter_training", "evaluate"} <= {i.stage for i in built}
-    settings = another_machine.SETTINGS[instructions]
+    inherited = {name: os.environ[name] for name in LIMITS if name in os.environ}
+    settings = inherited | another_machine.SETTINGS[instructions]
     for info in built:
         assert info.state == "complete"
         assert info.machine.instructions == instructions.upper()
