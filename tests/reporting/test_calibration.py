@@ -14,15 +14,15 @@ from steerlora.evaluation.statistics import t_interval
 from steerlora.reporting.calibration import (
     Calibration,
     choose,
-    measured_coverage,
     read_studies,
-    verdicts_table,
     write_calibration,
 )
+from steerlora.reporting.coverage import measured_coverage
 from steerlora.reporting.effects import Measure
 from steerlora.reporting.labels import BANNER
 from steerlora.reporting.quantities import Quantity, quantities
 from steerlora.reporting.report import write_report
+from steerlora.reporting.stability import verdicts_table
 from steerlora.reporting.verdicts import (
     DIRECTION,
     IN_RANGE,
