@@ -70,22 +70,22 @@ def plan(config: Config, compose: Compose) -> Plan:
         UserError: the study names an option that does not exist, or that does not fit the others.
     """
     study = config.study
-    on_main = f"model={study.main_model}"
-    ablated = [on_main, f"method={study.ablation_method}"]
+    ablated = (study.main_model, f"method={study.ablation_method}")
     evaluations, ablations, sequentials = [], [], []
 
-    def of_replicate(seed: int, *options: str) -> Config:
-        return compose(*options, *_replicate(compose(*options), seed))
+    def of_replicate(seed: int, model: str, *options: str) -> Config:
+        own = _replicate(compose(f"model={model}"), seed)
+        return compose(f"model={model}", *options, *own)
 
     for model in study.models:
         main, scored = model == study.main_model, set()
         for seed in study.seeds if main else study.scale_seeds:
-            base = evaluate.step(of_replicate(seed, f"model={model}"), adapted=False)
+            base = evaluate.step(of_replicate(seed, model), adapted=False)
             if base.fingerprint not in scored:  # one base may serve all replicates
                 evaluations.append(Planned(base, seed))
                 scored.add(base.fingerprint)
             for method in study.methods if main else study.scale_methods:
-                chosen = of_replicate(seed, f"model={model}", f"method={method}")
+                chosen = of_replicate(seed, model, f"method={method}")
                 evaluations.append(Planned(evaluate.step(chosen), seed))
     for seed in study.seeds:
         for name in study.retrained:
@@ -96,7 +96,7 @@ def plan(config: Config, compose: Compose) -> Plan:
             chosen = of_replicate(seed, *ablated)
             ablations.append(Planned(causal_ablation.step(chosen), seed))
         for method, order in product(study.sequential_methods, study.orders):
-            chosen = of_replicate(seed, on_main, f"method={method}", *_order(order))
+            chosen = of_replicate(seed, study.main_model, f"method={method}", *_order(order))
             sequentials.append(Planned(sequential_forgetting.step(chosen), seed))
     return Plan(tuple(evaluations), tuple(ablations), tuple(sequentials))
 

@@ -27,7 +27,7 @@ from scipy import stats
 from steerlora.engine.machine import built_by
 from steerlora.engine.manifests import read_json
 from steerlora.errors import UserError
-from steerlora.evaluation.statistics import CONFIDENCE, holm
+from steerlora.evaluation.statistics import CONFIDENCE, holm, t_quantile
 from steerlora.reporting.claims import DIRECTION, IN_RANGE, NOT_REPRODUCED
 from steerlora.reporting.tables import MISSING, interval_text, markdown_grid, number, page, row_of
 
@@ -55,7 +55,7 @@ class Reading(NamedTuple):
         half = (self.high - self.low) / 2
         if self.replicates < 2 or half <= 1e-12 * abs(self.value):
             return math.nan
-        return half / float(stats.t.ppf(1 - LEVEL / 2, self.replicates - 1))
+        return half / float(t_quantile(self.replicates))
 
     def __str__(self) -> str:
         return interval_text(self[:3], 3)
@@ -255,7 +255,7 @@ def _cell(row: pd.Series, column: str) -> Reading | None:
     error = row.get(f"{column}_stderr", math.nan)
     if not math.isfinite(error):
         return None
-    half = error * stats.t.ppf(1 - LEVEL / 2, count - 1) if count > 1 else math.nan
+    half = error * float(t_quantile(count)) if count > 1 else math.nan
     return Reading(value, value - half, value + half, count)
 
 
