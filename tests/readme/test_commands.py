@@ -13,6 +13,7 @@ from torch.distributed.run import parse_args
 import steerlora.__main__
 from steerlora import evaluation
 from steerlora.__main__ import main
+from steerlora.methods.saving import trained_under
 
 
 @pytest.mark.parametrize("command", STAGES)
@@ -22,11 +23,12 @@ def test_it_runs(command, text_folder, root, pretrained, capsys):
 
 
 def adapter_of(root: Path, pretrained: Path) -> Path:
-    """An adapter with SAE routing that was trained on the model at ``pretrained``."""
+    """An adapter with SAE routing that was trained, intact, on the model at ``pretrained``."""
     base = json.loads((pretrained.parent / "base.json").read_text())["fingerprint"]
     for folder in (root / "adapter_training").glob("*/adapter"):
         config = json.loads((folder / "adapter_config.json").read_text())
-        if config["saes"] and config["base_fingerprint"] == base:
+        own = config["saes"] and config["base_fingerprint"] == base
+        if own and trained_under(folder) == "none":
             return folder
     raise AssertionError("no adapter of this base")
 
