@@ -32,6 +32,7 @@ from steerlora.distributed import ranks
 from steerlora.engine import preemption
 from steerlora.engine.manifests import plain
 from steerlora.errors import Preempted, RankGone, UserError
+from steerlora.text import for_terminal
 
 if TYPE_CHECKING:
     from steerlora.cli.experiment import Plan
@@ -210,7 +211,7 @@ def _end(error: BaseException) -> NoReturn:
         RankGone: (f"error: {error}", 1),
     }.get(type(error), (f"error: {error}", 2))
     if ranks.reports(error):
-        print(line, file=sys.stderr, flush=True)
+        print(for_terminal(line), file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 

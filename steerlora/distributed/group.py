@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from steerlora.distributed.ranks import Ranks
 from steerlora.errors import RankGone, UserError
+from steerlora.text import for_terminal
 
 HEARTBEAT_INTERVAL = 1.0
 """Seconds between two heartbeats."""
@@ -219,7 +220,7 @@ class Group:
                 others_ended = time.monotonic()
             elif time.monotonic() > others_ended + DIAGNOSIS_TIMEOUT:
                 line = f"{next(iter(self._gone.values()))}; rank {self.ranks.rank} ends too"
-                print(f"error: {line}", file=sys.stderr, flush=True)
+                print(for_terminal(f"error: {line}"), file=sys.stderr, flush=True)
                 os._exit(1)
             self._stopping.wait(HEARTBEAT_INTERVAL)
 

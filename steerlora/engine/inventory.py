@@ -9,11 +9,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.table import Column, Table
 
 from steerlora.engine.machine import Machine, built_by, this_machine
 from steerlora.engine.manifests import FINGERPRINT_DIGITS, read_attempt, read_manifest, stat_files
+from steerlora.text import for_markup
 
 STYLES = {"complete": "green", "partial": "yellow", "corrupt": "red"}
 
@@ -66,7 +66,7 @@ def status_table(infos: Sequence[ArtifactInfo]) -> Table:
     table = Table(*columns, caption=_caption(infos, here))
     for info in infos:
         table.add_row(
-            *(info.stage, info.fingerprint, escape(info.label)),
+            *map(for_markup, (info.stage, info.fingerprint, info.label)),
             *(decimal(info.bytes), _age(info.age)),
             f"[{STYLES[info.state]}]{info.state}",
             _machine(info, here),
@@ -78,7 +78,7 @@ def _machine(info: ArtifactInfo, here: Machine) -> str:
     """What the listing calls the machine that built an artifact."""
     if info.machine is None:
         return "unknown" if info.state == "complete" else ""
-    return "this" if info.machine.computes_like(here) else escape(str(info.machine))
+    return "this" if info.machine.computes_like(here) else for_markup(info.machine)
 
 
 def _caption(infos: Sequence[ArtifactInfo], here: Machine) -> str:
@@ -87,7 +87,7 @@ def _caption(infos: Sequence[ArtifactInfo], here: Machine) -> str:
     others = [machine for machine in found if machine and not machine.computes_like(here)]
     if not others:
         return f"{len(infos)} artifacts"
-    named = escape("; ".join(dict.fromkeys(map(str, others))))
+    named = for_markup("; ".join(dict.fromkeys(map(str, others))))
     verb, whose = ("was", "its") if len(others) == 1 else ("were", "their")
     return (
         f"{len(infos)} artifacts; {len(others)} {verb} built on another machine ({named}): "

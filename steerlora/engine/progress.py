@@ -23,6 +23,8 @@ from rich.progress import BarColumn, ProgressColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from steerlora.text import for_terminal
+
 EVENT_INTERVAL = 0.2  # seconds between two reports of one task
 LINE_INTERVAL = 10.0  # seconds between two plain lines of one task
 RATE_WINDOW = 15.0  # seconds over which tokens/s and time left are estimated
@@ -192,7 +194,7 @@ class ConsoleProgress(Progress):
         with self._lock:
             match event:
                 case Message(text):
-                    self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+                    _print_line(self._console, text)
                 case Opened(task):
                     self._meters[task] = Meter(event)
                     self._display.opened(self._meters[task])
@@ -291,7 +293,7 @@ class _Lines:
         self._print(f"{meter.opened.description}: {end} {clock_time(meter.elapsed)}{note}")
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        _print_line(self._console, line)
 
 
 class _Bars(Bars):
@@ -316,7 +318,7 @@ class _Bars(Bars):
     def opened(self, meter: Meter) -> None:
         opened = meter.opened
         self._ids[opened.task] = self.add_task(
-            opened.description, total=opened.total, completed=meter.done, meter=meter
+            for_terminal(opened.description), total=opened.total, completed=meter.done, meter=meter
         )
 
     def advanced(self, meter: Meter) -> None:
@@ -328,7 +330,11 @@ class _Bars(Bars):
 
 class _Figures(ProgressColumn):
     def render(self, task: Any) -> Text:
-        return Text(" · ".join(task.fields["meter"].figures()), style="cyan")
+        return Text(for_terminal(" · ".join(task.fields["meter"].figures())), style="cyan")
+
+
+def _print_line(console: Console, line: str) -> None:
+    console.print(for_terminal(line), markup=False, highlight=False, soft_wrap=True)
 
 
 _counter = itertools.count()

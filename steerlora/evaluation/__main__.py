@@ -14,6 +14,7 @@ from lm_eval.__main__ import cli_evaluate
 
 from steerlora.errors import UserError
 from steerlora.evaluation.harness import TASKS  # its import registers the model
+from steerlora.text import for_terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         cli_evaluate()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(for_terminal(f"error: {error}"), file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rich.markup import escape as escape_markup
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
@@ -28,6 +27,7 @@ from steerlora.reporting.verdicts import (
     UNDECIDED,
     Judged,
 )
+from steerlora.text import for_markdown, for_markup
 
 Studies = Mapping[str, Mapping[int, Mapping[str, int]]]
 """{claim: {replicates: {verdict: how many studies came to it}}}, of a calibration study."""
@@ -161,11 +161,11 @@ def claims_markdown(
     parts = [claims_grid(claims), f"How a verdict is reached. {RULE}"]
     for claim in claims:
         parts.append(f"## {claim.id}: {claim.shown_verdict}")
-        parts.append(f"{claim.text}. Paper: {claim.paper}. Ours: {claim.definition}")
+        parts.append(for_markdown(f"{claim.text}. Paper: {claim.paper}. Ours: {claim.definition}"))
         if claim.measures:
-            parts.append("\n".join(f"- {line}" for line in claim.details))
+            parts.append("\n".join(f"- {for_markdown(line)}" for line in claim.details))
         said = (_how_sure(claim), _observed(claim, studies), claim.note)
-        parts += [text for text in said if text]
+        parts += [for_markdown(text) for text in said if text]
         if claim.fingerprints:
             sources = ", ".join(f"`{fingerprint[:12]}`" for fingerprint in claim.fingerprints)
             parts.append(f"From artifacts {sources}.")
@@ -255,9 +255,11 @@ STYLES = {
 
 def claims_terminal(claims: Sequence[Claim], *, name: str, meaningful: bool) -> TerminalTable:
     """The claims for the terminal, verdicts in colour."""
-    title = f"{name}: the paper's claims" + ("" if meaningful else f"\n{BANNER}")
-    table = TerminalTable(*COLUMNS, title=escape_markup(title))
+    title = f"{for_markup(name)}: the paper's claims" + ("" if meaningful else f"\n{BANNER}")
+    table = TerminalTable(*COLUMNS, title=title)
     for claim in claims:
         *cells, reached, again = _row(claim)
-        table.add_row(*map(Text, cells), Text(reached, style=STYLES[claim.verdict]), Text(again))
+        table.add_row(
+            *map(for_markup, cells), Text(reached, style=STYLES[claim.verdict]), Text(again)
+        )
     return table

@@ -30,6 +30,7 @@ from steerlora.errors import UserError
 from steerlora.evaluation.statistics import CONFIDENCE, holm, t_quantile
 from steerlora.reporting.claims import DIRECTION, IN_RANGE, NOT_REPRODUCED
 from steerlora.reporting.tables import MISSING, interval_text, markdown_grid, number, page, row_of
+from steerlora.text import for_markdown, for_markup, for_terminal
 
 CLAIMS = "claims.json"
 LEVEL = 1 - CONFIDENCE
@@ -289,9 +290,9 @@ def comparison_terminal(comparison: Comparison) -> TerminalTable:
     for claim in comparison.claims:
         for *cells, answer, verdicts in _lines(claim):
             table.add_row(
-                *map(Text, cells),
+                *map(for_markup, cells),
                 Text(answer, style=STYLES.get(answer, "dim")),
-                Text(verdicts, style=STYLES.get(claim.outcome, "dim")),
+                Text(for_terminal(verdicts), style=STYLES.get(claim.outcome, "dim")),
             )
     return table
 
@@ -307,10 +308,11 @@ def write_comparison(comparison: Comparison, directory: Path) -> list[Path]:
 
 def _markdown(comparison: Comparison) -> str:
     sides = zip(("First", "Second"), comparison.folders, comparison.machines, strict=True)
-    parts = ["\n".join(f"- {side}: `{folder}`, built by {by}" for side, folder, by in sides)]
-    parts.append(comparison.summary)
+    places = (for_markdown(f"{side}: {folder}, built by {by}") for side, folder, by in sides)
+    parts = ["\n".join(f"- {place}" for place in places)]
+    parts.append(for_markdown(comparison.summary))
     if comparison.differences:
-        parts.append("\n".join(f"- {line}" for line in comparison.differences))
+        parts.append("\n".join(f"- {for_markdown(line)}" for line in comparison.differences))
     claims = [row_of(*row) for claim in comparison.claims for row in _lines(claim)]
     parts += ["## Claims", markdown_grid(HEADINGS, claims)]
     apart = [

@@ -13,6 +13,7 @@ from steerlora.evaluation.scores import Estimate
 from steerlora.evaluation.statistics import replicates_error
 from steerlora.reporting.effects import Measure
 from steerlora.reporting.labels import BANNER
+from steerlora.text import for_latex, for_markdown
 
 MISSING = "–"
 ERROR = "of items alone where there is one replicate"
@@ -72,23 +73,24 @@ def write_table(table: Table, directory: Path, *, meaningful: bool) -> list[Path
 
 def page(parts: Sequence[str], *, meaningful: bool, title: str = "") -> str:
     """A file in Markdown: its title, the banner of a smoke run, and paragraphs."""
-    head = [f"# {title}"] if title else []
+    head = [f"# {for_markdown(title)}"] if title else []
     head += [] if meaningful else [f"> **{BANNER}**"]
     return "\n\n".join([*head, *parts]) + "\n"
 
 
 def markdown_parts(table: Table) -> list[str]:
     """Caption, table in GitHub's Markdown, and notes, a paragraph each."""
-    parts = [table.caption, markdown_grid(table.columns, table.rows)]
-    return [*parts, "\n".join(f"- {note}" for note in table.notes)] if table.notes else parts
+    parts = [for_markdown(table.caption), markdown_grid(table.columns, table.rows)]
+    notes = "\n".join(f"- {for_markdown(note)}" for note in table.notes)
+    return [*parts, notes] if notes else parts
 
 
 def markdown_grid(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """Heading, rule and rows; pipes in the text are escaped."""
+    """Heading, rule and rows, whatever text is in them."""
 
     def line(cells: Sequence[Cell]) -> str:
-        texts = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]
-        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+        texts = [(for_markdown(cell.text), cell.best) for cell in cells]
+        return "| " + " | ".join(f"**{text}**" if best else text for text, best in texts) + " |"
 
     return "\n".join(map(line, [row_of(*columns), row_of(*["---"] * len(columns)), *rows]))
 
@@ -97,7 +99,7 @@ def latex(table: Table, *, meaningful: bool) -> str:
     """The table as a LaTeX ``table`` with booktabs rules, to be \\input."""
 
     def line(cells: Sequence[Cell]) -> str:
-        texts = [(escape(cell.text), cell.best) for cell in cells]
+        texts = [(for_latex(cell.text), cell.best) for cell in cells]
         return " & ".join(f"\\textbf{{{t}}}" if best else t for t, best in texts) + " \\\\"
 
     caption = table.caption if meaningful else f"{BANNER.upper()}. {table.caption}"
@@ -106,7 +108,7 @@ def latex(table: Table, *, meaningful: bool) -> str:
         "\\begin{table}",
         "\\centering",
         "\\small",
-        f"\\caption{{{escape(caption)}}}",
+        f"\\caption{{{for_latex(caption)}}}",
         f"\\label{{tab:{table.name}}}",
         f"\\begin{{tabular}}{{{'l' * len(table.columns)}}}",
         "\\toprule",
@@ -115,22 +117,10 @@ def latex(table: Table, *, meaningful: bool) -> str:
         *map(line, table.rows),
         "\\bottomrule",
         "\\end{tabular}",
-        *(f"\\par {escape(note)}" for note in table.notes),
+        *(f"\\par {for_latex(note)}" for note in table.notes),
         "\\end{table}",
     ]
     return "\n".join(lines) + "\n"
-
-
-LATEX = str.maketrans(
-    {character: f"\\{character}" for character in "&%$#_{}"}
-    | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
-    | {"±": "$\\pm$", "−": "$-$", "–": "--", "Δ": "$\\Delta$", "≤": "$\\le$", "×": "$\\times$"}
-)
-
-
-def escape(text: str) -> str:
-    """Text with LaTeX's special characters, and the few symbols used here, made safe."""
-    return text.translate(LATEX)
 
 
 def number(value: float | None, digits: int = 3, *, sign: bool = False) -> str:

@@ -18,7 +18,6 @@ from steerlora.reporting.tables import (
     Cell,
     Table,
     best_cells,
-    escape,
     interval_text,
     number,
     write_table,
@@ -71,10 +70,6 @@ def test_written_files_parse_back(tmp_path, meaningful):
     assert r"$-$1 $\pm$ 2" in latex
     assert latex.count("\\begin") == latex.count("\\end") == 2
     latex.encode("ascii")
-
-
-def test_latex_escapes_each_character_once():
-    assert escape("a\\b_{c}") == r"a\textbackslash{}b\_\{c\}"
 
 
 def test_scale_table(world, methods):
