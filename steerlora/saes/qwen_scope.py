@@ -19,6 +19,7 @@ from torch import Tensor
 from steerlora.errors import UserError
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.topk import TopK
+from steerlora.saes.weights import refuse_unusable
 
 FILE = "layer{}.sae.pt"
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -43,22 +44,12 @@ def load_qwen_scope(path: str, site: int) -> SparseAutoencoder:
         UserError: no SAE of that site there, one that cannot be read or fetched, or no k in the
             name.
     """
-    found = re.search(r"L0_(\d+)$", Path(path).name)
-    if not found:
-        raise UserError(
-            f"sae.path={path}: how many latents are active is in the name, which must end in "
-            "L0_<k>, such as SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"
-        )
-    if site == 0:
-        raise UserError(
-            f"sae.path={path} has no SAE of the stream entering layer 0: Qwen-Scope reads what "
-            "leaves a layer: set control.sites to layers from 1"
-        )
+    k = _active(path)
     tensors = _read(_file(path, site))
     sae = TopK(
         tensors["b_dec"].numel(),
         tensors["b_enc"].numel(),
-        k=int(found[1]),
+        k=k,
         apply_b_dec_to_input=False,
     )
     tensors |= {name: tensors[name].t() for name in ("W_enc", "W_dec")}
@@ -66,8 +57,35 @@ def load_qwen_scope(path: str, site: int) -> SparseAutoencoder:
     return sae.requires_grad_(False).eval()
 
 
+def qwen_scope_files(path: str, site: int) -> dict[str, Path]:
+    """{what it is: the file} of a site in a folder, with the k of its name; empty for a hub id.
+
+    Raises:
+        UserError: no SAE of that site there, or no k in the name.
+    """
+    if not Path(path).expanduser().is_dir():
+        return {}
+    return {f"L0_{_active(path)}": _file(path, site)}
+
+
+def _active(path: str) -> int:
+    """K, which only the name says."""
+    found = re.search(r"L0_(\d+)$", Path(path).name)
+    if not found:
+        raise UserError(
+            f"sae.path={path}: how many latents are active is in the name, which must end in "
+            "L0_<k>, such as SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"
+        )
+    return int(found[1])
+
+
 def _file(path: str, site: int) -> Path:
     """The file of a site, in the folder or fetched from the hub."""
+    if site == 0:
+        raise UserError(
+            f"sae.path={path} has no SAE of the stream entering layer 0: Qwen-Scope reads what "
+            "leaves a layer: set method.sites to layers from 1"
+        )
     folder, name = Path(path).expanduser(), FILE.format(site - 1)
     if folder.is_dir():
         if not (folder / name).is_file():
@@ -106,6 +124,8 @@ def _read(file: Path) -> dict[str, Tensor]:
             f"{file} is no SAE of Qwen-Scope: it holds {held}, not {', '.join(TENSORS)}"
         )
     tensors = {name: tensors[name] for name in TENSORS}
+    if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UserError(f"{file} is no SAE of Qwen-Scope: it holds more than tensors")
     latents, width = tensors["b_enc"].numel(), tensors["b_dec"].numel()
     for name, shape in {"W_enc": (latents, width), "W_dec": (width, latents)}.items():
         if tuple(tensors[name].shape) != shape:
@@ -113,6 +133,7 @@ def _read(file: Path) -> dict[str, Tensor]:
                 f"{file}: {name} is {list(tensors[name].shape)}, which does not go with {latents} "
                 f"latents of width {width}: it must be {list(shape)}"
             )
+    refuse_unusable(file, tensors)
     return tensors
 
 

@@ -1,6 +1,7 @@
-"""SAE checkpoints in SAELens v6's layout: ``cfg.json`` beside ``sae_weights.safetensors``.
+"""SAE checkpoints in SAELens' layout: ``cfg.json`` beside ``sae_weights.safetensors``.
 
-One folder may hold the SAEs of several sites, each in a folder called by its hook's name.
+Version 6's is written; version 6's and earlier ones are read. One folder may hold the SAEs of
+several sites, each in a folder called by its hook's name.
 """
 
 from __future__ import annotations
@@ -12,20 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from steerlora.engine.manifests import write_json
 from steerlora.errors import UserError, nearest
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.config import NORMALIZATIONS, SAES
-from steerlora.saes.qwen_scope import is_qwen_scope, load_qwen_scope
+from steerlora.saes.qwen_scope import is_qwen_scope, load_qwen_scope, qwen_scope_files
+from steerlora.saes.saelens_config import (
+    CONFIG_FILE,
+    FORMAT,
+    SAELENS_NAMES,
+    read_config,
+    refuse_unknown_keys,
+)
+from steerlora.saes.weights import refuse_unusable
 
-CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
-
-SAELENS_NAMES = {"relu": "standard"}
-"""{architecture: SAELens's name of it}, where it is another."""
 
 
 def save_sae(sae: SparseAutoencoder, directory: Path, metadata: dict[str, Any]) -> None:
@@ -47,11 +53,11 @@ def save_sae(sae: SparseAutoencoder, directory: Path, metadata: dict[str, Any]) 
         "apply_b_dec_to_input": sae.apply_b_dec_to_input,
         "normalize_activations": sae.normalize,
         "reshape_activations": "none",
-        "metadata": metadata,
+        "metadata": {"sae_lens_version": FORMAT, **metadata},
         **sae.saelens_keys(),
     }
     save_file(_tensors(sae), directory / WEIGHTS_FILE)
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / CONFIG_FILE, config)
 
 
 def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
@@ -87,21 +93,37 @@ def open_sae(path: str, site: int) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """
     if is_qwen_scope(path):
         return load_qwen_scope(path, site), {}
+    folder = _folder_of(path, site)
+    return load_sae(folder), sae_metadata(folder)
+
+
+def sae_files(path: str, site: int) -> dict[str, Path]:
+    """{what it is: the file} of all that :func:`open_sae` reads; empty where it has to be fetched.
+
+    Raises:
+        UserError: no SAE of that site there.
+    """
+    if is_qwen_scope(path):
+        return qwen_scope_files(path, site)
+    weights = _weights_file(_folder_of(path, site))
+    return {weights.name: weights, CONFIG_FILE: weights.parent / CONFIG_FILE}
+
+
+def _folder_of(path: str, site: int) -> Path:
+    """The folder of a site's SAE, where ``path`` has one for each."""
     folder = Path(path).expanduser()
     for hook in (f"blocks.{site}.hook_resid_pre", f"blocks.{site - 1}.hook_resid_post"):
         if (folder / hook).is_dir():
-            folder = folder / hook
-            break
-    else:
-        hooks = sorted(found.name for found in folder.glob("blocks.*") if found.is_dir())
-        if hooks:
-            raise UserError(f"no SAE of site {site} in {path}: it has {', '.join(hooks)}")
-    return load_sae(folder), sae_metadata(folder)
+            return folder / hook
+    hooks = sorted(found.name for found in folder.glob("blocks.*") if found.is_dir())
+    if hooks:
+        raise UserError(f"no SAE of site {site} in {path}: it has {', '.join(hooks)}")
+    return folder
 
 
 def sae_metadata(path: str | Path) -> dict[str, Any]:
     """The ``metadata`` saved with an SAE (SAELens layout); see ``load_sae`` for the arguments."""
-    return _read_config(_weights_file(Path(path)).parent).get("metadata", {})
+    return read_config(_weights_file(Path(path)).parent)["metadata"]
 
 
 def sae_fingerprint(sae: SparseAutoencoder) -> str:
@@ -136,23 +158,10 @@ def _weights_file(path: Path) -> Path:
     return path
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"SAE in {directory} has no {CONFIG_FILE}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} should hold a JSON object, not a {type(config).__name__}")
-    return config
-
-
 def _read_saelens(weights: Path) -> SparseAutoencoder:
-    """SAEs of SAELens v6 whose architecture is registered here."""
+    """SAEs in SAELens' layout whose architecture is registered here."""
     path = weights.parent / CONFIG_FILE
-    config = _read_config(weights.parent)
+    config = read_config(weights.parent)
     absent = [key for key in ("architecture", "d_in", "d_sae") if key not in config]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}")
@@ -163,13 +172,15 @@ def _read_saelens(weights: Path) -> SparseAutoencoder:
         raise UserError(f"{path}: an SAE of architecture {architecture} needs {', '.join(absent)}")
     normalize = config.get("normalize_activations", "none")
     if normalize not in NORMALIZATIONS:
-        hint = nearest(normalize, NORMALIZATIONS)
+        hint = nearest(str(normalize), NORMALIZATIONS)
         raise UserError(f"{path}: cannot read normalize_activations '{normalize}'; {hint}")
     if config.get("reshape_activations", "none") != "none":
         raise UserError(
             f"{path}: reshape_activations '{config['reshape_activations']}' reads attention heads, "
             "not the residual stream; use an SAE with 'none'"
         )
+    # Before it is built: a size that is no size would fill the memory.
+    _check_sizes(weights, config)
     try:
         sae = module(
             config["d_in"],
@@ -178,13 +189,33 @@ def _read_saelens(weights: Path) -> SparseAutoencoder:
             apply_b_dec_to_input=config.get("apply_b_dec_to_input", True),
             **{name: config[name] for name in module.own_settings},
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
+    refuse_unknown_keys(config, sae.saelens_keys(), path)
     tensors = _read_tensors(weights, {name: p.shape for name, p in sae.state_dict().items()})
     if config.get("rescale_acts_by_decoder_norm", False):
         tensors = _fold_decoder_norm(tensors)
     sae.to(tensors["W_dec"].dtype).load_state_dict(tensors)
     return sae
+
+
+def _check_sizes(weights: Path, config: dict[str, Any]) -> None:
+    """UserError where the configuration's sizes are not those of the weights."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            there = set(file.keys())
+            for name, size in (("b_dec", config["d_in"]), ("b_enc", config["d_sae"])):
+                shape = file.get_slice(name).get_shape() if name in there else [size]
+                if shape != [size]:
+                    raise UserError(
+                        f"{weights}: {name} is {shape}, but {CONFIG_FILE} says {[size]}"
+                    )
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(weights, error) from error
+
+
+def _unreadable(weights: Path, error: Exception) -> UserError:
+    return UserError(f"{weights} cannot be read ({error}); fetch or train it again")
 
 
 def _module_called(architecture: str, path: Path) -> type[SparseAutoencoder]:
@@ -205,7 +236,7 @@ def _read_tensors(weights: Path, shapes: dict[str, torch.Size]) -> dict[str, Ten
     try:
         tensors = load_file(weights)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights} cannot be read ({error}); fetch or train it again") from error
+        raise _unreadable(weights, error) from error
     if set(tensors) != set(shapes):
         raise UserError(
             f"{weights} holds {sorted(tensors)}, but {CONFIG_FILE} asks {sorted(shapes)}"
@@ -214,6 +245,7 @@ def _read_tensors(weights: Path, shapes: dict[str, torch.Size]) -> dict[str, Ten
         if tensors[name].shape != shape:
             found = list(tensors[name].shape)
             raise UserError(f"{weights}: {name} is {found}, but {CONFIG_FILE} says {list(shape)}")
+    refuse_unusable(weights, tensors)
     return tensors
 
 

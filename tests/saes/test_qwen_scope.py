@@ -11,7 +11,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from steerlora.errors import UserError
 from steerlora.saes import qwen_scope
-from steerlora.saes.qwen_scope import is_qwen_scope, load_qwen_scope
+from steerlora.saes.qwen_scope import is_qwen_scope, load_qwen_scope, qwen_scope_files
 from steerlora.saes.saelens import load_sae, open_sae, sae_fingerprint, save_sae
 
 WIDTH, LATENTS, K = 6, 20, 3
@@ -69,6 +69,11 @@ def test_what_is_qwen_scope_s(folder, tmp_path):
     assert not is_qwen_scope("Qwen/Qwen3-1.7B")
 
 
+def test_what_is_read_is_the_file_of_the_layer_with_the_k_of_the_name(folder):
+    assert qwen_scope_files(str(folder), 3) == {f"L0_{K}": folder / "layer2.sae.pt"}
+    assert qwen_scope_files(HUB_ID, 3) == {}
+
+
 def test_a_file_of_the_hub_is_fetched_by_its_layer(folder, monkeypatch):
     asked = []
 
@@ -93,7 +98,7 @@ def test_sites_that_it_has_not(folder):
     assert "has no layer1.sae.pt, which site 2 needs; it has those of sites 1, 3" in refused(
         folder, 2
     )
-    assert "reads what leaves a layer: set control.sites to layers from 1" in refused(folder, 0)
+    assert "reads what leaves a layer: set method.sites to layers from 1" in refused(folder, 0)
 
 
 def test_a_folder_without_k_in_its_name(folder):
@@ -109,6 +114,10 @@ def test_files_that_are_no_sae(folder):
     right = tensors(0)
     torch.save(right | {"W_enc": right["W_enc"].t().contiguous()}, file)
     assert f"W_enc is [{WIDTH}, {LATENTS}]" in refused(folder, 1)
+    torch.save(right | {"b_enc": torch.full((LATENTS,), torch.nan)}, file)
+    assert "20 of the 20 values of b_enc are NaN or infinite" in refused(folder, 1)
+    torch.save(right | {"b_enc": 1}, file)
+    assert "holds more than tensors" in refused(folder, 1)
     file.write_bytes(b"no tensors")
     assert "cannot be read" in refused(folder, 1)
     torch.save({"W_enc": Path("a pickled object")}, file)

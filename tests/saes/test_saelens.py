@@ -84,7 +84,7 @@ def test_files_are_saelens_s(tmp_path):
         "normalize_activations": "none",
         "reshape_activations": "none",
         "rescale_acts_by_decoder_norm": False,
-        "metadata": METADATA,
+        "metadata": {"sae_lens_version": "6.0.0", **METADATA},
     }
 
 
@@ -179,3 +179,132 @@ def test_a_folder_of_folders_has_one_a_site(tmp_path):
         open_sae(str(tmp_path), 2)
     _, said = open_sae(str(tmp_path / "blocks.1.hook_resid_pre"), 7)  # whatever its name
     assert said["hook_name"] == "blocks.1.hook_resid_pre"
+
+
+def test_a_file_says_by_which_version_of_saelens_it_is_read(tmp_path):
+    """Without one, SAELens looks for hook and model beside the sizes, where they were before 6."""
+    save_sae(make(), tmp_path, METADATA)
+    said = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
+    assert int(said["sae_lens_version"].split(".")[0]) == 6
+
+
+# Files of SAELens before version 6
+
+
+def early(**changes) -> dict:
+    """A ``cfg.json`` with the keys that SAELens 5 wrote for an SAE of its training."""
+    return {
+        "architecture": "standard",
+        "d_in": WIDTH,
+        "d_sae": LATENTS,
+        "activation_fn_str": "relu",
+        "activation_fn_kwargs": {},
+        "apply_b_dec_to_input": True,
+        "finetuning_scaling_factor": False,
+        "normalize_activations": "none",
+        "model_name": "gpt2-small",
+        "hook_name": "blocks.2.hook_resid_pre",
+        "hook_layer": 2,
+        "hook_head_index": None,
+        "prepend_bos": True,
+        "context_size": 64,
+        "dataset_path": "text",
+        "dtype": "float32",
+        "device": "cpu",
+        "sae_lens_training_version": "5.0.0",
+        "lp_norm": 1.0,
+    } | changes
+
+
+def write_early(directory: Path, sae: SparseAutoencoder, **changes) -> Path:
+    save_sae(sae, directory, {})
+    (directory / "cfg.json").write_text(json.dumps(early(**changes)))
+    return directory
+
+
+TOP_K = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}
+
+
+@pytest.mark.parametrize("changes", [TOP_K, {"architecture": "topk", **TOP_K}], ids=str)
+def test_an_early_top_k_is_read_as_one(changes, tmp_path):
+    stored = make()
+    loaded = load_sae(write_early(tmp_path, stored, **changes))
+    assert (type(loaded), loaded.k) == (TopK, K)
+    x = torch.randn(50, WIDTH)
+    assert torch.equal(loaded(x), stored(x))
+    assert sae_metadata(tmp_path)["hook_name"] == "blocks.2.hook_resid_pre"
+    assert sae_metadata(tmp_path)["prepend_bos"] is True
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"architecture": None, "activation_fn_str": None, "normalize_activations": None},
+        {"hook_name": None, "hook_point": "blocks.2.hook_resid_pre", "use_ghost_grads": False},
+    ],
+    ids=str,
+)
+def test_an_early_relu_is_read_as_one(changes, tmp_path):
+    stored = make(ReLU)
+    kept = {key: value for key, value in early(**changes).items() if value is not None}
+    save_sae(stored, tmp_path, {})
+    (tmp_path / "cfg.json").write_text(json.dumps(kept))
+    loaded = load_sae(tmp_path)
+    assert type(loaded) is ReLU
+    x = torch.randn(5, WIDTH)
+    assert torch.equal(loaded(x), stored(x))
+    assert sae_metadata(tmp_path)["hook_name"] == "blocks.2.hook_resid_pre"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation_fn_str": "tanh-relu"}, "activation_fn 'tanh-relu', only relu, topk"),
+        ({"activation_fn_str": "topk"}, "needs k"),
+        ({"activation_fn_kwargs": {"k": K}}, "k=3 goes with no standard SAE"),
+        (TOP_K | {"k": 4}, "k is 4, and 3 in activation_fn_kwargs"),
+        (
+            {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 1, "sign": -1}},
+            "only k is known",
+        ),
+        ({"architecture": "gated"}, "cannot read architecture 'gated'"),
+        ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor is set"),
+        ({"hook_head_index": 0}, "reads one attention head"),
+        ({"normalize_activations": True}, "normalize_activations 'expected_average_only_in'"),
+        ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input is no: true or false"),
+        ({"features_to_zero": [1]}, "features_to_zero may change the features"),
+    ],
+)
+def test_an_early_file_of_other_features_is_refused(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        load_sae(write_early(tmp_path, make(ReLU), **changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(name, value, tmp_path):
+    sae = make()
+    with torch.no_grad():
+        sae.get_parameter(name)[-1] = value
+    save_sae(sae, tmp_path, METADATA)
+    with pytest.raises(UserError, match=rf"values of {name} are NaN or infinite"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"d_sae": 10**12}, "b_enc is"),
+        ({"d_in": "6"}, "b_dec is"),
+        ({"k": "3"}, "cfg.json"),
+        ({"metadata": ["a"]}, "metadata should be"),
+        ({"metadata": {"sae_lens_version": "new"}}, "a version such as"),
+        ({"decoder_scale": 2.0}, "decoder_scale may change the features"),
+    ],
+)
+def test_nonsense_is_one_line(config, message, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        load_sae(write(tmp_path, config))
+    assert "\n" not in str(error.value)
