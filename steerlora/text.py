@@ -30,6 +30,22 @@ def for_markup(text: object) -> str:
     return escape(for_terminal(text))
 
 
+NAME_BYTES = 200
+"""Most bytes of a plain name: file systems take 255, and names get endings."""
+
+
+def is_plain_name(text: object) -> bool:
+    """Whether a text can be part of a file's name: not empty, nothing but printable characters, no
+    separator of paths, not dots alone."""
+    return (
+        isinstance(text, str)
+        and 0 < len(text.encode(errors="replace")) <= NAME_BYTES
+        and text.isprintable()
+        and not set(text) & {"/", "\\"}
+        and bool(text.strip(". "))
+    )
+
+
 _MARKDOWN = re.compile(
     r"(?P<escaped>[\\`*|~$])"
     r"|(?P<underscore>(?<!\w)_|_(?!\w))"  # within a word it is no emphasis

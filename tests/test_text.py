@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.markup import render
 
-from steerlora.text import for_latex, for_markdown, for_markup, for_terminal
+from steerlora.text import for_latex, for_markdown, for_markup, for_terminal, is_plain_name
 
 HOSTILE = st.text(
     alphabet=st.sampled_from("ab \\`*_[]()<>!/:&;#|~$%^{}\n\r\t\x1b\x9b\x00\u202e\ud800é")
@@ -94,3 +94,31 @@ def test_latex_of_names():
     assert for_latex("a\\b_{c}") == r"a\textbackslash{}b\_\{c\}"
     assert for_latex("\\input{x} ± 1") == r"\textbackslash{}input\{x\} $\pm$ 1"
     assert for_latex("[x]") == "{}[x]"
+
+
+@pytest.mark.parametrize("name", ["law", "law-2", "legal contracts", "法律", "a.b", "..a", "#1"])
+def test_plain_names(name):
+    assert is_plain_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        " ",
+        "a/b",
+        "/a",
+        "a\\b",
+        "a\nb",
+        "\x1b[31m",
+        "a\0",
+        "\u202ea",
+        "x" * 201,
+        None,
+        1,
+    ],
+)
+def test_names_that_are_not_plain(name):
+    assert not is_plain_name(name)

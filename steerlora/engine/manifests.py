@@ -92,6 +92,8 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error.msg} at {where}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid JSON: not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid JSON: nested too deeply") from None
 
 
 def describe_files(directory: Path) -> dict[str, dict[str, Any]]:

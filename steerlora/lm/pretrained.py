@@ -5,11 +5,13 @@ Every mistake that a user can make here is one line that says what would be righ
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from steerlora.errors import UserError
-from steerlora.lm.identity import fingerprint_of, model_fingerprint
+from steerlora.lm.identity import fingerprint_of
 from steerlora.lm.weight_files import (
     local_folder,
     on_meta,
@@ -179,24 +181,34 @@ class PretrainedFacts(NamedTuple):
 
 
 def describe(path: str, revision: str | None = None) -> PretrainedFacts:
-    """Read a model's facts from its files, a sample of each weight at a time.
+    """Read a model's facts from its files, one weight at a time.
 
     Raises:
-        UserError: as :func:`open_model`.
+        UserError: as :func:`open_model`; or a weight is not finite.
     """
     config = read_config(path, revision)
     folder = local_folder(path, revision)
     try:
         model = on_meta(AutoModelForCausalLM, config)
         found = sources(model, folder)
-        fingerprint = fingerprint_of(
-            (name, read_weight(found[name])) for name, _ in model.named_parameters()
-        )
+        weights = ((name, read_weight(found[name])) for name, _ in model.named_parameters())
+        fingerprint = fingerprint_of(_finite(path, weights))
     except NotImplementedError:  # experts that transformers fuses as it loads them
         model = open_model(path, revision)
-        fingerprint = model_fingerprint(model)
+        fingerprint = fingerprint_of(_finite(path, model.named_parameters()))
     parameters = sum(weight.numel() for weight in model.parameters())
     return PretrainedFacts(fingerprint, parameters, shape_of(config))
+
+
+def _finite(path: str, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The weights, as long as all their values are numbers."""
+    for name, weight in weights:
+        # A sum takes no memory beside the weight; it may overflow, which the values then deny.
+        if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+            raise UserError(
+                f"model.path={path}: {name} holds NaN or infinite values: fetch it again"
+            )
+        yield name, weight
 
 
 def shape_of(config: PretrainedConfig) -> dict[str, int | bool]:

@@ -23,10 +23,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from steerlora.errors import UserError
+from steerlora.text import is_plain_name
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 """Configuration and tokenizer of a model on the hub."""
+IDENTITY = [*SMALL_FILES, "vocab.*", "additional_chat_templates/*.jinja", "*.safetensors"]
+"""What decides which model a folder holds: whatever transformers reads of it."""
 SHOWN = 4
 """Names of weights listed in an error."""
 
@@ -78,6 +81,19 @@ def local_folder(path: str, revision: str | None = None, *, weights: bool = True
         ) from error
 
 
+def commit_of(path: str, revision: str | None = None) -> str | None:
+    """The commit that a hub id's revision means now; None for a folder, which has none."""
+    folder = local_folder(path, revision, weights=False)
+    return None if Path(path).expanduser().is_dir() else folder.name
+
+
+def model_files(path: str) -> dict[str, Path]:
+    """{name: file} of all that decides a local model and its tokenizer; empty for a hub id."""
+    folder = Path(path).expanduser()
+    found = {file for pattern in IDENTITY for file in folder.glob(pattern) if file.is_file()}
+    return {file.relative_to(folder).as_posix(): file for file in sorted(found)}
+
+
 def weight_files(folder: Path) -> dict[str, Path]:
     """{name of a tensor: its file}, of all that the folder's weight files hold.
 
@@ -94,8 +110,11 @@ def weight_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(_names_in(folder / SINGLE), folder / SINGLE)
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as error:
+        plain = all(map(is_plain_name, listed.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is not an index of weights: fetch it again") from error
+    if not plain:
+        raise UserError(f"{index} names files outside its folder: fetch it again")
     gone = sorted({name for name in listed.values() if not (folder / name).is_file()})
     if gone:
         raise UserError(f"{folder} lacks {_some(gone)}, which {INDEX} names: fetch it again")

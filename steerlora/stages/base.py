@@ -14,6 +14,7 @@ from steerlora.data.domains.micro import build_tokenizer as build_micro_tokenize
 from steerlora.data.domains.text.tokenizer import build_tokenizer as build_text_tokenizer
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
+from steerlora.engine.content import absolute
 from steerlora.engine.manifests import write_json
 from steerlora.engine.steps import Context, Step, stage
 from steerlora.errors import UserError
@@ -25,13 +26,14 @@ from steerlora.lm.pretrained import (
     qwen3_config,
     shape_of,
 )
+from steerlora.lm.weight_files import commit_of
 from steerlora.stages import domains
 from steerlora.stages.common import (
     ADAPTER_ONLY,
     BASE,
     NOT_IDENTITY,
     POINTER,
-    identity_of,
+    identity_of_model,
     read_rows,
     run_log,
     train,
@@ -60,7 +62,10 @@ class BaseSettings:
 def step(config: Config) -> Step:
     model = config.model
     if model.path:
-        settings = BaseSettings(model=model, identity=identity_of(model.path))
+        # By one name, wherever the run starts: later ones may start elsewhere.
+        model = replace(model, path=absolute(model.path))
+        identity = identity_of_model(model.path, config.artifacts.root)
+        settings = BaseSettings(model=model, identity=identity)
         return Step("base", settings, {}, f"base {model.name}", cost=5)
     settings = BaseSettings(
         model=model,
@@ -87,7 +92,7 @@ def _check(settings: BaseSettings) -> None:
 
 @stage(
     "base",
-    2,
+    3,
     step=step,
     skip=NOT_IDENTITY
     | ADAPTER_ONLY
@@ -114,7 +119,8 @@ def build(context: Context) -> dict:
         context.directory / POINTER,
         {
             "path": given.path,
-            "revision": given.revision,
+            # The commit, so that all that follows reads what is described here.
+            "revision": given.path and commit_of(given.path, given.revision),
             "thinking": given.thinking,
             "fingerprint": facts.fingerprint,
             "layers": facts.shape["layers"],

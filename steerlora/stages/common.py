@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -19,10 +17,12 @@ from steerlora.data.chat import EncodedChat, encode_chats
 from steerlora.data.jsonl import read_rows
 from steerlora.distributed import ranks
 from steerlora.engine.artifacts import Artifact
+from steerlora.engine.content import identity_of
 from steerlora.engine.manifests import CHECKPOINTS
 from steerlora.engine.steps import Context
 from steerlora.errors import UserError
 from steerlora.lm.pretrained import open_model, open_tokenizer
+from steerlora.lm.weight_files import model_files
 from steerlora.reporting.runs import RunLog, open_run
 from steerlora.training.loop import fit
 
@@ -115,19 +115,15 @@ def device_of(accelerator: str, *, spread: bool = False) -> str:
     return "mps" if mps and accelerator != "cpu" else "cpu"
 
 
-def identity_of(path: str) -> str:
-    """A digest of a local folder's files (names, sizes, beginnings); of a hub id, the id itself."""
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        return path
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
-        if file.suffix in (".json", ".safetensors", ".jinja", ".pt") and file.is_file():
-            with file.open("rb") as stream:
-                head = stream.read(2**20)
-            name = file.relative_to(folder).as_posix() if folder.is_dir() else file.name
-            digest.update(f"{name}{file.stat().st_size}".encode() + head)
-    return digest.hexdigest()[:20]
+def identity_of_model(path: str, root: str) -> str:
+    """Of a local model what its files hold; of a hub id, the id itself.
+
+    Args:
+        path: a folder or a hub id.
+        root: of the artifacts.
+    """
+    files = model_files(path)
+    return identity_of(files, root) if files else path
 
 
 def training_rows(

@@ -33,7 +33,7 @@ from steerlora.stages import base, sae_training
 from steerlora.stages.common import (
     WHERE,
     device_of,
-    identity_of,
+    identity_of_model,
     load_base,
     run_log,
     training_rows,
@@ -95,7 +95,7 @@ def _step(config: Config, site: int, sae: Step) -> Step:
         features=config.features,
         site=site,
         max_length=config.trainer.max_length,
-        identity=identity_of(instruct) if instruct else "",
+        identity=identity_of_model(instruct, config.artifacts.root) if instruct else "",
         accelerator=config.trainer.accelerator,
         spread=config.evaluation.spread,
         logger=config.logger,
@@ -110,7 +110,8 @@ def load_taxonomy(artifact: Artifact) -> Taxonomy:
     return Taxonomy(**{name: stored[name] for name in Taxonomy._fields})
 
 
-@stage("features", 1, step=requested, skip=WHERE | {"logger"})
+# The place of the instruct model does not matter, its content does.
+@stage("features", 1, step=requested, skip=WHERE | {"logger", "features.instruct_model"})
 def build(context: Context) -> dict:
     settings: FeatureSettings = context.config
     source = context.inputs["domains"]

@@ -13,6 +13,7 @@ from steerlora.data.chat import batches_by_length, encode_chats
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
 from steerlora.engine.artifacts import Artifact
+from steerlora.engine.content import identity_of
 from steerlora.engine.manifests import write_json
 from steerlora.engine.steps import Context, Step, stage
 from steerlora.errors import UserError
@@ -21,7 +22,8 @@ from steerlora.reporting.runs import RunLog
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.config import SAEConfig
 from steerlora.saes.metrics import ce_recovered, sae_metrics
-from steerlora.saes.saelens import open_sae, sae_fingerprint, save_sae
+from steerlora.saes.qwen_scope import is_qwen_scope
+from steerlora.saes.saelens import open_sae, sae_files, sae_fingerprint, save_sae
 from steerlora.saes.training import SAEModule
 from steerlora.stages import activations, base
 from steerlora.stages.common import (
@@ -29,7 +31,6 @@ from steerlora.stages.common import (
     NOT_IDENTITY,
     POINTER,
     WHERE,
-    identity_of,
     load_base,
     read_rows,
     run_log,
@@ -82,13 +83,21 @@ def _step(config: Config, sae: SAEConfig, site: int) -> Step:
         sae=sae,
         site=site,
         max_length=config.trainer.max_length,
-        identity=identity_of(sae.path) if sae.path else "",
+        identity=_identity(config, sae, site),
         spread=config.evaluation.spread,
         trainer=config.trainer,
         logger=config.logger,
     )
     label = f"sae_training {config.model.name} site {site}"
     return Step("sae_training", settings, inputs, label, cost=20)
+
+
+def _identity(config: Config, sae: SAEConfig, site: int) -> str:
+    """What is read for a site of ``sae.path``: the files' content, or a hub id; else nothing."""
+    if not sae.path:
+        return ""
+    files = sae_files(sae.path, site)
+    return identity_of(files, config.artifacts.root) if files else sae.path
 
 
 def _check(settings: SAESettings) -> None:
@@ -98,9 +107,10 @@ def _check(settings: SAESettings) -> None:
 
 @stage(
     "sae_training",
-    1,
+    2,
     step=requested,
-    skip=NOT_IDENTITY | ADAPTER_ONLY | WHERE | {"sae.max_tokens"},
+    # The place of given files does not matter, their content does.
+    skip=NOT_IDENTITY | ADAPTER_ONLY | WHERE | {"sae.max_tokens", "sae.path"},
     shared=True,
     check=_check,
 )
@@ -150,16 +160,34 @@ def _check_fit(settings: SAESettings, sae: SparseAutoencoder, said: dict, base: 
     path, width = settings.sae.path, base["width"]
     if sae.width != width:
         raise UserError(f"sae.path={path} reads width {sae.width}; the model has {width}")
-    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", str(said.get("hook_name")))
-    site = int(hook[1]) + (hook[2] == "post") if hook else settings.site
-    if site != settings.site:
-        raise UserError(
-            f"sae.path={path} reads the stream entering layer {site}; "
-            f"method.sites={[settings.site]}"
-        )
+    if not is_qwen_scope(path):  # its files are named by the layer
+        _check_hook(settings, said, base["layers"])
     wanted = base["fingerprint"]
     if said.get("base_fingerprint", wanted) != wanted:
         raise UserError(f"sae.path={path} was trained on another base model")
+
+
+def _check_hook(settings: SAESettings, said: dict, layers: int) -> None:
+    """Refuse an SAE that reads anything but the stream of this site."""
+    path, wanted = settings.sae.path, _hook_name(settings.site, layers)
+    name = said.get("hook_name")
+    if not name:
+        raise UserError(
+            f"sae.path={path} does not say what it reads: set metadata.hook_name in its cfg.json "
+            f"to {wanted}, if it was trained on the stream entering layer {settings.site}"
+        )
+    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", str(name))
+    if not hook:
+        raise UserError(
+            f"sae.path={path} reads {name}, not {wanted}: give an SAE of the stream entering layer "
+            f"{settings.site}"
+        )
+    site = int(hook[1]) + (hook[2] == "post")
+    if site != settings.site:
+        raise UserError(
+            f"sae.path={path} reads the stream entering layer {site} ({name}), not {wanted}: "
+            f"method.sites={[settings.site]}"
+        )
 
 
 def _train(context: Context, settings: SAESettings, log: RunLog) -> tuple[SparseAutoencoder, dict]:

@@ -17,6 +17,7 @@ from steerlora.errors import UserError
 from steerlora.lm import pretrained, weight_files
 from steerlora.lm.identity import model_fingerprint
 from steerlora.lm.pretrained import describe, open_model, open_tokenizer
+from steerlora.lm.weight_files import commit_of, model_files
 from steerlora.stages.common import device_of
 
 ANSWER = "<think>\n\n</think>\n\nfour<|im_end|>"
@@ -202,8 +203,26 @@ def test_a_folder_whose_files_are_not_all_there(make_model, tmp_path):
     part = sorted(tmp_path.glob("model-*.safetensors"))[1]
     part.unlink()
     assert f"lacks {part.name}, which model.safetensors.index.json names" in refused(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("{}")
     assert "is not an index of weights" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["../model.safetensors", "/model.safetensors", "..", ""])
+def test_an_index_names_no_files_outside_its_folder(folder, place):
+    index = {"weight_map": {"model.norm.weight": place}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names files outside its folder" in refused(folder)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers(folder, make_model, value):
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[-1, -1] = value
+    model.save_pretrained(folder)
+    said = _refused_by_description(folder)
+    assert "model.layers.1.mlp.up_proj.weight holds NaN or infinite values" in said
 
 
 def test_weights_of_another_model(folder, make_model):
@@ -260,6 +279,23 @@ def test_a_revision_that_does_not_exist(monkeypatch):
 
     monkeypatch.setattr(weight_files, "snapshot_download", missing)
     assert refused("some/model", "v9") == "model.revision=v9: some/model has no such revision"
+
+
+def test_a_hub_id_s_revision_is_a_commit_once_it_is_read(folder, monkeypatch):
+    commit = folder.rename(folder.parent / "0123456789abcdef0123456789abcdef01234567")
+    monkeypatch.setattr(weight_files, "snapshot_download", lambda path, **_: str(commit))
+    assert commit_of("some/model", "main") == commit.name
+    assert commit_of(str(commit)) is None
+
+
+def test_what_decides_a_model_is_in_its_folder_alone(folder):
+    (folder / "README.md").touch()
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5/model.safetensors").touch()
+    files = model_files(str(folder))
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    assert not {name for name in files if "/" in name or name.endswith(".md")}
+    assert model_files("some/model") == {}
 
 
 def test_a_hub_id_s_files_come_from_the_local_cache(folder, monkeypatch):

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
 import steerlora
 from steerlora.errors import UserError
+from steerlora.lm import identity
 from steerlora.lm.identity import model_fingerprint
 from steerlora.methods.routed_lora.config import HealthConfig, LossWeights
 from steerlora.methods.saving import CONFIG, FORMAT_VERSION, WEIGHTS, save_adapter, trained_under
@@ -201,13 +204,30 @@ def test_fingerprint_survives_types_and_adapters_and_tells_bases_apart(make_mode
         make_adapter(adapted, signal)
         assert model_fingerprint(adapted) == fingerprint
     assert model_fingerprint(make_model(seed=1)) != fingerprint
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.mul_(1.02)
-    assert model_fingerprint(model) != fingerprint
 
 
-def test_fingerprint_of_an_embedding_beyond_float32_positions():
-    """float32 cannot count to 151936 * 1024: its last position would lie past the end."""
+@given(place=st.integers(0, 32 * 48 - 1))
+@settings(max_examples=20)
+def test_fingerprint_sees_every_value(place):
     model = nn.Module()
-    model.weight = nn.Parameter(torch.zeros(1).expand(151936 * 1024), requires_grad=False)
-    assert len(model_fingerprint(model)) == 20
+    model.weight = nn.Parameter(torch.ones(32, 48), requires_grad=False)
+    before = model_fingerprint(model)
+    model.weight.view(-1)[place] += 2**-7  # bfloat16's next value
+    assert model_fingerprint(model) != before
+
+
+def test_fingerprint_sees_values_that_change_places():
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.arange(8.0), requires_grad=False)
+    before = model_fingerprint(model)
+    model.weight.copy_(model.weight.flip(0))
+    assert model_fingerprint(model) != before
+
+
+def test_fingerprint_of_a_weight_in_several_chunks(monkeypatch):
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.randn(1000), requires_grad=False)
+    whole = model_fingerprint(model)
+    monkeypatch.setattr(identity, "CHUNK", 77)
+    assert model_fingerprint(model) == whole
+    assert len(whole) == 20

@@ -83,7 +83,15 @@ def test_a_folder_with_an_sae_a_site_serves_them_all(smoke, store, given_sae, tm
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("hook_name", "blocks.1.hook_resid_post", "reads the stream entering layer 2"),
+        (
+            "hook_name",
+            "blocks.1.hook_resid_post",
+            r"entering layer 2 \(blocks\.1\.hook_resid_post\), not blocks\.1\.hook_resid_pre",
+        ),
+        ("hook_name", "blocks.1.hook_mlp_out", r"blocks\.1\.hook_mlp_out, not blocks\.1\.hook_r"),
+        ("hook_name", "blocks.1.hook_resid_mid", r"hook_resid_mid, not blocks\.1\.hook_resid_pre"),
+        ("hook_name", "model.layers.7", r"reads model\.layers\.7, not blocks\.1\.hook_resid_pre"),
+        ("hook_name", None, r"does not say what it reads: set metadata\.hook_name"),
         ("base_fingerprint", "0" * 20, "another base model"),
     ],
 )
@@ -95,6 +103,21 @@ def test_a_given_sae_of_another_site_or_base_is_refused(
     (given_sae / "cfg.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=reason):
         run(sae_training.steps(smoke.config(f"sae.path={given_sae}")), store)
+
+
+def test_a_given_sae_counts_by_content_and_not_by_its_place(smoke, given_sae, tmp_path):
+    def fingerprint(path) -> str:
+        (step,) = sae_training.steps(smoke.config(f"sae.path={path}"))
+        return step.fingerprint
+
+    first = fingerprint(given_sae)
+    assert fingerprint(given_sae / "sae_weights.safetensors") == first
+    copy = shutil.copytree(given_sae, tmp_path / "copy")
+    assert fingerprint(copy) == first
+    weights = bytearray((copy / "sae_weights.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "sae_weights.safetensors").write_bytes(weights)
+    assert fingerprint(copy) != first
 
 
 def test_a_given_sae_of_another_width_is_refused(smoke, store, given_sae):
@@ -113,6 +136,26 @@ def test_a_given_model_is_used_and_named(smoke, store, tmp_path):
     assert report[base.step(config)].json("base.json")["path"] == str(mine)
     peft = json.loads((report[step] / "peft/adapter_config.json").read_text())
     assert peft["base_model_name_or_path"] == str(mine)
+
+
+def test_a_given_model_counts_by_content_and_has_one_name(smoke, store, tmp_path, monkeypatch):
+    mine = shutil.copytree(next((smoke.root / "base").glob("*/model")), tmp_path / "mine")
+
+    def step(path):
+        return base.step(smoke.config(f"model.path={path}", "model.vocabulary=338"))
+
+    first = step(mine)
+    monkeypatch.chdir(tmp_path)
+    assert step("mine").fingerprint == step("../" + tmp_path.name + "/mine").fingerprint
+    assert step("mine").fingerprint == first.fingerprint
+    built = run([step("mine")], store)[first]
+    monkeypatch.chdir("/")
+    assert load_base(built)[0].config.num_hidden_layers == 2
+    # Merged again into the same folder: the last value of the last tensor is another one.
+    weights = bytearray((mine / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (mine / "model.safetensors").write_bytes(weights)
+    assert step(mine).fingerprint != first.fingerprint
 
 
 def test_a_model_of_another_shape_than_the_configuration_says_is_refused(smoke, store, tmp_path):
