@@ -38,6 +38,7 @@ from steerlora.engine.manifests import (
     read_attempt,
     read_json,
     read_manifest,
+    sealed,
     stat_files,
     write_json,
 )
@@ -149,8 +150,9 @@ class ArtifactStore:
             try:
                 summary = builder(partial)
                 assert not (partial / MANIFEST).exists(), f"{stage} wrote its own {MANIFEST}"
-                manifest = plain(
+                manifest = sealed(
                     {
+                        "label": "",
                         **record,
                         "stage": stage,
                         "fingerprint": fingerprint,

@@ -9,14 +9,17 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from datetime import datetime
 from enum import Enum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from steerlora.errors import UserError
+from steerlora.text import for_terminal
 
 FINGERPRINT_DIGITS = 20  # hexadecimal digits kept of a SHA-256: 80 bits
 MANIFEST = "manifest.json"
+OWN_HASH = "manifest_sha256"  # key of a manifest's own hash
 CHECKPOINTS = "checkpoints"  # the builder's own folder, dropped when the artifact is complete
 ATTEMPT = ".attempt.json"  # record of a build in progress: its label and the seconds spent
 LIBRARIES = (
@@ -137,20 +140,48 @@ def stat_files(directory: Path, described: Mapping[str, Mapping]) -> tuple:
     return tuple(stats)
 
 
+def sealed(manifest: Mapping[str, Any], name: str = MANIFEST) -> dict[str, Any]:
+    """A manifest in JSON's own types, with a hash of its own; ``name``: for messages."""
+    manifest = plain(manifest, name)
+    return manifest | {OWN_HASH: _own_hash(manifest)}
+
+
 def read_manifest(directory: Path) -> tuple[dict, str | None]:
     """The manifest of an artifact, or an empty one and what is wrong with it."""
     try:
         manifest = read_json(directory / MANIFEST)
         named = (manifest["stage"], manifest["fingerprint"])
         if named != (directory.parent.name, directory.name):
-            return {}, f"{MANIFEST} describes {'/'.join(named)}"
-        if all(isinstance(file["bytes"], int) for file in manifest["files"].values()):
+            return {}, for_terminal(f"{MANIFEST} describes {'/'.join(named)}")
+        if manifest[OWN_HASH] != _own_hash(manifest):
+            return {}, f"{MANIFEST} has changed since it was written (SHA-256 differs)"
+        datetime.fromisoformat(manifest["created"])
+        whole = (
+            isinstance(manifest["label"], str)
+            and isinstance(manifest["summary"], dict)
+            and all(map(_is_inside, manifest["files"]))
+            and all(isinstance(file["bytes"], int) for file in manifest["files"].values())
+        )
+        if whole:
             return manifest, None
-    except UserError as error:
-        return {}, str(error)
-    except (KeyError, TypeError, AttributeError):
+    except (UserError, OSError) as error:
+        return {}, for_terminal(error)
+    except (KeyError, TypeError, ValueError, AttributeError):
         pass
     return {}, f"{MANIFEST} is not a manifest"
+
+
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a manifest says, but for this hash."""
+    content = {key: value for key, value in manifest.items() if key != OWN_HASH}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_inside(name: str) -> bool:
+    """Whether the name of a file is of one in the artifact's own folder."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def read_attempt(directory: Path) -> dict[str, Any]:

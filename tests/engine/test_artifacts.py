@@ -20,7 +20,15 @@ from steerlora.engine import artifacts
 from steerlora.engine.artifacts import ArtifactStore, fingerprint
 from steerlora.engine.inventory import ArtifactInfo, listing, status_table
 from steerlora.engine.machine import built_by, this_machine
-from steerlora.engine.manifests import FINGERPRINT_DIGITS, LIBRARIES, plain, read_json, write_json
+from steerlora.engine.manifests import (
+    FINGERPRINT_DIGITS,
+    LIBRARIES,
+    plain,
+    read_json,
+    read_manifest,
+    sealed,
+    write_json,
+)
 from steerlora.errors import UserError
 
 NAME = "0123456789abcdef0123"
@@ -196,6 +204,63 @@ def test_damage_is_found_named_and_rebuilt(store: ArtifactStore, caplog, kind: s
     assert (build(store) / "a.bin").read_bytes() == b"weights" * 100
     assert ArtifactStore(store.root).find("sae_training", NAME) is not None
     assert not caplog.records
+
+
+def test_every_bit_of_a_manifest_counts(store: ArtifactStore):
+    """Or the manifest says the same all the same, as where white space is another."""
+    artifact = build(store)
+    path = artifact / "manifest.json"
+    intact = path.read_bytes()
+    found = 0
+    for place in range(len(intact)):
+        for bit in range(0, 8, 3):
+            changed = bytearray(intact)
+            changed[place] ^= 1 << bit
+            path.write_bytes(changed)
+            manifest, problem = read_manifest(artifact.path)
+            assert problem is not None or manifest == artifact.manifest
+            found += problem is not None
+    assert found > 2 * len(intact)
+    path.write_bytes(intact)
+    assert store.find("sae_training", NAME) == artifact
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"label": None},
+        {"label": ["a"]},
+        {"created": "yesterday"},
+        {"created": None},
+        {"summary": []},
+        {"files": []},
+        {"files": {"../../a.bin": {"bytes": 1, "sha256": ""}}},
+        {"files": {"/etc/hostname": {"bytes": 1, "sha256": ""}}},
+        {"files": {"a.bin": {"bytes": "1"}}},
+        {"files": {"a.bin": None}},
+        {"stage": None},
+        {"stage": "\x1b[31m"},
+    ],
+    ids=str,
+)
+def test_a_manifest_of_another_form_is_none(store: ArtifactStore, changes):
+    """With a hash that fits: its writer may have been anyone."""
+    artifact = build(store)
+    write_json(artifact / "manifest.json", sealed(artifact.manifest | changes))
+    _, problem = read_manifest(artifact.path)
+    assert problem is not None
+    assert problem.isprintable()
+    (info,) = listing(store.root)
+    assert info.state == "corrupt"
+    shown([info])
+    assert store.find("sae_training", NAME) is None
+
+
+def test_a_folder_in_place_of_a_manifest_is_damage(store: ArtifactStore):
+    artifact = build(store)
+    (artifact / "manifest.json").unlink()
+    (artifact / "manifest.json").mkdir()
+    assert store.find("sae_training", NAME) is None
 
 
 def test_files_are_hashed_once(store: ArtifactStore, monkeypatch):
@@ -389,9 +454,8 @@ def test_the_listing_says_what_another_machine_built(store: ArtifactStore):
     assert "another machine" not in text
 
     def elsewhere(stage: str, machine: dict | None) -> None:
-        path = store.build(stage, "a" * 20, {"label": ""}, two_files) / "manifest.json"
-        manifest = json.loads(path.read_text())
-        path.write_text(json.dumps(manifest | {"machine": machine}))
+        built = store.build(stage, "a" * 20, {"label": ""}, two_files)
+        write_json(built / "manifest.json", sealed(built.manifest | {"machine": machine}))
 
     here = plain(this_machine())
     elsewhere("base", here | {"processor": "EPYC [9]"})
