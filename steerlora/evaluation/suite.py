@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from steerlora.config import EvaluationConfig
+from steerlora.engine.manifests import read_json
+from steerlora.errors import UserError
 from steerlora.evaluation.records import typed
+from steerlora.text import is_plain_name
 
 TARGET = "target"
 """The average of the domains' own tasks."""
-OWN = ("micro_", "text_")
+KINDS = ("micro", "text")
+"""Kinds of domains that artifacts hold: each has a folder of task files here."""
+OWN = tuple(f"{kind}_" for kind in KINDS)
 """How the names of the tasks begin that domains bring; any other is lm-eval's own."""
 
 
@@ -36,9 +41,48 @@ class Domains:
 
     @classmethod
     def read(cls, directory: Path) -> Domains:
-        said = json.loads((directory / "domains.json").read_text())
+        """The description of a domains artifact, which may be anyone's.
+
+        Raises:
+            UserError: it is missing, or has another form. Names become parts of paths, and lm-eval
+                runs the code of the task files of a kind: both are taken from closed lists.
+        """
+        path = directory / "domains.json"
+        said = read_json(path)
+        if not _well_formed(said):
+            raise UserError(f"{path} does not describe domains: build them again")
         fields = {name: value for name, value in said.items() if name in cls.__annotations__}
-        return typed(cls, {"directory": directory, **fields})
+        return typed(cls, fields | {"directory": directory})
+
+
+def _well_formed(said: Any) -> bool:
+    """Whether ``domains.json`` says what `Domains` holds, with names of their own kind."""
+    needed = {"kind", "version", "names", "target_tasks", "groups", "metrics"}
+    if not isinstance(said, dict) or not needed <= set(said) or said["kind"] not in KINDS:
+        return False
+    names, targets, groups = said["names"], said["target_tasks"], said["groups"]
+    extra, metrics = said.get("extra_tasks", []), said["metrics"]
+    if not (
+        isinstance(said["version"], int)
+        and isinstance(targets, dict)
+        and isinstance(groups, dict)
+        and _are_names(names)
+        and _are_names(extra)
+        and all(map(_are_names, groups.values()))
+        and isinstance(metrics, dict)
+        and all(isinstance(metric, str) for metric in metrics.values())
+    ):
+        return False
+    tasks = [*targets.values(), *extra, *metrics, *(task for of in groups.values() for task in of)]
+    return (
+        0 < len(names) == len(set(names))
+        and set(targets) == set(names)
+        and all(str(task).startswith(f"{said['kind']}_") for task in tasks)
+    )
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_plain_name, value))
 
 
 @dataclass(frozen=True)

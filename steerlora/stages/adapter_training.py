@@ -13,7 +13,14 @@ from steerlora.engine.steps import Context, Step, stage
 from steerlora.methods.base import Task
 from steerlora.methods.saving import export_peft, save_adapter
 from steerlora.stages import method_training
-from steerlora.stages.common import BASE, NOT_IDENTITY, POINTER, run_log, training_rows
+from steerlora.stages.common import (
+    BASE,
+    NOT_IDENTITY,
+    POINTER,
+    domain_names,
+    run_log,
+    training_rows,
+)
 
 FOLDER = "adapter"
 """Folder of the artifact that holds the trained method."""
@@ -66,7 +73,7 @@ def build(context: Context) -> dict:
     attached = method_training.attach(context, model, tokenizer, domains=settings.domains)
     learner, method = attached.learner, attached.method
     rows = training_rows(source, settings.domains, tokenizer, settings.trainer.max_length)
-    order = source.json("domains.json")["names"]
+    order = domain_names(source)
     batches = training_batches(
         list(chain.from_iterable(rows.values())),
         [order.index(name) for name, own in rows.items() for _ in own],

@@ -21,6 +21,7 @@ from steerlora.engine.content import identity_of
 from steerlora.engine.manifests import CHECKPOINTS
 from steerlora.engine.steps import Context
 from steerlora.errors import UserError
+from steerlora.evaluation.suite import Domains
 from steerlora.lm.pretrained import open_model, open_tokenizer
 from steerlora.lm.weight_files import model_files
 from steerlora.reporting.runs import RunLog, open_run
@@ -124,6 +125,11 @@ def identity_of_model(path: str, root: str) -> str:
     """
     files = model_files(path)
     return identity_of(files, root) if files else path
+
+
+def domain_names(source: Artifact) -> list[str]:
+    """The domains of a domains artifact, in order."""
+    return list(Domains.read(source.path).names)
 
 
 def training_rows(

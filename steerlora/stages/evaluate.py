@@ -29,7 +29,7 @@ from steerlora.methods.base import Method
 from steerlora.methods.interventions import INTERVENTIONS
 from steerlora.methods.saving import load_adapter
 from steerlora.stages import adapter_training, base, method_training
-from steerlora.stages.common import WHERE, load_base, run_log
+from steerlora.stages.common import WHERE, domain_names, load_base, run_log
 
 SCORES = "scores.json"
 
@@ -197,7 +197,7 @@ def intervened(
 def _health(context: Context, method: Method | None, scorer: Scorer) -> dict[int, Routing]:
     """{site: what the method measures of itself} over the held-out rows of every domain."""
     source, settings = context.inputs["domains"], context.config
-    names = source.json("domains.json")["names"]
+    names = domain_names(source)
     health = method.health(names, settings.seed) if method is not None else None
     if health is None:
         return {}

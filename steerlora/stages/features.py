@@ -33,6 +33,7 @@ from steerlora.stages import base, sae_training
 from steerlora.stages.common import (
     WHERE,
     device_of,
+    domain_names,
     identity_of_model,
     load_base,
     run_log,
@@ -115,7 +116,7 @@ def load_taxonomy(artifact: Artifact) -> Taxonomy:
 def build(context: Context) -> dict:
     settings: FeatureSettings = context.config
     source = context.inputs["domains"]
-    names = source.json("domains.json")["names"]
+    names = domain_names(source)
     if len(names) < 2:
         raise UserError(f"stage=features compares domains: domains.names={names} has only one")
     model, tokenizer = load_base(

@@ -31,6 +31,7 @@ from steerlora.stages.common import (
     NOT_IDENTITY,
     POINTER,
     WHERE,
+    domain_names,
     load_base,
     read_rows,
     run_log,
@@ -218,7 +219,7 @@ def _quality(
     leaves the last layer and enters none.
     """
     rows = []
-    for name in source.json("domains.json")["names"]:
+    for name in domain_names(source):
         rows += read_rows(source / f"heldout/{name}.jsonl")[:PROOF_ROWS]
     encoded = encode_chats(tokenizer, rows, settings.max_length)
     batches = [

@@ -19,7 +19,7 @@ from steerlora.evaluation.scoring import Scorer
 from steerlora.methods.base import Task
 from steerlora.reporting.runs import RunLog
 from steerlora.stages import evaluate, method_training
-from steerlora.stages.common import load_base, read_rows, training_rows
+from steerlora.stages.common import domain_names, load_base, read_rows, training_rows
 from steerlora.stages.method_training import Attached
 from steerlora.stages.sequence_state import SequenceState
 
@@ -42,7 +42,7 @@ class SequenceTrainer:
     def __init__(self, context: Context, log: RunLog, state: SequenceState) -> None:
         self.context, self.log, self.state = context, log, state
         self.settings, self.source = context.config, context.inputs["domains"]
-        self.names = self.source.json("domains.json")["names"]
+        self.names = domain_names(self.source)
         self._shards = self.settings.trainer.strategy == "zero3"
         self._open: Attached | None = None
         self._batches: dict[int, ChatBatches | PackedBatches] = {}

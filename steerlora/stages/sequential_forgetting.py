@@ -18,8 +18,9 @@ from steerlora.evaluation.records import (
     write_record,
 )
 from steerlora.evaluation.scores import Score, averages
+from steerlora.evaluation.suite import Domains
 from steerlora.stages import evaluate, method_training
-from steerlora.stages.common import NOT_IDENTITY, run_log
+from steerlora.stages.common import NOT_IDENTITY, domain_names, run_log
 from steerlora.stages.sequence import SequenceScorer, SequenceTrainer
 from steerlora.stages.sequence_state import SequenceState
 
@@ -86,7 +87,7 @@ def step(config: Config) -> Step:
 )
 def build(context: Context) -> dict:
     settings: SequenceSettings = context.config
-    names = context.inputs["domains"].json("domains.json")["names"]
+    names = domain_names(context.inputs["domains"])
     with run_log(context, settings.logger) as log:
         state = SequenceState.resumed(context.directory, context.fingerprint)
         state = state or SequenceState([_base_row(context, names)])
@@ -150,9 +151,9 @@ def _base_scores(context: Context) -> Evaluation:
 
 def _base_row(context: Context, names: list[str]) -> dict:
     """The base's scores, which are row 0."""
-    domains = context.inputs["domains"].json("domains.json")
+    targets = Domains.read(context.inputs["domains"].path).target_tasks
     tasks = _base_scores(context).tasks
-    return _row({name: tasks[domains["target_tasks"][name]] for name in names}, names)
+    return _row({name: tasks[targets[name]] for name in names}, names)
 
 
 def _row(scores: dict[str, Score], names: list[str]) -> dict:
