@@ -31,7 +31,7 @@ from steerlora.config import Config
 from steerlora.distributed import ranks
 from steerlora.engine import preemption
 from steerlora.engine.manifests import plain
-from steerlora.errors import Preempted, RankGone, UserError
+from steerlora.errors import Preempted, RankGone, UserError, WorkerDied
 from steerlora.text import for_terminal
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ console = Console(
     width=None if sys.stdout.isatty() else 120,
     quiet=not ranks.is_main(),
 )
-ENDS = (UserError, KeyboardInterrupt, Preempted, RankGone)
+ENDS = (UserError, KeyboardInterrupt, Preempted, RankGone, WorkerDied)
 """Exceptions that end a run before it is complete, each reported in one line."""
 
 
@@ -209,6 +209,7 @@ def _end(error: BaseException) -> NoReturn:
             130,
         ),
         RankGone: (f"error: {error}", 1),
+        WorkerDied: (f"error: {error}", 1),
     }.get(type(error), (f"error: {error}", 2))
     if ranks.reports(error):
         print(for_terminal(line), file=sys.stderr, flush=True)

@@ -14,6 +14,10 @@ class RankGone(Exception):
     """Another rank ended; the message says which."""
 
 
+class WorkerDied(Exception):
+    """A worker process ended in the middle of its work, most often killed for its memory."""
+
+
 class Preempted(BaseException):
     """A signal asked this process to stop, and its work is saved: the same command resumes it.
 

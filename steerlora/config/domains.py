@@ -9,6 +9,7 @@ from typing import Any
 
 from steerlora.config.checks import one_of, positive
 from steerlora.errors import UserError, nearest
+from steerlora.text import is_plain_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,12 @@ class DomainsConfig:
         if len(set(self.names)) != len(self.names) or not self.names:
             raise UserError(f"domains.names={self.names}: name each domain once")
         one_of("domains.broad", self.broad, self.names)
+        for name in self.names:
+            if not is_plain_name(name):
+                raise UserError(
+                    f"domains.names: {name!r} is no name of a file: printable characters without / "
+                    "or \\, not dots alone"
+                )
         sources = {name: _source(name, given) for name, given in self.sources.items()}
         object.__setattr__(self, "sources", sources)
         if self.kind == "hub":

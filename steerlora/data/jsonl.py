@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from steerlora.engine.content import open_file
 from steerlora.errors import UserError
 
 _TYPE_NAMES = {
@@ -26,9 +27,10 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict]]:
     """Each JSON object of ``path`` with its place, ``file:line``; blank lines are passed over.
 
     Raises:
-        UserError: naming file and line, for bad JSON, a line that is no object, or bad UTF-8.
+        UserError: naming file and line, for bad JSON, a line that is no object, or bad UTF-8; for
+            what is no file.
     """
-    with path.open("rb") as lines:
+    with open_file(path) as lines:
         for number, raw in enumerate(lines, start=1):
             place = f"{path}:{number}"
             try:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from steerlora.distributed.listening import listening
 from steerlora.distributed.ranks import Ranks
 from steerlora.errors import RankGone, UserError
 from steerlora.text import for_terminal
@@ -35,6 +36,8 @@ DIAGNOSIS_TIMEOUT = 12.0
 """Seconds to find the rank that is gone, once a collective has failed."""
 RENDEZVOUS_TIMEOUT = 600.0
 """Seconds that the first rank waits for the last to join."""
+PARTING_WORDS = 300
+"""Characters of a rank's last line that the others show."""
 SHUTDOWN_TIMEOUT = 3.0
 """Seconds that the host of the store stays for others to read from it."""
 
@@ -86,8 +89,9 @@ class Group:
                 is_master=hosts,
                 timeout=timedelta(seconds=RENDEZVOUS_TIMEOUT),
                 wait_for_workers=False,
+                master_listen_fd=listening(self.ranks).detach() if hosts else None,
             )
-        except dist.DistError as error:
+        except (dist.DistError, OSError) as error:
             raise UserError(
                 f"rank {self.ranks.rank} cannot {'host' if hosts else 'reach'} the rendezvous "
                 f"store at {address} ({str(error).splitlines()[0]}); MASTER_ADDR and MASTER_PORT "
@@ -119,7 +123,7 @@ class Group:
         if self.ranks.rank == 0:
             self._store.set(key, json.dumps(value))
             return value
-        return json.loads(self._wait_for(key))
+        return self._json(key)
 
     def barrier(self) -> None:
         self._sequence += 1
@@ -133,7 +137,7 @@ class Group:
         """Compare every rank's configuration with rank 0's; all ranks refuse, not only one."""
         keys = [self._key(f"config/{rank}") for rank in range(self.ranks.world)]
         self._store.set(keys[self.ranks.rank], json.dumps(description, sort_keys=True, default=str))
-        first, *others = (json.loads(self._wait_for(key)) for key in keys)
+        first, *others = map(self._json, keys)
         for rank, other in enumerate(others, 1):
             differing = _differing(first, other)
             if differing:
@@ -145,6 +149,20 @@ class Group:
     def _key(self, name: str) -> str:
         """A key of this run alone: a sweep has several, one after the other."""
         return f"run/{self._run}/{name}"
+
+    def _json(self, key: str) -> Any:
+        """The value of a key, once it is there.
+
+        Raises:
+            UserError: another program wrote it.
+        """
+        try:
+            return json.loads(self._wait_for(key))
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"the rendezvous store at {self.ranks.address}:{self.ranks.port} holds what no "
+                "rank wrote: choose a port of your own with MASTER_PORT"
+            ) from error
 
     def _wait_for(self, key: str) -> bytes:
         """The value of a key once it is there, in steps short enough for Ctrl-C.
@@ -184,7 +202,7 @@ class Group:
         if not _of_a_collective(error):
             with suppress(Exception):
                 line = (str(error).splitlines() or [type(error).__name__])[0]
-                self._store.set(self._key(f"ended/{self.ranks.rank}"), line[:300])
+                self._store.set(self._key(f"ended/{self.ranks.rank}"), line[:PARTING_WORDS])
             return
         # A launcher that saw the other die asks this one to end as well: that is no preemption.
         with suppress(ValueError):  # not in the main thread
@@ -245,7 +263,8 @@ class Group:
     def _check_rank(self, rank: int, store, timeout: float) -> None:
         ended = self._key(f"ended/{rank}")
         if store.check([ended]):
-            self._gone[rank] = f"rank {rank} ended: {store.get(ended).decode()}"
+            words = for_terminal(store.get(ended).decode(errors="replace"))
+            self._gone[rank] = f"rank {rank} ended: {words[:PARTING_WORDS]}"
             return
         beats, now = store.add(f"heartbeat/{rank}", 0), time.monotonic()
         if self._heartbeats.get(rank, (-1, now))[0] != beats:

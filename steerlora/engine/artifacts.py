@@ -103,6 +103,10 @@ class ArtifactStore:
         """Where the artifact is, or will be."""
         return self.root / stage / fingerprint
 
+    def unfinished(self, stage: str, fingerprint: str) -> Path:
+        """Where the artifact is while it is built."""
+        return _beside(self.directory(stage, fingerprint), ".partial")
+
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
         """The artifact if it is there, complete and intact; ``None`` if it has to be built.
 
@@ -135,7 +139,7 @@ class ArtifactStore:
             UserError: the disk is full, or the root cannot be written to.
         """
         final = self.directory(stage, fingerprint)
-        partial = _beside(final, ".partial")
+        partial = self.unfinished(stage, fingerprint)
         with self._locked(stage, fingerprint, message), self._disk_errors(stage, fingerprint):
             existing = self._find_or_move_aside(stage, fingerprint)
             if existing is not None:

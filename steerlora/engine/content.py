@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import filelock
 
@@ -94,7 +95,7 @@ class ContentHashes:
         if size >= ANNOUNCED:
             _log.info("reading %.0f GiB once, to know the files again", size / 2**30)
         with ThreadPoolExecutor(THREADS) as threads:
-            hashes = list(threads.map(_sha256, files))
+            hashes = list(threads.map(sha256, files))
         settled = {
             str(file): [state, content]
             for file, state, content in zip(files, states, hashes, strict=True)
@@ -137,21 +138,52 @@ class ContentHashes:
             lock.release()
 
 
-def _state(file: Path) -> list[int]:
-    """What changes when a file is written to or replaced: size, times, where it is on the disk."""
+def open_file(path: Path) -> BinaryIO:
+    """A file of the user's, to read its bytes.
+
+    Raises:
+        UserError: there is none (a link to nothing, or to itself), it may not be read, or it is a
+            folder, or a pipe, which would be waited for.
+    """
+    _stat(path)
     try:
-        stat = file.stat()
+        return path.open("rb")
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror})") from error
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        raise _unreadable(path, error) from error
 
 
-def _sha256(file: Path) -> str:
-    try:
-        with file.open("rb") as stream:
+def sha256(path: Path) -> str:
+    """SHA-256 of a file of the user's, of any size.
+
+    Raises:
+        UserError: as `open_file`.
+    """
+    with open_file(path) as stream:
+        try:
             return hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        found = path.stat()
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror})") from error
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(found.st_mode):
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+        raise UserError(f"{path} is {what}: a file is needed there")
+    return found
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be read: {error.strerror or error}")
+
+
+def _state(path: Path) -> list[int]:
+    """What changes when a file is written to or replaced: size, times, where it is on the disk."""
+    found = _stat(path)
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def absolute(path: str) -> str:

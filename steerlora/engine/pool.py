@@ -23,15 +23,11 @@ import psutil
 
 from steerlora.engine.progress import Event, Progress
 from steerlora.engine.worker import Done, Failed, Interrupted, Work, interrupts_blocked, serve
-from steerlora.errors import Preempted
+from steerlora.errors import Preempted, WorkerDied
 
 GRACE = 15.0  # seconds that an interrupted worker has to save its state
 POLL_INTERVAL = 0.2  # seconds between two looks at the signals and at the workers' health
 ECHO = 0.3  # seconds in which a second SIGINT is the same Ctrl-C, passed on by a wrapper
-
-
-class WorkerDied(RuntimeError):
-    """A worker process ended in the middle of its work, most often killed for its memory."""
 
 
 @dataclass(eq=False)

@@ -17,6 +17,7 @@ from steerlora.distributed import ranks
 from steerlora.engine import preemption
 from steerlora.engine.artifacts import Artifact, ArtifactStore
 from steerlora.engine.manifests import plain
+from steerlora.engine.memory import shortage_explained
 from steerlora.engine.pool import WorkerPool
 from steerlora.engine.progress import Progress, SilentProgress
 from steerlora.engine.steps import STAGES, Context, Step
@@ -150,6 +151,11 @@ def _look_up_together(
     if ranks.is_main():
         return found
     by_name = {step.fingerprint: step for step in _in_order(steps)}
+    if not set(by_name).issuperset([*there, *missing]):
+        raise UserError(
+            "rank 0 builds what this rank's configuration does not ask for: give every rank the "
+            "same command"
+        )
     artifacts = {name: _found(by_name[name], store) for name in there}
     return artifacts, [by_name[name] for name in missing]
 
@@ -274,13 +280,14 @@ def _execute(job: _Job, progress: Progress) -> _Built:
             label=step.label,
             progress=progress,
         )
-        return stage.build(context)
+        with shortage_explained(step.label):
+            return stage.build(context)
 
     def builder(directory: Path) -> Mapping | None:
         nonlocal reused
         reused = False
         if stage.shared:
-            ranks.broadcast(str(directory))
+            ranks.broadcast(True)
         return fill(directory)
 
     with _interruption_as_keyboard_interrupt():
@@ -296,9 +303,9 @@ def _execute(job: _Job, progress: Progress) -> _Built:
             artifact = store.build(step.stage, step.fingerprint, record, builder, progress.message)
             ranks.broadcast(None)
         else:
-            # The folder of what all ranks build together, where it comes to that; then the end.
-            while (directory := ranks.broadcast()) is not None:
-                fill(Path(directory))
+            # Whether all ranks build it together, where it comes to that; then the end.
+            while ranks.broadcast() is True:
+                fill(store.unfinished(step.stage, step.fingerprint))
             artifact = _found(step, store)
     return _Built(artifact, time.monotonic() - began, reused)
 

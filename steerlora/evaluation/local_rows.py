@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 
 from steerlora.data.jsonl import read_objects
+from steerlora.engine.content import sha256
 from steerlora.errors import UserError
 
 SUBJECT = "subject"
@@ -30,7 +31,7 @@ def digest(files: Mapping[str, str]) -> str:
     for task in sorted(files):
         for path in _paths(task, files[task]):
             sha.update(f"{task} {path.name if Path(files[task]).is_dir() else ''}\n".encode())
-            sha.update(hashlib.sha256(path.read_bytes()).digest())
+            sha.update(bytes.fromhex(sha256(path)))
     return sha.hexdigest()[:20]
 
 

@@ -12,6 +12,7 @@ from steerlora.data.domains.hub import writer as hub
 from steerlora.data.domains.micro import WORLD_VERSION
 from steerlora.data.domains.micro.words import DOMAINS
 from steerlora.data.domains.text import writer as text
+from steerlora.engine.content import sha256
 from steerlora.engine.steps import Context, Step, stage
 from steerlora.errors import UserError
 
@@ -43,7 +44,7 @@ def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.jsonl")):
         digest.update(path.name.encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()[:20]
 
 

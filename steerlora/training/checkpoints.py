@@ -100,8 +100,8 @@ def newest(directory: Path, identity: str = "") -> Path | None:
 def agreed(directory: Path, identity: str = "") -> Path | None:
     """The `newest` that rank 0 finds, on every rank."""
     found = newest(directory, identity) if ranks.is_main() else None
-    name = ranks.broadcast(found and found.name)
-    return directory / name if name else None
+    step = ranks.broadcast(found and int(found.name.removeprefix("step-")))
+    return None if step is None else place(directory, int(step))
 
 
 # A tree in JSON: tensors by name, and what JSON has no form for under keys of their own

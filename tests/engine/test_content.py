@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.files import NO_FILES
 
 from steerlora.engine import content
-from steerlora.engine.content import MEMORY, ContentHashes, absolute, identity_of
+from steerlora.engine.content import MEMORY, ContentHashes, absolute, identity_of, open_file
 from steerlora.errors import UserError
 
 SIZE = 3 * 2**20
@@ -29,8 +30,8 @@ def file(tmp_path) -> Path:
 def hashed(monkeypatch) -> list[Path]:
     """The files that are read."""
     read = []
-    original = content._sha256
-    monkeypatch.setattr(content, "_sha256", lambda file: read.append(file) or original(file))
+    original = content.sha256
+    monkeypatch.setattr(content, "sha256", lambda file: read.append(file) or original(file))
     return read
 
 
@@ -102,6 +103,13 @@ def test_a_root_that_cannot_be_written_to_is_done_without(file, tmp_path):
     assert identity(file, blocked / "root") == identity(file, tmp_path)
 
 
-def test_a_file_that_is_gone_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
-        ContentHashes(tmp_path / MEMORY).of([tmp_path / "gone"])
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize(
+    "read", [open_file, lambda path: ContentHashes(path.with_name(MEMORY)).of([path])]
+)
+def test_what_is_no_file_is_one_line(tmp_path, kind, read):
+    path, says = NO_FILES[kind](tmp_path / "law.jsonl")
+    with pytest.raises(UserError, match=says) as error:
+        read(path)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from steerlora.config import DomainsConfig
 from steerlora.data.domains.micro.writer import _description
 from steerlora.data.domains.text.tasks import describe
 from steerlora.errors import UserError
@@ -41,6 +42,13 @@ def test_a_path_as_kind_runs_no_code(tmp_path):
     for kind in (str(tasks), "../../../tmp", "hub", "", None, ["micro"]):
         with pytest.raises(UserError, match="does not describe domains"):
             Domains.read(write(tmp_path, _description() | {"kind": kind}))
+
+
+@pytest.mark.parametrize("name", ["../law", "/law", "..", "a\nb", "\x1b[31m", ""])
+def test_domains_of_a_configuration_have_plain_names(name):
+    with pytest.raises(UserError, match=r"domains\.names") as error:
+        DomainsConfig(kind="text", dir="text", names=["law", name], broad="law")
+    assert "\n" not in str(error.value)
 
 
 LAW = {"law": "text_law_cross_entropy"}

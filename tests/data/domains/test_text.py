@@ -8,12 +8,14 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers.files import NO_FILES
 from transformers import AutoTokenizer
 
 from steerlora.data.chat import encode_chat
 from steerlora.data.domains.text import writer
 from steerlora.data.domains.text.tokenizer import build_tokenizer
 from steerlora.errors import UserError
+from steerlora.text import for_terminal
 
 
 def real_folder() -> Path:
@@ -353,3 +355,21 @@ def test_pretrain_items_takes_as_many_of_each_domain(source: Path, tmp_path: Pat
     assert {count["pretraining"] for count in counts.values()} == {math.ceil(9 / len(counts))}
     for name in ("train/math.jsonl", "heldout/math.jsonl"):
         assert (capped / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize("name", ["law_train.jsonl", "math_test.jsonl", "ifeval_test.jsonl"])
+def test_what_is_no_file_is_one_line(source: Path, tmp_path: Path, name: str, kind: str) -> None:
+    """A pipe would be waited for; a link to nothing is not as if there were nothing."""
+    (source / name).unlink(missing_ok=True)
+    path, says = NO_FILES[kind](source / name)
+    with pytest.raises(UserError, match=says) as error:
+        writer.write(tmp_path / "out", source=source, seed=0)
+    assert str(error.value).startswith(str(path))
+
+
+def test_a_row_s_keys_reach_a_terminal_as_they_are_written(source: Path, tmp_path: Path) -> None:
+    save(source / "law_train.jsonl", [{"\x1b[2Jprompt": "a"}])
+    with pytest.raises(UserError) as error:
+        writer.write(tmp_path, source=source, seed=0)
+    assert r"\x1b[2Jprompt" in for_terminal(error.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import string
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from huggingface_hub.errors import HTTPError
 
 from steerlora.config import SourceConfig
 from steerlora.data.domains.text.rows import SourceRow
+from steerlora.engine.content import sha256
 from steerlora.errors import UserError, nearest
 
 # It warns of every dataset that it takes from its cache; and progress is ours to show.
@@ -104,7 +104,7 @@ def identity_of(domain: str, source: SourceConfig) -> list[str | None]:
     splits = [source.split, heldout_split_of(source)]
     if source.local:
         key = f"domains.sources.{domain}"
-        where = [split and _digest(_local_file(key, source, split)) for split in splits]
+        where = [split and sha256(_local_file(key, source, split)) for split in splits]
     else:
         where = [source.path, source.name, source.revision, *splits]
     return [*where, source.prompt, source.response, source.messages]
@@ -177,11 +177,6 @@ def _first_pair(key: str, turns: Any) -> tuple[str, str]:
         if (turn["role"], answer["role"]) == ("user", "assistant"):
             return turn["content"] or "", answer["content"] or ""
     return "", ""
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cause(error: Exception) -> str:

@@ -5,6 +5,7 @@ Everything here streams: a file is read once from top to bottom and only counter
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,11 @@ def check_domains(source: Path, names: tuple[str, ...]) -> None:
             f"{', '.join(found) or 'none'}); add the file, or choose others with "
             "domains.names=[...]"
         )
+
+
+def is_listed(path: Path) -> bool:
+    """Whether its folder lists a file: one that cannot be read is refused, not passed over."""
+    return os.path.lexists(path)
 
 
 def usable_rows(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from steerlora.data.domains.text.rows import SourceRow
+from steerlora.data.domains.text.rows import SourceRow, is_listed
 from steerlora.data.jsonl import read_objects
 
 VERSION = 1
@@ -64,7 +64,7 @@ def borrowed_items(source: Path, most: int) -> dict[str, list[dict]]:
     return {
         f"text_{task}": [row for _, row in islice(read_objects(path), most)]
         for task, path in paths.items()
-        if path.exists()
+        if is_listed(path)
     }
 
 

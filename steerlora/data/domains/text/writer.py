@@ -25,6 +25,7 @@ from steerlora.data.domains.text.rows import (
     SUFFIX,
     SourceRow,
     check_domains,
+    is_listed,
     text_of,
     usable_rows,
 )
@@ -142,9 +143,9 @@ def _hold_out(source: Path, name: str, seed: int, most: int) -> HeldOut:
     """Choose at most ``most`` rows of a domain by the hash of their prompts, in file order."""
     path, gsm8k = source / f"{name}_test.jsonl", source / "gsm8k_test.jsonl"
     has_test = True
-    if path.exists():
+    if is_listed(path):
         rows = usable_rows(path)
-    elif name == "math" and gsm8k.exists():
+    elif name == "math" and is_listed(gsm8k):
         path = gsm8k
         rows = usable_rows(path, prompt_key="question", response_key="answer")
     else:
@@ -170,7 +171,7 @@ def _borrowed_prompts(source: Path) -> Iterator[bytes]:
     """Keys of every prompt of lm-eval's own test files: no domain may train on them."""
     for task, column in (("gsm8k", "question"), ("ifeval", "prompt")):
         path = source / f"{task}_test.jsonl"
-        if path.exists():
+        if is_listed(path):
             for place, row in read_objects(path):
                 yield prompt_key(text_of(row, column, place))
 
