@@ -29,6 +29,7 @@ from hydra_plugins.hydra_submitit_launcher.config import (
 from omegaconf import II
 
 from steerlora.cli.sweep import OUTCOMES, Outcome
+from steerlora.text import for_terminal
 
 if TYPE_CHECKING:
     from submitit import AutoExecutor, Job
@@ -256,5 +257,5 @@ def _log(job: Job) -> str:
 def _refuse(line: str) -> NoReturn:
     """Print an error and exit. If it were raised, Hydra would print a traceback."""
     shutil.rmtree(os.environ[OUTCOMES])
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    print(for_terminal(f"error: {line}"), file=sys.stderr, flush=True)
     raise SystemExit(2)

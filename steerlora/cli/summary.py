@@ -13,6 +13,7 @@ from rich.table import Table
 from steerlora.config import Config
 from steerlora.engine.run import RunReport
 from steerlora.engine.steps import Step
+from steerlora.text import for_markup, for_terminal
 
 if TYPE_CHECKING:
     from steerlora.reporting.report import Report
@@ -24,11 +25,11 @@ def print_experiment(
     """Print the claims, times and folders of a finished experiment."""
     console.print(written.terminal)
     _print_times(console, run)
-    folder = Path(config.results.dir)
+    folder, root = for_markup(Path(config.results.dir)), for_markup(config.artifacts.root)
     console.print(f"tables, figures and claims: {folder}/ (begin with {folder}/claims.md)")
-    console.print(f"artifacts: {config.artifacts.root}/ (steerlora stage=status lists them)")
+    console.print(f"artifacts: {root}/ (steerlora stage=status lists them)")
     console.print(
-        f"{config.study.name}: {seconds:.0f} s in all, "
+        f"{for_markup(config.study.name)}: {seconds:.0f} s in all, "
         f"peak memory {run.peak_memory_bytes / 2**30:.1f} GiB"
     )
 
@@ -37,11 +38,13 @@ def print_stage(console: Console, steps: Sequence[Step], run: RunReport, seconds
     """Print the summary and the folder of every requested artifact."""
     for step in steps:
         artifact = run[step]
-        table = Table(title=step.label, show_header=False)
+        table = Table(title=for_markup(step.label), show_header=False)
         for name, value in artifact.manifest["summary"].items():
-            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            table.add_row(for_markup(name), for_markup(shown))
         console.print(table)
-        console.print(f"{step.stage}: {artifact.path}", markup=False, highlight=False)
+        line = for_terminal(f"{step.stage}: {artifact.path}")
+        console.print(line, markup=False, highlight=False)
     _print_times(console, run)
     console.print(f"{seconds:.0f} s in all")
 

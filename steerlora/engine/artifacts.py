@@ -43,6 +43,7 @@ from steerlora.engine.manifests import (
     write_json,
 )
 from steerlora.errors import UserError
+from steerlora.text import for_terminal
 
 LOCK_PATIENCE = 1.0  # seconds of silent waiting for another process
 
@@ -233,7 +234,7 @@ class ArtifactStore:
             directory.replace(aside)
             logger.warning(
                 "artifact %s/%s is damaged: %s; it is moved to %s and built again",
-                *(stage, fingerprint, problem, aside),
+                *(stage, fingerprint, for_terminal(problem), aside),
             )
         return artifact
 

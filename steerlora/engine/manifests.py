@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from steerlora.errors import UserError
-from steerlora.text import for_terminal
 
 FINGERPRINT_DIGITS = 20  # hexadecimal digits kept of a SHA-256: 80 bits
 MANIFEST = "manifest.json"
@@ -152,7 +151,7 @@ def read_manifest(directory: Path) -> tuple[dict, str | None]:
         manifest = read_json(directory / MANIFEST)
         named = (manifest["stage"], manifest["fingerprint"])
         if named != (directory.parent.name, directory.name):
-            return {}, for_terminal(f"{MANIFEST} describes {'/'.join(named)}")
+            return {}, f"{MANIFEST} describes {'/'.join(named)}"
         if manifest[OWN_HASH] != _own_hash(manifest):
             return {}, f"{MANIFEST} has changed since it was written (SHA-256 differs)"
         datetime.fromisoformat(manifest["created"])
@@ -165,7 +164,7 @@ def read_manifest(directory: Path) -> tuple[dict, str | None]:
         if whole:
             return manifest, None
     except (UserError, OSError) as error:
-        return {}, for_terminal(error)
+        return {}, str(error)
     except (KeyError, TypeError, ValueError, AttributeError):
         pass
     return {}, f"{MANIFEST} is not a manifest"

@@ -12,6 +12,7 @@ from rich.console import Console
 from steerlora.config import Config
 from steerlora.planning import fitting, report
 from steerlora.planning.plan import Plan, make
+from steerlora.text import for_markup
 
 __all__ = ["Plan", "make", "show"]
 
@@ -26,5 +27,5 @@ def show(console: Console, config: Config) -> None:
     for table in report.tables(plan):
         console.print(table)
     for note in report.notes(plan):
-        console.print(note, highlight=False)
+        console.print(for_markup(note), highlight=False)
     fitting.refuse(plan)

@@ -7,6 +7,7 @@ from rich.table import Table
 from steerlora.distributed.devices import GPUS
 from steerlora.planning.plan import RESERVED, Plan
 from steerlora.planning.work import HARVEST, row_tokens
+from steerlora.text import for_markup
 
 COMPARED = ("a100-80gb", "h100-80gb", "h200-141gb", "b200-180gb", "l40s-48gb", "rtx4090-24gb")
 """GPUs on which the time is told besides the one that is planned for."""
@@ -33,13 +34,13 @@ def _parameters(plan: Plan) -> Table:
     table = _table("parameters", "of", "parameters")
     tied = " (the head is the embedding)" if plan.shape.tied else ""
     layer = plan.trials.layer
-    table.add_row(f"base {plan.config.model.name}{tied}", _count(plan.base))
+    table.add_row(f"base {for_markup(plan.config.model.name)}{tied}", _count(plan.base))
     table.add_row(
         f"  {plan.shape.layers} layers of {_count(layer)}", _count(plan.shape.layers * layer)
     )
     table.add_row("  embedding and head", _count(plan.base - plan.shape.layers * layer))
     trained = sum(plan.trained.values())
-    table.add_row(f"method {plan.config.method.name}, which trains", _count(trained))
+    table.add_row(f"method {for_markup(plan.config.method.name)}, which trains", _count(trained))
     for part, count in plan.trained.items():
         table.add_row(f"  {part}", _count(count))
     if plan.saes:

@@ -22,6 +22,7 @@ WIDTH = 9.0
 
 STYLE = {  # in force while a report's figures are drawn and saved
     "font.size": 10,
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "axes.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,

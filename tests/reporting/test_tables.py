@@ -5,11 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from scipy import stats
 
 from steerlora.evaluation.forgetting import forgetting_metrics
 from steerlora.evaluation.statistics import holm
 from steerlora.reporting.controls import ablation_table, retrained_table
+from steerlora.reporting.drawing import STYLE, save
 from steerlora.reporting.labels import BANNER
 from steerlora.reporting.orders import forgetting_table
 from steerlora.reporting.scale import scale_table
@@ -22,6 +25,7 @@ from steerlora.reporting.tables import (
     number,
     write_table,
 )
+from steerlora.text import for_markdown
 
 DOMAINS = ["instruction", "math", "code", "medicine", "law"]
 
@@ -230,3 +234,28 @@ def test_no_records_no_table(methods):
     assert ablation_table([]) is None
     assert forgetting_table([], methods, meaningful=True) is None
     assert retrained_table([], [], []) is None
+
+
+HOSTILE = "\x1b[31mlaw|\n\\input{x}<img src=y>[a](b)$x$[bold]"
+
+
+def test_a_name_does_nothing_in_a_table(tmp_path):
+    table = Table("t", HOSTILE, pd.DataFrame({"a": [1]}), [HOSTILE], [[Cell(HOSTILE)]], (HOSTILE,))
+    markdown, _, latex = (
+        path.read_text() for path in write_table(table, tmp_path, meaningful=True)
+    )
+    caption, *grid, _, note = markdown.strip().splitlines()
+    assert note == "- " + for_markdown(HOSTILE)
+    assert caption == for_markdown(HOSTILE)
+    (heading, _, row) = [line for line in grid if line]
+    assert heading == row == f"| {for_markdown(HOSTILE)} |"
+    assert "\\input" not in latex
+    assert latex.count("law") == 4
+    assert "\x1b" not in markdown + latex
+
+
+def test_a_dollar_in_a_name_is_no_formula(tmp_path):
+    with rc_context(STYLE):
+        figure = Figure()
+        figure.subplots().set_title("a$b_{$")
+        assert save(figure, tmp_path / "f.png", meaningful=True).is_file()
