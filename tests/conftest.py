@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 SLOW = (
     *("ranks", "cli", "stages", "extension", "planning", "scripts", "readme"),
     *("test_harness.py", "test_paper.py", "test_punkt.py", "test_report.py"),
-    *("test_shards.py", "test_sharded.py"),
+    *("test_generation.py", "test_shards.py", "test_sharded.py"),
 )
 """Folders and files whose tests take seconds: ``make test-fast`` leaves them out."""
 

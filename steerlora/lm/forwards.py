@@ -8,10 +8,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from steerlora.lm.decoder import decoder_of
 
@@ -20,60 +22,122 @@ from steerlora.lm.decoder import decoder_of
 class ForwardArguments:
     """What a decoder's forward was called with, as far as those need to know who watch it."""
 
-    attention_mask: Tensor | None = None
-    """[B, S so far] or None."""
+    attention_mask: Tensor | dict[str, Tensor | None] | None = None
+    """[B, S so far] or None; or as layers read it, [B, 1, S, columns], one or one a kind."""
     position_ids: Tensor | None = None
     """[B, S] or None; of packed rows, negative on padding."""
-    continuing: bool = False
-    """A KV cache holds earlier tokens of these sequences."""
+    cache: Cache | None = None
+    """The KV cache that was given."""
+    past: int = 0
+    """Tokens of these sequences that it held."""
+    mixed: bool = False
+    """Several sequences in one row, their caches in pages (transformers' continuous batching)."""
 
     def note(self, given: dict[str, Any]) -> None:
         """Take over what the decoder is called with."""
         self.attention_mask = given.get("attention_mask")
         self.position_ids = given.get("position_ids")
-        cache = given.get("past_key_values")
-        self.continuing = cache is not None and cache.get_seq_length() > 0
+        self.cache = given.get("past_key_values")
+        self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
+        self.mixed = given.get("cache") is not None
+
+    @property
+    def continuing(self) -> bool:
+        """A KV cache holds earlier tokens of these sequences."""
+        return self.past > 0
 
     def real_tokens(self, stream: Tensor) -> Tensor:
-        """True on real tokens of a stream [B, S, D], [B, S]; with a KV cache, the mask's end."""
+        """True on real tokens of a stream [B, S, D], [B, S]; with a KV cache, the mask's end.
+
+        A mask that the layers read says it on its diagonal: a token that nobody may see, itself
+        included, is padding.
+        """
         batch, length = stream.shape[:2]
         mask, positions = self.attention_mask, self.position_ids
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return mask[:, -length:].bool()
+        seen = self._seen(mask)
+        if seen is not None:
+            seen = seen[:, :, self.past : self.past + length]
+            return seen.diagonal(dim1=1, dim2=2).expand(batch, length)
         if positions is not None and positions.dim() == 2:
             return (positions >= 0).expand(batch, length)
         return torch.ones(batch, length, dtype=torch.bool, device=stream.device)
 
+    def mask_so_far(self) -> Tensor | None:
+        """Of all tokens of the sequences, those of this forward included: [B, S so far], 1 on real
+        ones; None: all are."""
+        seen = self._seen(self.attention_mask)
+        if seen is None:
+            return self.attention_mask if isinstance(self.attention_mask, Tensor) else None
+        length = seen.shape[1]
+        if not self.past:
+            return seen[:, :, :length].diagonal(dim1=1, dim2=2).long()
+        return seen[:, -1, : self.past + length].long()  # the last token may see all real ones
+
+    def _seen(self, mask: Any) -> Tensor | None:
+        """Who sees whom, [B, S, S so far] bool, where a mask [B, 1, S, columns] says it."""
+        if isinstance(mask, dict):
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
+        if not isinstance(mask, Tensor) or mask.dim() != 4:
+            return None
+        seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+        return seen if seen.shape[-1] >= self.past + seen.shape[-2] else None
+
 
 class ObservedForward:
-    """Calls a function with a decoder's arguments, by name, before every forward of it.
+    """Calls functions with a decoder's arguments, by name, around every forward of it.
 
-    It takes the place of the decoder's ``forward``; :meth:`remove` undoes it exactly.
+    It takes the place of the decoder's ``forward``; :meth:`remove` undoes it exactly. It is an
+    object, not a function, so that a copy of the decoder has one of its own.
 
     Args:
         model: a causal language model.
         before: called with {argument: value}.
+        after: called with that and the output; None: nothing is.
 
     Raises:
         ValueError: a decoder that keeps no keys and values.
     """
 
-    def __init__(self, model: nn.Module, before: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        before: Callable[[dict[str, Any]], None],
+        after: Callable[[dict[str, Any], Any], None] | None = None,
+    ) -> None:
         self._decoder = decoder = decoder_of(model)
         self._own = vars(decoder).get("forward")
-        names, forward = parameters_of_forward(decoder), decoder.forward
+        self._names = parameters_of_forward(decoder)
+        self._before, self._after = before, after
+        decoder.forward = self
 
-        def observed(*args, **kwargs):
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            before(given)
-            return forward(**given)
-
-        decoder.forward = observed
+    def __call__(self, *args, **kwargs):
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        self._before(given)
+        # Not kept: pickle would look a bound method up on a decoder that this object stands in.
+        forward = self._own or partial(type(self._decoder).forward, self._decoder)
+        output = forward(**given)
+        if self._after is not None:
+            self._after(given, output)
+        return output
 
     def remove(self) -> None:
         del self._decoder.forward
         if self._own is not None:
             self._decoder.forward = self._own
+
+
+def cache_after(given: dict[str, Any], output: Any) -> Cache | None:
+    """The KV cache that a forward has filled: the one it was given, or one that it made.
+
+    Args:
+        given: {argument: value} of the decoder's forward.
+        output: what it returned.
+    """
+    parts = output if isinstance(output, tuple) else vars(output).values()
+    found = [part for part in (given.get("past_key_values"), *parts) if isinstance(part, Cache)]
+    return found[0] if found else None
 
 
 def parameters_of_forward(decoder: nn.Module) -> list[str]:

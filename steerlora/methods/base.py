@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from steerlora.data.chat import ChatBatch, EncodedChat
 from steerlora.lm.decoder import attach_edits, decoder_of, layers_of, remove_edits
-from steerlora.lm.forwards import ForwardArguments, ObservedForward, parameters_of_forward
+from steerlora.lm.forwards import ObservedForward, cache_after, parameters_of_forward
 from steerlora.lm.targets import (
     ReplacedLinear,
     Target,
@@ -24,6 +25,7 @@ from steerlora.lm.targets import (
     put_back,
     refuse_changed,
 )
+from steerlora.methods.attached import Attachment, Edit, ForwardState, Running, SavesBase
 from steerlora.methods.config import MethodConfig
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.taxonomy import Taxonomy
@@ -64,20 +66,16 @@ class Health(Protocol):
         """{site: {statistic: value}}, plain numbers for JSON."""
 
 
-@dataclass
-class ForwardState(ForwardArguments):
-    """What a method knows of the forward that is running."""
-
-    disabled: bool = False
-    """The model is the base, for now."""
-
-
 class Method(nn.Module):
     """What trains: parameters and buffers beside a frozen model, and how they change its forwards.
 
     A method changes a model in one or both of two ways: it edits residual streams (:meth:`edits`)
     and replaces linear layers (:meth:`replacements`). Its state dict is what is saved; what it only
     reads, such as SAEs, is kept outside.
+
+    With it the model stays an ordinary one. What is known of a forward belongs to the thread that
+    runs it (``running``), and what it leaves for the next ones to the KV cache (:meth:`keep`).
+    ``copy.deepcopy((model, method))`` gives another model with a method of its own.
 
     Args:
         config: of the method.
@@ -92,9 +90,11 @@ class Method(nn.Module):
 
     Attributes:
         saes: those; a plain dict, so that they are no part of the state dict.
+        running: its forwards, and whether it is disabled.
     """
 
-    forward_state: ForwardState
+    forward_type: type[ForwardState] = ForwardState
+    """Made for every forward."""
 
     def __init__(
         self,
@@ -113,19 +113,22 @@ class Method(nn.Module):
         given = dict(saes or {}) if config.reads_features else {}
         _check_saes(config, given, decoder_of(model).config.hidden_size)
         self.saes = {site: sae.eval().requires_grad_(False) for site, sae in given.items()}
-        self.config, self.forward_state = config, ForwardState()
-        # What undoes the attachment; a list, so that the model is no part of this module.
-        self._attached: list[tuple[nn.Module, ObservedForward, dict[str, Target]]] = []
+        self.config, self.running = config, Running(self.forward_type)
+        # A list, so that the model is no part of this module.
+        self._attached: list[Attachment] = []
         model.requires_grad_(False)
 
     def edits(self) -> dict[int, Callable[[Tensor], Tensor]]:
-        """{site: what becomes of the stream [B, S, D] that enters it}; not run while disabled."""
+        """{site: what becomes of the stream [B, S, D] that enters it}; not run while disabled.
+
+        Asked for in every forward: the sites are the same in all.
+        """
         return {}
 
     def replacements(self, model: nn.Module) -> dict[str, ReplacedLinear]:
         """{name of a target of :meth:`targets`: the layer that stands in its place}.
 
-        While ``forward_state.disabled`` such a layer computes what its base does.
+        While ``running.disabled`` such a layer computes what its base does.
         """
         return {}
 
@@ -140,7 +143,30 @@ class Method(nn.Module):
             model: the base.
             given: {argument: value} of the decoder's forward.
         """
-        self.forward_state.note(given)
+        self.running.begin(given)
+
+    def keep(self, cache: Cache | None) -> None:
+        """After every such forward: put into its KV cache what later ones need of its tokens.
+
+        Args:
+            cache: what it has filled (``lm/caches.py``); None: it had none.
+        """
+
+    @property
+    def forward_state(self) -> Any:
+        """What is known of this thread's last forward, a ``forward_type``."""
+        return self.running.forward
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that it is attached to.
+
+        Raises:
+            ValueError: it is not attached.
+        """
+        if not self._attached:
+            raise ValueError("the adapter is not attached to a model")
+        return self._attached[-1].model
 
     @property
     def first_layer(self) -> int:
@@ -161,17 +187,21 @@ class Method(nn.Module):
             parent, child, _ = targets[name]
             setattr(parent, child, layer)
             replaced[name] = Target(parent, child, layer)
-        attach_edits(model, {site: self._unless_disabled(e) for site, e in self.edits().items()})
-
-        def observe(given: dict[str, Any]) -> None:
-            if not self.forward_state.disabled:
-                self.observe(model, given)
-
-        self._attached.append((model, ObservedForward(model, observe), replaced))
+        attach_edits(model, {site: Edit(self, site) for site in self.edits()})
+        observed = ObservedForward(model, self._before, self._after)
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained = SavesBase(self)
+        self._attached.append(Attachment(model, observed, replaced))
         return self
 
-    def _unless_disabled(self, edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda stream: stream if self.forward_state.disabled else edit(stream)
+    def _before(self, given: dict[str, Any]) -> None:
+        if not self.running.disabled:
+            self.observe(self.model, given)
+
+    def _after(self, given: dict[str, Any], output: Any) -> None:
+        if not self.running.disabled:
+            self.keep(cache_after(given, output))
+            self.forward_state.cache = None  # which is the caller's to keep
 
     def remove(self) -> None:
         """Give the model back as it was: the same modules, no wrapper left.
@@ -179,21 +209,21 @@ class Method(nn.Module):
         Raises:
             ValueError: it is not attached.
         """
-        if not self._attached:
-            raise ValueError("the adapter is not attached to a model")
-        model, observed, replaced = self._attached.pop()
-        observed.remove()
+        model, replaced = self.model, self._attached[-1].replaced
+        self._attached.pop().observed.remove()
+        vars(model).pop("save_pretrained", None)
         remove_edits(model, self.edits())
         put_back(replaced)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The attached model computes exactly what the base model would, inside this context."""
-        before, self.forward_state.disabled = self.forward_state.disabled, True
+        """The attached model computes exactly what the base model would, inside this context, in
+        this thread."""
+        before, self.running.disabled = self.running.disabled, True
         try:
             yield
         finally:
-            self.forward_state.disabled = before
+            self.running.disabled = before
 
     def intervention(self, name: str, **settings: Any) -> AbstractContextManager[Any]:
         """Run the model with the control signal changed, inside this context only.

@@ -63,7 +63,7 @@ class Bias(Method):
 
     def replacements(self, model):
         return {
-            name: Scaled(target.linear, self.factors[name], self.forward_state)
+            name: Scaled(target.linear, self.factors[name], self.running)
             for name, target in self.targets(model).items()
         }
 

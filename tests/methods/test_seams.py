@@ -187,7 +187,7 @@ class ScaledOutputs(Method):
 
     def replacements(self, model):
         return {
-            name: ScaledLinear(target.linear, self.factors[name], self.forward_state)
+            name: ScaledLinear(target.linear, self.factors[name], self.running)
             for name, target in self.targets(model).items()
         }
 

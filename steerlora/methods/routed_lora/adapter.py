@@ -18,18 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
-from steerlora.lm.decoder import (
-    decoder_of,
-    final_norm,
-    layers_of,
-    layers_path,
-    residual_streams,
-)
+from steerlora.lm.decoder import decoder_of, layers_path
 from steerlora.lm.targets import size_of
 from steerlora.methods.base import Method, Sources
 from steerlora.methods.interventions import INTERVENTIONS
+from steerlora.methods.routed_lora.base_forward import keep_base, read_base
 from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.health import SiteHealth
 from steerlora.methods.routed_lora.interventions import Intervention, SiteFacts
@@ -71,6 +66,8 @@ class Adapter(Method):
         layers_path: the dotted name of the decoder layers in the base model, "model.layers".
     """
 
+    forward_type = CurrentForward
+
     def __init__(
         self,
         model: nn.Module,
@@ -94,7 +91,6 @@ class Adapter(Method):
         at_first = config.specialists if config.active is None else config.active
         self.register_buffer("active", torch.arange(config.specialists) < at_first)
         self.routers, self.scales = nn.ModuleDict(), _Scales()
-        self.forward_state = CurrentForward()
         self.sites: dict[int, Site] = {}
         for site in config.sites if config.routed else ():
             sae = self.saes.get(site)
@@ -106,7 +102,6 @@ class Adapter(Method):
             self.scales.register_buffer(str(site), torch.tensor(scale))
             facts = SiteFacts(sae, float(config.rank), {}) if sae is not None else None
             self.sites[site] = Site(self, site, facts)
-        self._base_cache: DynamicCache | None = None
 
     @classmethod
     def of(cls, model: nn.Module, config: RoutedLoRAConfig, sources: Sources, seed: int) -> Adapter:
@@ -139,8 +134,12 @@ class Adapter(Method):
 
     def observe(self, model: nn.Module, given: dict[str, Any]) -> None:
         super().observe(model, given)
-        cached = given.get("past_key_values") is not None
-        self.forward_state.base_streams = self._base_streams(model, given, cached=cached)
+        read_base(self, model, given)
+
+    def keep(self, cache: Cache | None) -> None:
+        for site in self.sites.values():
+            site.keep(cache)
+        keep_base(self.forward_state, cache)
 
     def modules_of(self, site: int) -> list[str]:
         """Names in ``layers`` of the modules that a site controls, lowest layer first."""
@@ -151,51 +150,21 @@ class Adapter(Method):
         return max(below, default=None)
 
     def _source(self, name: str) -> ModuleScale:
-        site = self.sites.get(self._site_of(name))
-        index = self.modules_of(site.layer).index(name) if site and self.config.per_module else 0
-        return ModuleScale(self.forward_state, site, index)
-
-    # A second forward, of the base: only where the configuration asks for one
-
-    @torch.no_grad()
-    def _base_streams(self, model: nn.Module, given: dict, *, cached: bool) -> dict[int, Tensor]:
-        """{site: stream of the frozen base}; empty where sites read the current streams.
-
-        ``given`` is what the decoder is called with, ``cached`` whether that has a KV cache.
-
-        With one site and source "base" there is nothing to do: below it nothing is adapted.
-        """
-        source, sites = self.config.source, list(self.sites)
-        if source == "inline" or (source == "base" and len(sites) < 2) or not sites:
-            return {}
-        if cached and not self.forward_state.continuing:
-            self._base_cache = DynamicCache()
-        kept = ("position_ids", "inputs_embeds", "cache_position")
-        last = len(layers_of(model))
-        with self.disabled():
-            streams = residual_streams(
-                model,
-                given.get("input_ids"),
-                given.get("attention_mask"),
-                [last] if source == "base_last" else sites,
-                past_key_values=self._base_cache if cached else None,
-                use_cache=cached,
-                **{name: given[name] for name in kept if name in given},
-            )
-        if source == "base_last":
-            return dict.fromkeys(sites, final_norm(model)(streams[last]))
-        return streams
+        site = self._site_of(name) if self.sites else None
+        routed = site is not None and self.config.per_module
+        index = self.modules_of(site).index(name) if routed else 0
+        return ModuleScale(self.running, site, index)
 
     # What a user asks of it
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Inside, a control that is running has no part in the forwards."""
-        running, self.forward_state.intervention = self.forward_state.intervention, None
+        running, self.running.intervention = self.running.intervention, None
         try:
             yield
         finally:
-            self.forward_state.intervention = running
+            self.running.intervention = running
 
     @contextmanager
     def intervention(
@@ -208,7 +177,7 @@ class Adapter(Method):
         sites: Sequence[int] = (),
         domains: Sequence[str] = (),
     ) -> Iterator[Intervention]:
-        """Run the model with its control signal changed, inside this context only.
+        """Run the model with its control signal changed, in this context and this thread only.
 
         Args:
             name: a registered one.
@@ -229,7 +198,7 @@ class Adapter(Method):
         unknown = [site for site in sites if site not in self.sites]
         if unknown:
             raise ValueError(f"no control site {unknown[0]}: there are {list(self.sites)}")
-        running = self.forward_state.intervention
+        running = self.running.intervention
         if running is not None:
             raise ValueError(
                 f"intervention {name!r} inside another ({type(running).__name__}): "
@@ -238,16 +207,17 @@ class Adapter(Method):
         intervention = INTERVENTIONS[name](
             seed=seed, domain=domain, strength=strength, sites=tuple(sites), domains=tuple(domains)
         )
-        self.forward_state.intervention = intervention
+        self.running.intervention = intervention
         try:
             yield intervention
             if not intervention.ran:
                 raise RuntimeError(f"intervention {name!r}: its control site never ran inside it")
         finally:
-            self.forward_state.intervention = None
+            self.running.intervention = None
 
     def routing(self) -> dict[int, Routing]:
-        """The last forward's gates [B, S, E] and rank masks [B, S, R] by site, detached.
+        """The gates [B, S, E] and rank masks [B, S, R] of this thread's last forward, by site,
+        detached.
 
         With a router a module: their means over the site's modules; ``sites[<site>].routing`` has
         each, [B, S, M, E] and [B, S, M, R].

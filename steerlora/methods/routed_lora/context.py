@@ -3,8 +3,8 @@
 B batch, S sequence, O outputs (router logits), C tokens of a chunk.
 
 A linear router commutes with averaging: the logits of averaged features are the averaged logits of
-the features. So the average is taken over O numbers a token in place of N latents, and a KV cache
-keeps one vector of O numbers and one count a sequence.
+the features. So the average is taken over O numbers a token in place of N latents, and what it
+leaves to later tokens is one vector of O numbers and one count a sequence.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def average_so_far(
     decay: float,
     state: ContextState | None = None,
     restarts: Tensor | None = None,
-) -> tuple[Tensor, ContextState]:
+) -> tuple[Tensor, ContextState | None]:
     """Average the logits over each sequence's real tokens up to and including every position.
 
     - ``token``: the logits themselves.
@@ -58,10 +58,10 @@ def average_so_far(
             it counts. None: nowhere.
 
     Returns:
-        [B, S, O] and the state after the last position.
+        [B, S, O] and the state after the last position; None with "token", which leaves none.
     """
     if context == "token":
-        return logits, ContextState(*logits.new_zeros(2, logits.shape[0], 0))
+        return logits, None
     if state is None:
         batch, _, outputs = logits.shape
         state = ContextState(logits.new_zeros(batch, outputs), logits.new_zeros(batch, 1))

@@ -36,12 +36,12 @@ class Pooled(NamedTuple):
     Attributes:
         start: its first token.
         values: [B, C, W].
-        state: after its last token.
+        state: after its last token; None with context "token".
     """
 
     start: int
     values: Tensor
-    state: ContextState
+    state: ContextState | None
 
 
 def pooled(
@@ -112,7 +112,7 @@ def cosines_so_far(
     state: ContextState | None = None,
     restarts: Tensor | None = None,
     metric: Metric | None = None,
-) -> tuple[Tensor, ContextState]:
+) -> tuple[Tensor, ContextState | None]:
     """Cosine, under ``metric``, of the averaged signal and prototypes, both less ``centre``.
 
     Args:
@@ -122,7 +122,7 @@ def cosines_so_far(
         metric: None: the plain one.
 
     Returns:
-        [B, S, P] in [-1, 1], and the state after the last token.
+        [B, S, P] in [-1, 1], and the state after the last token, if there is one.
     """
     measure = metric or (lambda rows: rows)
     directions = unit_rows(measure(prototypes - centre)).t()

@@ -261,7 +261,7 @@ def test_routing_sends_no_gradient_into_the_stream(make_model, make_adapter, sig
     site = make_adapter(make_model(), signal, sites=(0, 2)).sites[2]
     stream = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert site.edit(stream) is stream
-    assert torch.autograd.grad(site.scales[0].sum(), stream, allow_unused=True) == (None,)
+    assert torch.autograd.grad(site.found.scales[0].sum(), stream, allow_unused=True) == (None,)
 
 
 def test_bfloat16_base_with_float32_sae(make_model, make_sae, tokens):
@@ -277,7 +277,7 @@ def test_bfloat16_base_with_float32_sae(make_model, make_sae, tokens):
     loss.backward()
     assert torch.isfinite(loss)
     assert seen[0].values.dtype == torch.float32
-    assert adapter.sites[1].scales[0].dtype == torch.bfloat16
+    assert adapter.sites[1].found.scales[0].dtype == torch.bfloat16
     assert all(p.grad is not None for p in adapter.layers.parameters())
     # A change of the adapter's type leaves the features alone.
     adapter.to(torch.bfloat16)
@@ -299,7 +299,7 @@ def test_each_site_controls_the_layers_up_to_the_next(make_model, make_adapter, 
     ids, mask = tokens([7, 5])
     adapter = make_adapter(model, sites=(0, 2))
     layers = [getattr(layer, "layer", layer) for layer in model.model.layers]
-    owners = [layer.mlp.up_proj.source.site.layer for layer in layers]
+    owners = [layer.mlp.up_proj.source.site for layer in layers]
     assert owners == [0, 0, 2]
     assert set(adapter.routers) == {"0", "2"}
 

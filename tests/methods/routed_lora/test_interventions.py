@@ -436,7 +436,7 @@ def test_misuse_is_refused(make_model, make_adapter, tokens):
     # An error inside is the error that is seen, and the context is over.
     with pytest.raises(KeyError, match="mine"), adapter.intervention("invert"):
         raise KeyError("mine")
-    assert adapter.forward_state.intervention is None
+    assert adapter.running.intervention is None
 
 
 @pytest.mark.parametrize("signal", ["none", "dense"])

@@ -65,8 +65,8 @@ def see(policy: MemoryPolicy, gate: torch.Tensor, features: SparseFeatures, mask
     adapter = policy.adapter
     adapter.forward_state.attention_mask = mask
     for site in adapter.sites.values():
-        site.routing = Routing(gate, torch.ones(*gate.shape[:-1], R))
-        site.features = features
+        site.found.routing = Routing(gate, torch.ones(*gate.shape[:-1], R))
+        site.found.features = features
     policy.on_before_backward(None, None, torch.zeros(()))
 
 
@@ -377,7 +377,7 @@ def test_similarity_is_the_mean_over_sites(make_model, make_adapter):
     look(policy)
     adapter.forward_state.attention_mask = None
     for site, number in zip(adapter.sites.values(), (0, 1), strict=True):
-        site.routing, site.features = Routing(EVEN, torch.ones(B, S, R)), topic(number)
+        site.found.routing, site.found.features = Routing(EVEN, torch.ones(B, S, R)), topic(number)
     policy.on_before_backward(None, None, torch.zeros(()))
     assert look(policy, 2 * EVERY)[0]["why"] == "confidence 0.000 < 0.5, similarity 0.500 < 0.8"
 

@@ -278,12 +278,12 @@ def test_columns_that_nobody_uses_are_not_computed(adapted, tokens):
     ids, mask = tokens([9, 6])
     recorded = model(input_ids=ids, attention_mask=mask).logits
     site = adapter.sites[1]
-    assert site.columns is None
-    used = (site.scales[0] != 0).flatten(0, -2).any(0)
+    assert site.found.columns is None
+    used = (site.found.scales[0] != 0).flatten(0, -2).any(0)
     with torch.no_grad():
         saved = model(input_ids=ids, attention_mask=mask).logits
-    assert site.columns[0].tolist() == used.nonzero().flatten().tolist()
-    assert site.scales[0].shape[-1] == len(site.columns[0])
+    assert site.found.columns[0].tolist() == used.nonzero().flatten().tolist()
+    assert site.found.scales[0].shape[-1] == len(site.found.columns[0])
     torch.testing.assert_close(saved, recorded, atol=1e-5, rtol=1e-5)
 
 

@@ -106,7 +106,7 @@ def test_a_router_a_module_weighs_its_own_module(router, make_model, make_adapte
     adapter = make_adapter(model, router=router, router_hidden=6, per_module=True)
     logits(model, ids, mask)
     site = adapter.sites[1]
-    before = [scale.clone() for scale in site.scales]
+    before = [scale.clone() for scale in site.found.scales]
     names = adapter.modules_of(1)
     assert len(before) == len(names) == 14
     routed = adapter.routers["1"]
@@ -116,7 +116,7 @@ def test_a_router_a_module_weighs_its_own_module(router, make_model, make_adapte
         else:
             routed.bias.view(14, -1)[3, 4:] += 1
     logits(model, ids, mask)
-    changed = [not torch.equal(a, b) for a, b in zip(before, site.scales, strict=True)]
+    changed = [not torch.equal(a, b) for a, b in zip(before, site.found.scales, strict=True)]
     assert changed == [index == 3 for index in range(14)]
     found = adapter.routing()[1]
     assert found.gate.shape == (1, 6, 4)
@@ -140,7 +140,7 @@ def test_hard_rank_truncates_and_saves_the_work(per_module, make_model, make_ada
         hard = logits(model, ids, mask)
     site = adapter.sites[1]
     assert after.get_total_flops() < before.get_total_flops()
-    assert sum(map(len, site.columns)) < 4 * 8 * len(site.columns)
+    assert sum(map(len, site.found.columns)) < 4 * 8 * len(site.found.columns)
     kept = site.routing.mask
     assert ((kept == 0) | (kept >= threshold)).all()
     assert (kept == 0).any()

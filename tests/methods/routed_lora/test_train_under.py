@@ -37,7 +37,7 @@ class Seen(Callback):
         self.controls, self.gates, self.steps, self.rows = [], [], [], []
 
     def on_before_backward(self, trainer, module, loss) -> None:
-        control = module.method.forward_state.intervention
+        control = module.method.running.intervention
         self.controls.append(control)
         self.rows.append(control and list(control.rows(4)))
         self.gates.append(module.method.sites[1].routing.gate.detach())
@@ -88,7 +88,7 @@ def test_it_is_held_open_over_every_step_and_told_each(made, tmp_path, monkeypat
     names = [[None, *NAMES][owner + 1] for owner in batch(2).domains.tolist()]
     assert seen.rows[2] == names
     assert None in names
-    assert module.method.forward_state.intervention is None
+    assert module.method.running.intervention is None
 
 
 @pytest.mark.parametrize("name", ["randomize", "shuffle", "replace_dense"])
@@ -98,7 +98,7 @@ def test_a_resumed_training_draws_what_an_unbroken_one_does(made, tmp_path, name
     broken = made()
     with pytest.raises(Stopped):
         run(broken, tmp_path / "b", under(broken, name), StopAt(3))
-    assert broken.method.forward_state.intervention is None
+    assert broken.method.running.intervention is None
     resumed = made()
     run(resumed, tmp_path / "b", under(resumed, name))
     assert equal(weights(unbroken), weights(resumed))
