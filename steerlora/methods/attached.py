@@ -11,6 +11,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from steerlora.lm.forwards import ForwardArguments, ObservedForward
@@ -100,6 +101,7 @@ class Edit:
     def __init__(self, method: Method, layer: int) -> None:
         self.method, self.layer = method, layer
 
+    @torch.compiler.disable
     def __call__(self, stream: Tensor) -> Tensor:
         if self.method.running.disabled:
             return stream

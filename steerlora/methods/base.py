@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -194,10 +195,14 @@ class Method(nn.Module):
         self._attached.append(Attachment(model, observed, replaced))
         return self
 
+    # What is known of a forward is Python's: compiled, it would be compiled again for every length.
+
+    @torch.compiler.disable
     def _before(self, given: dict[str, Any]) -> None:
         if not self.running.disabled:
             self.observe(self.model, given)
 
+    @torch.compiler.disable
     def _after(self, given: dict[str, Any], output: Any) -> None:
         if not self.running.disabled:
             self.keep(cache_after(given, output))

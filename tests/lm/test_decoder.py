@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
@@ -172,6 +173,8 @@ def test_a_decoder_without_keys_and_values_is_not_observed():
 STREAM = torch.zeros(2, 3, 4)
 MASK = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
 POSITIONS = torch.tensor([[0, 1, 0], [0, -1, -1]])
+REAL = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 0, 0, 0]]).bool()  # two columns are free yet
+SEES = (torch.ones(3, 5).tril().bool() & REAL[:, None])[:, None]
 
 
 @pytest.mark.parametrize(
@@ -183,8 +186,15 @@ POSITIONS = torch.tensor([[0, 1, 0], [0, -1, -1]])
         ({"position_ids": POSITIONS}, [[1, 1, 1], [1, 0, 0]]),  # packed rows
         ({"position_ids": POSITIONS[1:]}, [[1, 0, 0], [1, 0, 0]]),
         ({"position_ids": POSITIONS, "attention_mask": MASK[:, :3]}, [[0, 1, 1], [1, 1, 1]]),
-        # A mask [B, 1, S, S] or one of each kind of layer says who sees whom, not what is real.
+        # A mask [B, 1, S, columns], or one of each kind of layer: padding does not see itself.
         ({"attention_mask": torch.zeros(2, 1, 3, 3)}, [[1, 1, 1], [1, 1, 1]]),
+        ({"attention_mask": SEES}, [[0, 1, 1], [1, 1, 0]]),
+        (
+            {"attention_mask": torch.zeros(SEES.shape).masked_fill(~SEES, -9e9)},
+            [[0, 1, 1], [1, 1, 0]],
+        ),
+        ({"attention_mask": {"sliding": None, "full_attention": SEES}}, [[0, 1, 1], [1, 1, 0]]),
+        ({"attention_mask": {"sliding": SEES}}, [[0, 1, 1], [1, 1, 0]]),
         ({"attention_mask": {"full_attention": None}, "position_ids": POSITIONS}, None),
     ],
 )
@@ -195,6 +205,19 @@ def test_real_tokens_follow_from_the_arguments(given, real):
     assert torch.equal(arguments.real_tokens(STREAM), expected)
     arguments.note({})  # the next forward's are its own
     assert arguments.real_tokens(STREAM).all()
+
+
+@pytest.mark.parametrize("form", ["rows", "layers", "kinds"])
+@pytest.mark.parametrize("past", [0, 2])
+def test_the_mask_of_all_tokens_so_far(past, form):
+    """Of a static cache transformers gives the mask that layers read, with columns to spare."""
+    length = 5 - past
+    sees = torch.ones(5, 8).tril().bool()[past:] & F.pad(MASK, (0, 3)).bool()[:, None]
+    masks = {"rows": MASK, "layers": sees[:, None], "kinds": {"full_attention": sees[:, None]}}
+    arguments = ForwardArguments(attention_mask=masks[form], past=past)
+    assert torch.equal(arguments.mask_so_far(), MASK)
+    stream = torch.zeros(2, length, 4)
+    assert torch.equal(arguments.real_tokens(stream), MASK[:, past:].bool())
 
 
 def test_a_forward_continues_what_a_cache_holds(make_model, tokens):
