@@ -28,7 +28,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, DummyLayer
 
 Nest = Any
 """None, a tensor, or a named tuple of such."""
@@ -48,16 +48,16 @@ def is_empty(nest: Nest) -> bool:
     return nest is None or (not isinstance(nest, Tensor) and all(map(is_empty, nest)))
 
 
-class BesideLayer(CacheLayerMixin):
-    """A layer of a cache that no layer of the decoder reads.
+class BesideLayer(DummyLayer):
+    """A layer of a cache that holds no keys and values, and that no layer of the decoder reads.
+
+    Transformers calls such a layer a dummy: no mask is made for it, and offloading passes over it.
 
     Args:
         owner: who keeps something here.
     """
 
-    is_sliding = None  # neither: masks are made for layers that are one or the other
-    is_croppable = True
-    supports_early_init = False
+    is_compileable = False
 
     def __init__(self, owner: str) -> None:
         super().__init__()
@@ -79,18 +79,6 @@ class BesideLayer(CacheLayerMixin):
             found = cls(owner)
             cache.layers.append(found)
         return found
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise NotImplementedError
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        raise NotImplementedError("this layer of the cache holds no keys and values")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 class TokensLayer(BesideLayer):
@@ -119,6 +107,7 @@ class TokensLayer(BesideLayer):
         self.together, self._length = together, _length(self.tokens)
 
     def get_seq_length(self) -> int:
+        """Tokens that are here."""
         return self._length
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -159,6 +148,7 @@ class CacheLayer(BesideLayer):
         self.cache: Cache | None = None
 
     def get_seq_length(self) -> int:
+        """Tokens that it holds."""
         return 0 if self.cache is None else self.cache.get_seq_length()
 
     def crop(self, tokens_to_remove: int) -> None:

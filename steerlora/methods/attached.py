@@ -136,7 +136,8 @@ class SavesBase:
         finally:
             method.attach(model)
         logger.warning(
-            "%s is the base model alone: save_adapter writes the adapter", save_directory
+            "%s is the base model alone: methods.saving.save_adapter writes the adapter",
+            save_directory,
         )
         return result
 
