@@ -61,6 +61,8 @@ class SparseAutoencoder(nn.Module):
         latents: N.
         normalize: ``none``, or ``layer_norm``: zero mean and unit (unbiased) deviation per token.
         apply_b_dec_to_input: subtract ``b_dec`` before encoding.
+        unit_norm: in training, rows of ``W_dec`` are held at unit length and their gradients
+            orthogonal to them. It decides no feature.
         seed: of the initial weights.
 
     Raises:
@@ -82,6 +84,7 @@ class SparseAutoencoder(nn.Module):
         *,
         normalize: str = "none",
         apply_b_dec_to_input: bool = True,
+        unit_norm: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -91,6 +94,7 @@ class SparseAutoencoder(nn.Module):
         self.width, self.latents = width, latents
         self.normalize = normalize
         self.apply_b_dec_to_input = apply_b_dec_to_input
+        self.unit_norm = unit_norm
         generator = torch.Generator().manual_seed(seed)
         directions = F.normalize(torch.randn(latents, width, generator=generator), dim=1)
         self.W_enc = nn.Parameter(directions.clone().t())
@@ -107,8 +111,8 @@ class SparseAutoencoder(nn.Module):
     def training_errors(self, x: Tensor, dead: Tensor) -> TrainingErrors:
         """Errors of a batch, with gradient.
 
-        Rows of ``W_dec`` are unit vectors, and stay so: its gradient should have no part along
-        them (``directions(..., unit_rows=True)``).
+        With ``unit_norm`` the rows of ``W_dec`` are unit vectors, and stay so: its gradient should
+        have no part along them (``directions(..., unit_rows=self.unit_norm)``).
 
         Args:
             x: [T, D], in the SAE's units; of one rank's tokens.
@@ -119,6 +123,20 @@ class SparseAutoencoder(nn.Module):
     def training_flops_per_token(self) -> float:
         """Floating-point operations of a training step, forward and backward; 0: unknown."""
         return 0.0
+
+    def initialize_thresholds(self, x: Tensor) -> None:
+        """Set what decides how many latents are active at the start of training, if anything does.
+
+        Args:
+            x: [T, D] activations, of any type, as training will read them.
+        """
+
+    def begin_step(self, progress: float) -> None:
+        """Before a step of training, ``progress`` of which, from 0 to below 1, lies behind."""
+
+    def for_inference(self) -> SparseAutoencoder:
+        """What is saved: an SAE with these features, of an architecture that needs no training."""
+        return self
 
     # What all have
 
@@ -145,6 +163,21 @@ class SparseAutoencoder(nn.Module):
         with torch.no_grad():
             twin.b_dec.copy_(self.b_dec)
         return twin.requires_grad_(self.W_dec.requires_grad)
+
+    def converted(
+        self, architecture: type[SparseAutoencoder], state: dict[str, Tensor], **own: Any
+    ) -> SparseAutoencoder:
+        """An SAE of another architecture with the shape, common settings, device and type of this.
+
+        Args:
+            architecture: its class.
+            state: its parameters by name.
+            own: settings that the architecture has beside the common ones.
+        """
+        common = {name: getattr(self, name) for name in ("normalize", "apply_b_dec_to_input")}
+        found = architecture(self.width, self.latents, **common, **own).to(self.W_dec)
+        found.load_state_dict(state)
+        return found.requires_grad_(self.W_dec.requires_grad).train(self.training)
 
     def normalized(self, x: Tensor) -> NormalizedInput:
         """x [..., D] of any floating type, in float32 and in the SAE's own units."""
@@ -173,19 +206,24 @@ class SparseAutoencoder(nn.Module):
         k: int | None,
         extra_latents: Tensor | None = None,
         extra_k: int = 0,
+        *,
+        budget: int | None = None,
+        bias: Tensor | None = None,
     ) -> SparseFeatures:
         """ReLU of the k largest pre-activations (u - b_dec) W_enc + b_enc; k None: of all.
 
         Args:
             x: u, [..., D], in the SAE's units.
             k: entries of a token; None: as many as the busiest token has positive ones.
-            extra_latents, extra_k: as in ``sparse_encode``.
+            extra_latents, extra_k, budget: as in ``sparse_encode``.
+            bias: [N], in place of ``b_enc``.
         """
+        bias = self.b_enc if bias is None else bias
         shift = self.b_dec if self.apply_b_dec_to_input else torch.zeros_like(self.b_dec)
-        W_enc, b_enc, shift = _full(self.W_enc), _full(self.b_enc), _full(shift)
+        W_enc, bias, shift = full(self.W_enc), full(bias), full(shift)
         with torch.autocast(x.device.type, enabled=False):
             values, indices = sparse_encode(
-                x.reshape(-1, self.width), W_enc, b_enc, shift, k, extra_latents, extra_k
+                x.reshape(-1, self.width), W_enc, bias, shift, k, extra_latents, extra_k, budget
             )
         shape = (*x.shape[:-1], values.shape[-1])
         return SparseFeatures(values.view(shape), indices.view(shape))
@@ -199,14 +237,17 @@ class SparseAutoencoder(nn.Module):
         Returns:
             [..., D], float32.
         """
-        return self.directions(features) + _full(self.b_dec)
+        return self.directions(features) + full(self.b_dec)
 
-    def directions(self, features: SparseFeatures, unit_rows: bool = False) -> Tensor:
+    def directions(
+        self, features: SparseFeatures, unit_rows: bool = False, frozen: bool = False
+    ) -> Tensor:
         """Sum of the active decoder rows, [..., K] -> [..., D]: what decodes a residual (no b_dec).
 
-        ``unit_rows`` is for training with unit-norm rows: see ``sparse_decode``.
+        ``unit_rows`` is for training with unit-norm rows: see ``sparse_decode``. ``frozen`` gives
+        the rows no gradient.
         """
-        W_dec = _full(self.W_dec)
+        W_dec = full(self.W_dec.detach() if frozen else self.W_dec)
         flat = SparseFeatures(*(part.reshape(-1, part.shape[-1]) for part in features))
         with torch.autocast(W_dec.device.type, enabled=False):
             rows = sparse_decode(flat, W_dec, unit_rows)
@@ -238,6 +279,25 @@ class SparseAutoencoder(nn.Module):
             median = weights @ points / weights.sum()
         self.b_dec.copy_(median)
 
+    @torch.no_grad()
+    def exceeded_on(self, x: Tensor, share: float) -> Tensor:
+        """What each latent's (u - b_dec) W_enc exceeds on this share of the tokens, [N].
+
+        Args:
+            x: [T, D], any floating type.
+            share: from 0 to 1; at least one token's.
+        """
+        rows = self.normalized(x).x
+        rows = rows - full(self.b_dec) if self.apply_b_dec_to_input else rows
+        count = min(len(rows), max(1, round(share * len(rows))))
+        # Some latents at a time: all would be a [T, N] matrix, however many there are.
+        return torch.cat(
+            [
+                (rows @ weights.t()).topk(count, dim=0).values[-1]
+                for weights in full(self.W_enc).t().split(4096)
+            ]
+        )
+
 
 def squared_deviation(x: Tensor) -> Tensor:
     """Squared deviation of all ranks' rows [T, D] from their mean, over the number of ranks.
@@ -255,5 +315,6 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _full(parameter: Tensor) -> Tensor:
+def full(parameter: Tensor) -> Tensor:
+    """A parameter in the type of arithmetic: float32, or more where it has more."""
     return parameter.to(_at_least_float32(parameter.dtype))

@@ -22,6 +22,7 @@ SAES: Registry[type[SAEConfig]] = Registry(
 sae = SAES.register
 
 NORMALIZATIONS = ("none", "layer_norm")
+JUMP_PENALTIES = ("l0", "tanh")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,15 @@ class SAEConfig:
     """Tokens a step, from 1."""
     learning_rate: float | None = None
     """Adam's peak rate; null: 2e-4 / sqrt(latents / 2**14)."""
+    warmup_fraction: float = 0.05
+    """Share of the steps, at the start, in which the rate rises linearly."""
+    decay_fraction: float = 0.2
+    """Share of the steps, at the end, in which the rate falls linearly to 0."""
+    median_start: bool = True
+    """Start the decoder's bias at the geometric median of the first batch, rather than at 0."""
+    unit_norm: bool = True
+    """Hold the decoder's rows at unit length and their gradients orthogonal to them; else both are
+    free, which no penalty on the size of features allows."""
     dead_fraction: float = 0.1
     """A latent is dead that has not fired for this share of the training's tokens."""
     seed: int = 0
@@ -64,7 +74,7 @@ class SAEConfig:
         positive(
             "sae", self, "latents max_tokens steps epochs batch_size learning_rate dead_fraction"
         )
-        share("sae", self, "dead_fraction")
+        share("sae", self, "dead_fraction warmup_fraction decay_fraction")
         one_of("sae.normalize", self.normalize, NORMALIZATIONS)
         if (self.steps is None) == (self.epochs is None):
             raise UserError(
@@ -81,13 +91,32 @@ class SAEConfig:
         """The SAE, untrained, of activations of this width."""
         common = {field.name for field in fields(SAEConfig)}
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in common}
-        return self.module()(width, self.latents, normalize=self.normalize, seed=self.seed, **own)
+        common = {"normalize": self.normalize, "unit_norm": self.unit_norm, "seed": self.seed}
+        return self.module()(width, self.latents, **common, **own)
 
     def steps_over(self, tokens: int) -> int:
         """Optimizer steps of a training on so many harvested tokens."""
         if self.epochs is None:
             return self.steps
         return max(1, self.epochs * tokens // self.batch_size)
+
+    def _at_most_all(self, names: str) -> None:
+        """UserError where one of these numbers of active latents exceeds ``latents``."""
+        for name in names.split():
+            active = getattr(self, name)
+            if active is not None and active > self.latents:
+                raise UserError(
+                    f"sae.{name}={active} is more than sae.latents={self.latents}: "
+                    "a token cannot have more active latents than there are"
+                )
+
+    def _refuse_free_norm(self, penalty: str) -> None:
+        """UserError with ``unit_norm`` off: small features with long rows would cost nothing."""
+        if not self.unit_norm:
+            raise UserError(
+                f"sae.unit_norm=false: {penalty} of sae.architecture={self.architecture} would be "
+                "escaped by longer decoder rows; leave it true"
+            )
 
 
 @sae("topk")
@@ -100,16 +129,18 @@ class TopKConfig(SAEConfig):
     """Active latents of a token, from 1 to ``latents``."""
     auxiliary: float = 1 / 32
     """Weight of the auxiliary loss that revives dead latents, from 0 (off)."""
+    initial_k: int | None = None
+    """k at the start of training, from 1 to ``latents``, from where it goes to ``k`` linearly;
+    null: ``k`` throughout."""
+    anneal_fraction: float = 0.1
+    """Share of the steps in which it does, above 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("sae", self, "k")
+        positive("sae", self, "k initial_k anneal_fraction")
+        share("sae", self, "anneal_fraction")
         not_negative("sae", self, "auxiliary")
-        if self.k > self.latents:
-            raise UserError(
-                f"sae.k={self.k} is more than sae.latents={self.latents}: "
-                "a token cannot have more active latents than there are"
-            )
+        self._at_most_all("k initial_k")
 
     @classmethod
     def module(cls) -> type[SparseAutoencoder]:
@@ -131,9 +162,122 @@ class ReLUConfig(SAEConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         not_negative("sae", self, "l1")
+        self._refuse_free_norm("the L1 penalty")
 
     @classmethod
     def module(cls) -> type[SparseAutoencoder]:
         from steerlora.saes.relu import ReLU
 
         return ReLU
+
+
+@sae("batch_topk")
+@dataclass(frozen=True, kw_only=True)
+class BatchTopKConfig(TopKConfig):
+    """BatchTopK (Bussmann et al., arXiv 2412.06410): k is a token's mean over the batch."""
+
+    architecture: str = "batch_topk"
+
+    @classmethod
+    def module(cls) -> type[SparseAutoencoder]:
+        from steerlora.saes.batch_topk import BatchTopK
+
+        return BatchTopK
+
+
+@sae("matryoshka_topk")
+@dataclass(frozen=True, kw_only=True)
+class MatryoshkaTopKConfig(TopKConfig):
+    """Matryoshka (Bussmann et al., arXiv 2503.17547) over TopK: nested prefixes of the latents."""
+
+    architecture: str = "matryoshka_topk"
+    levels: int = 4
+    """Reconstructions, by the first ``latents``, half of them, a quarter, and so on; from 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("sae", self, "levels")
+        if 2 ** (self.levels - 1) > self.latents:
+            raise UserError(
+                f"sae.levels={self.levels} halves sae.latents={self.latents} too often: at most "
+                f"{self.latents.bit_length()} levels"
+            )
+
+    @classmethod
+    def module(cls) -> type[SparseAutoencoder]:
+        from steerlora.saes.matryoshka import MatryoshkaTopK
+
+        return MatryoshkaTopK
+
+
+@sae("matryoshka_batch_topk")
+@dataclass(frozen=True, kw_only=True)
+class MatryoshkaBatchTopKConfig(MatryoshkaTopKConfig):
+    """Matryoshka over BatchTopK."""
+
+    architecture: str = "matryoshka_batch_topk"
+
+    @classmethod
+    def module(cls) -> type[SparseAutoencoder]:
+        from steerlora.saes.matryoshka import MatryoshkaBatchTopK
+
+        return MatryoshkaBatchTopK
+
+
+@sae("jumprelu")
+@dataclass(frozen=True, kw_only=True)
+class JumpReLUConfig(SAEConfig):
+    """JumpReLU (Rajamanoharan et al., arXiv 2407.14435): a learnt threshold for every latent."""
+
+    architecture: str = "jumprelu"
+    sparsity: float = 1e-3
+    """Weight of the penalty beside the fraction of variance unexplained, from 0 (off)."""
+    penalty: str = "l0"
+    """What is penalised: "l0" (the number of a token's active latents) or "tanh" (a bounded measure
+    of their size)."""
+    bandwidth: float = 0.5
+    """Width of the band about a threshold in which it is learnt, in standard deviations of a
+    coordinate of the activations."""
+    initial_l0: int = 32
+    """Active latents of a token at the start of training, from 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        not_negative("sae", self, "sparsity")
+        positive("sae", self, "bandwidth initial_l0")
+        self._at_most_all("initial_l0")
+        one_of("sae.penalty", self.penalty, JUMP_PENALTIES)
+        if self.penalty == "tanh":
+            self._refuse_free_norm("the tanh penalty")
+
+    @classmethod
+    def module(cls) -> type[SparseAutoencoder]:
+        from steerlora.saes.jumprelu import JumpReLU
+
+        return JumpReLU
+
+
+@sae("gated")
+@dataclass(frozen=True, kw_only=True)
+class GatedConfig(SAEConfig):
+    """Gated (Rajamanoharan et al., arXiv 2404.16014): gates and magnitudes apart."""
+
+    architecture: str = "gated"
+    l1: float = 0.1
+    """Weight of the L1 norm of a token's gates, relative to the root mean square norm of the
+    activations, from 0 (off)."""
+    initial_l0: int = 32
+    """Open gates of a token at the start of training, from 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        not_negative("sae", self, "l1")
+        positive("sae", self, "initial_l0")
+        self._at_most_all("initial_l0")
+        self._refuse_free_norm("the L1 penalty")
+
+    @classmethod
+    def module(cls) -> type[SparseAutoencoder]:
+        from steerlora.saes.gated import Gated
+
+        return Gated

@@ -43,6 +43,7 @@ def save_sae(sae: SparseAutoencoder, directory: Path, metadata: dict[str, Any]) 
         metadata: JSON values for ``cfg.json``'s ``metadata``: SAELens's ``model_name``,
             ``hook_name`` (``blocks.<site>.hook_resid_pre``), ``context_size``; and ours.
     """
+    sae = sae.for_inference()
     directory.mkdir(parents=True, exist_ok=True)
     config = {
         "architecture": SAELENS_NAMES.get(sae.architecture, sae.architecture),
@@ -129,8 +130,9 @@ def sae_metadata(path: str | Path) -> dict[str, Any]:
 def sae_fingerprint(sae: SparseAutoencoder) -> str:
     """SHA-256 over whatever decides an SAE's features: settings, tensor types, shapes and bytes.
 
-    Independent of device and memory layout.
+    Independent of device and memory layout; that of an SAE in training is its saved one's.
     """
+    sae = sae.for_inference()
     digest = hashlib.sha256()
     settings = [sae.architecture, *sae.settings().values()]
     digest.update(json.dumps(settings).encode())

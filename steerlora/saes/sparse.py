@@ -33,6 +33,18 @@ class SparseFeatures(NamedTuple):
     values: Tensor
     indices: Tensor
 
+    def dense(self, latents: int) -> Tensor:
+        """The same features with a column for every latent, [..., N]."""
+        zeros = self.values.new_zeros(*self.values.shape[:-1], latents)
+        return zeros.scatter_add(-1, self.indices, self.values)
+
+    def among(self, kept: Tensor) -> SparseFeatures:
+        """Those entries [..., K] alone that ``kept`` says, in as few columns as they fill."""
+        values = torch.where(kept, self.values, 0)
+        width = max(1, int(kept.sum(-1).max())) if kept.numel() else 1
+        position = kept.to(values.dtype).topk(width, dim=-1, sorted=False).indices
+        return SparseFeatures(values.gather(-1, position), self.indices.gather(-1, position))
+
 
 def top_k(scores: Tensor, k: int) -> SparseFeatures:
     """The k largest of each row, exactly, in no particular order.
@@ -96,28 +108,36 @@ class _Encode(torch.autograd.Function):
     """ReLU of the selected entries of ``(x - shift) W + b``, a block of tokens at a time."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, shift, k, extra_latents, extra_k):
+    def forward(ctx, x, W_enc, b_enc, shift, k, budget, extra_latents, extra_k):
         table = W_enc.t().contiguous()  # no copy in the layout that SparseAutoencoder keeps
         block = _CPU_BLOCK if x.device.type == "cpu" else _ACCELERATOR_BLOCK
         block_tokens = max(128, block // table.shape[0])
         # One buffer for all blocks: fresh memory for each costs as much as the selection.
         buffer = x.new_empty(min(block_tokens, len(x)), table.shape[0])
-        parts = []
+        parts, extras = [], []
+        largest, floor = x.new_empty(0), 0.0
         for tokens in x.split(block_tokens):
             scores = torch.addmm(b_enc, tokens - shift, table.t(), out=buffer[: len(tokens)])
-            # Without a k every positive latent is kept, up to the busiest token of the block.
-            width = k or (max(1, int((scores > 0).sum(1).max())) if len(scores) else 1)
-            chosen = top_k(scores, width)
+            if budget:
+                # What is not among the largest of the blocks so far is not among those of all.
+                largest = torch.cat([largest, scores[scores > floor]])
+                if len(largest) > budget:
+                    largest = largest.topk(budget, sorted=False).values
+                    floor = torch.nextafter(largest.min(), largest.new_zeros(()))
+            # Without a k every latent above the floor is kept, up to the block's busiest token.
+            width = k or (max(1, int((scores > floor).sum(1).max())) if len(scores) else 1)
+            parts.append(top_k(scores, width))
             if extra_latents is not None:
                 extra = scores[:, extra_latents].topk(extra_k, dim=1, sorted=False)
-                chosen = SparseFeatures(
-                    torch.cat([chosen.values, extra.values], 1),
-                    torch.cat([chosen.indices, extra_latents[extra.indices]], 1),
-                )
-            parts.append(chosen)
+                extras.append(SparseFeatures(extra.values, extra_latents[extra.indices]))
+        if budget:
+            parts = [part.among(part.values > floor) for part in parts]
         width = max((part.values.shape[1] for part in parts), default=k or 1)
         values = torch.cat([F.pad(p.values, (0, width - p.values.shape[1])) for p in parts])
         indices = torch.cat([F.pad(p.indices, (0, width - p.indices.shape[1])) for p in parts])
+        if extras:
+            values = torch.cat([values, torch.cat([extra.values for extra in extras])], 1)
+            indices = torch.cat([indices, torch.cat([extra.indices for extra in extras])], 1)
         values = values.relu_()
         ctx.save_for_backward(x, W_enc, shift, values, indices)
         ctx.mark_non_differentiable(indices)
@@ -141,7 +161,7 @@ class _Encode(torch.autograd.Function):
             grad_b.index_add_(0, indices.flatten(), active.flatten())
         if needs_shift:
             grad_shift = -(grad_b @ table)  # minus grad_x summed over the tokens
-        return grad_x, grad_W, grad_b, grad_shift, None, None, None
+        return grad_x, grad_W, grad_b, grad_shift, None, None, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -177,6 +197,7 @@ def sparse_encode(
     k: int | None,
     extra_latents: Tensor | None = None,
     extra_k: int = 0,
+    budget: int | None = None,
 ) -> SparseFeatures:
     """ReLU(TopK((x - shift) W_enc + b_enc)) and its exact gradient, in O(T K D) backward.
 
@@ -191,11 +212,13 @@ def sparse_encode(
         extra_latents: [n] latents of which the ``extra_k`` best are appended to every token's
             features (the auxiliary loss on dead latents); they may repeat the first k.
         extra_k: how many, at most n.
+        budget: with no k, active latents kept of all tokens together, the largest, and whatever
+            equals the last of them; None keeps every positive one.
 
     Returns:
         values and indices, [T, K + extra_k]; with no k, K is the largest number of active latents.
     """
-    return SparseFeatures(*_Encode.apply(x, W_enc, b_enc, shift, k, extra_latents, extra_k))
+    return SparseFeatures(*_Encode.apply(x, W_enc, b_enc, shift, k, budget, extra_latents, extra_k))
 
 
 def sparse_decode(features: SparseFeatures, W_dec: Tensor, unit_rows: bool = False) -> Tensor:

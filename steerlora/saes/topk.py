@@ -26,6 +26,8 @@ class TopK(SparseAutoencoder):
         width, latents: D and N.
         k: active latents per token, from 1 to N.
         auxiliary: weight of AuxK in training; 0 turns it off.
+        initial_k: k at the start of training, from where it goes to ``k`` linearly; None: k.
+        anneal_fraction: share of the training in which it does.
         settings: of every SAE (:class:`SparseAutoencoder`).
 
     Raises:
@@ -36,32 +38,60 @@ class TopK(SparseAutoencoder):
     own_settings = ("k",)
 
     def __init__(
-        self, width: int, latents: int, *, k: int, auxiliary: float = 1 / 32, **settings: Any
+        self,
+        width: int,
+        latents: int,
+        *,
+        k: int,
+        auxiliary: float = 1 / 32,
+        initial_k: int | None = None,
+        anneal_fraction: float = 0.1,
+        **settings: Any,
     ) -> None:
         super().__init__(width, latents, **settings)
-        if not 1 <= k <= latents:
-            raise ValueError(f"k is {k}: a topk SAE of {latents} latents needs 1 <= k <= {latents}")
-        self.k = k
+        for name, value in {"k": k, "initial_k": k if initial_k is None else initial_k}.items():
+            if not 1 <= value <= latents:
+                raise ValueError(
+                    f"{name} is {value}: a {self.architecture} SAE of {latents} latents needs "
+                    f"1 <= {name} <= {latents}"
+                )
+        self.k = self.mean_k = k
         self.auxiliary = auxiliary
+        self.initial_k, self.anneal_fraction = initial_k, anneal_fraction
+        self.training_k = k if initial_k is None else initial_k
 
     def encode_normalized(self, x: Tensor) -> SparseFeatures:
         return self.positive_latents(x, self.k)
 
+    def begin_step(self, progress: float) -> None:
+        if self.initial_k is not None:
+            behind = min(1.0, progress / self.anneal_fraction)
+            self.training_k = round(self.initial_k + (self.mean_k - self.initial_k) * behind)
+
+    def training_latents(self, x: Tensor, dead: Tensor | None, aux_k: int) -> SparseFeatures:
+        """Features of a batch in training, [T, K + aux_k]: the last are the best dead latents."""
+        return self.positive_latents(x, self.training_k, dead, aux_k)
+
+    def residual(self, x: Tensor, features: SparseFeatures) -> tuple[Tensor, Tensor]:
+        """What the features leave of x, [T, D], and what else is minimised of them."""
+        residual = x - self.b_dec - self.directions(features, unit_rows=self.unit_norm)
+        return residual, x.new_zeros(())
+
     def training_errors(self, x: Tensor, dead: Tensor) -> TrainingErrors:
-        k, half = self.k, self.width // 2
+        half = self.width // 2
         # With AuxK off, the search for the dead latents is spared: an accelerator waits for it.
         dead = dead.nonzero()[:, 0] if self.auxiliary else x.new_zeros(0, dtype=torch.long)
         aux_k = min(half, len(dead))
-        values, indices = self.positive_latents(x, k, dead if aux_k else None, aux_k)
+        values, indices = self.training_latents(x, dead if aux_k else None, aux_k)
+        k = values.shape[1] - aux_k
         main = SparseFeatures(values[:, :k], indices[:, :k])
-        residual = x - self.b_dec - self.directions(main, unit_rows=True)
-        penalty = x.new_zeros(())
+        residual, penalty = self.residual(x, main)
         if aux_k:
             target = residual.detach()
             aux = SparseFeatures(values[:, k:], indices[:, k:])
-            error = (target - self.directions(aux, unit_rows=True)).square().sum()
+            error = (target - self.directions(aux, unit_rows=self.unit_norm)).square().sum()
             scale = min(1.0, len(dead) / half)
-            penalty = self.auxiliary * scale * error / squared_deviation(target)
+            penalty = penalty + self.auxiliary * scale * error / squared_deviation(target)
         return TrainingErrors(residual.square().sum(), penalty, self.times_fired(main))
 
     def training_flops_per_token(self) -> float:
@@ -71,7 +101,7 @@ class TopK(SparseAutoencoder):
         weight matrices, which touch active latents only (``saes/sparse.py``). AuxK is not counted:
         there are no dead latents in a good training.
         """
-        return 2 * self.width * self.latents + 4 * 2 * self.k * self.width
+        return 2 * self.width * self.latents + 4 * 2 * self.mean_k * self.width
 
     def saelens_keys(self) -> dict[str, Any]:
         return super().saelens_keys() | {"rescale_acts_by_decoder_norm": False}

@@ -33,7 +33,7 @@ class SAEModule(lightning.LightningModule):
     deviation from the batch mean, in the SAE's own units), plus the architecture's penalty
     (`SparseAutoencoder.training_errors`).
 
-    Decoder rows stay unit vectors and their gradients orthogonal to them. Ranks that share a batch
+    Where the SAE says so (`unit_norm`), decoder rows stay unit vectors. Ranks that share a batch
     divide by its deviation, not by that of their own parts.
 
     Logged: ``sae/loss``, ``sae/fvu``, ``sae/l0``, ``sae/dead_fraction``, ``sae/lr``.
@@ -43,7 +43,7 @@ class SAEModule(lightning.LightningModule):
         total_steps: optimizer steps of the whole run.
         lr: Adam's peak rate; None is 2e-4 / sqrt(N / 2^14), as in sparsify.
         warmup_steps: linear rise from 0.
-        decay_fraction: share of the run, at its end, that falls linearly to 0.
+        decay_fraction: share of the run, at its end, that falls linearly to 0; 0: none.
         dead_after_tokens: a latent that has not fired for so many tokens is dead.
     """
 
@@ -62,14 +62,16 @@ class SAEModule(lightning.LightningModule):
         self.lr = 2e-4 / math.sqrt(sae.latents / 2**14) if lr is None else lr
         self.total_steps = total_steps
         self.warmup_steps = warmup_steps
-        self.decay_steps = max(1, round(decay_fraction * total_steps))
+        self.decay_steps = max(1, round(decay_fraction * total_steps)) if decay_fraction else 0
         self.dead_after_tokens = dead_after_tokens
-        sae.normalize_decoder()
+        if sae.unit_norm:
+            sae.normalize_decoder()
         idle = torch.zeros(sae.latents, dtype=torch.long, device=sae.W_dec.device)
         self.register_buffer("tokens_since_fired", idle)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """batch [T, D] -> loss."""
+        self.sae.begin_step(self.global_step / self.total_steps)
         losses, fired = self.losses(batch)
         (fired,) = sum_over_ranks([fired])
         tokens = len(batch) * world()
@@ -124,5 +126,6 @@ class SAEModule(lightning.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        with editable(self.trainer, [self.sae.W_dec]):
-            self.sae.normalize_decoder()
+        if self.sae.unit_norm:
+            with editable(self.trainer, [self.sae.W_dec]):
+                self.sae.normalize_decoder()

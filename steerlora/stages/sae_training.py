@@ -196,12 +196,16 @@ def _train(context: Context, settings: SAESettings, log: RunLog) -> tuple[Sparse
     batches = ActivationBatches(store, settings.site, config.batch_size, config.seed)
     steps = config.steps_over(store.tokens(settings.site))
     sae = config.build(store.width)
-    sae.center_on(batches(0))
+    first = batches(0)
+    if config.median_start:
+        sae.center_on(first)
+    sae.initialize_thresholds(first)
     module = SAEModule(
         sae,
         lr=config.learning_rate,
         total_steps=steps,
-        warmup_steps=steps // 20,
+        warmup_steps=int(config.warmup_fraction * steps),
+        decay_fraction=config.decay_fraction,
         dead_after_tokens=round(config.dead_fraction * steps * config.batch_size),
     )
     # In full precision, whole batches: accumulation and mixed precision are the adapter's.

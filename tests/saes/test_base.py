@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tensors import largest_tensor_made
 
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.relu import ReLU
@@ -12,12 +13,6 @@ from steerlora.saes.sparse import SparseFeatures, sparse_decode, top_k
 from steerlora.saes.topk import TopK
 
 WIDTH, LATENTS, K = 12, 96, 5
-
-
-def dense(features: SparseFeatures, latents: int) -> torch.Tensor:
-    """[..., K] features as [..., N]; padded entries add zero wherever they point."""
-    empty = features.values.new_zeros(*features.values.shape[:-1], latents)
-    return empty.scatter_add(-1, features.indices, features.values)
 
 
 def reference_latents(sae: SparseAutoencoder, x: torch.Tensor) -> torch.Tensor:
@@ -66,7 +61,7 @@ def test_features_and_reconstruction_equal_the_dense_reference(settings, rng):
     sae = make(**settings)
     x = 3 * torch.randn(2, 150, WIDTH, generator=rng, dtype=torch.float64)
     features = sae.encode(x)
-    torch.testing.assert_close(dense(features, LATENTS), reference_latents(sae, x))
+    torch.testing.assert_close(features.dense(LATENTS), reference_latents(sae, x))
     torch.testing.assert_close(sae(x), reference_forward(sae, x))
 
 
@@ -112,7 +107,7 @@ def test_unit_row_gradient_is_that_of_a_normalized_decoder(rng):
     features = sae.encode(x).values.detach(), sae.encode(x).indices
     ours = sparse_decode(SparseFeatures(*features), sae.W_dec, unit_rows=True).sin().sum()
     rows = F.normalize(sae.W_dec, dim=1)
-    theirs = (dense(SparseFeatures(*features), LATENTS) @ rows).sin().sum()
+    theirs = (SparseFeatures(*features).dense(LATENTS) @ rows).sin().sum()
     torch.testing.assert_close(
         torch.autograd.grad(ours, sae.W_dec), torch.autograd.grad(theirs, sae.W_dec)
     )
@@ -183,7 +178,7 @@ def test_a_slice_of_the_features_can_be_decoded_and_differentiated(part, rng):
     x = torch.randn(9, WIDTH, generator=rng, dtype=torch.float64)
     values, indices = sae.positive_latents(x, K, torch.arange(3), 1)
     features = SparseFeatures(values[:, part], indices[:, part])
-    expected = dense(features, LATENTS) @ sae.W_dec
+    expected = features.dense(LATENTS) @ sae.W_dec
     ours = sae.directions(features)
     torch.testing.assert_close(ours, expected)
     for mine, theirs in zip(
@@ -203,26 +198,8 @@ def test_nothing_dense_in_tokens_by_latents_is_saved_for_backward(rng):
     ):
         loss = sae(x).pow(2).sum()
     assert max(largest) <= sae.W_dec.numel()
-    created = _largest_tensor_made(loss.backward)
+    created = largest_tensor_made(loss.backward)
     assert created <= sae.W_dec.numel() < 1000 * 4096 / 10
-
-
-def _largest_tensor_made(function) -> int:
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_flatten
-
-    class Watch(TorchDispatchMode):
-        largest = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes = [leaf.numel() for leaf in tree_flatten(out)[0] if torch.is_tensor(leaf)]
-            Watch.largest = max([Watch.largest, *sizes])
-            return out
-
-    with Watch():
-        function()
-    return Watch.largest
 
 
 def test_gradients_share_the_layout_of_their_parameters(rng):
@@ -243,7 +220,7 @@ def test_extra_latents_are_the_best_of_the_given_ones(rng):
     scores[:, dead] = (x @ sae.W_enc + sae.b_enc)[:, dead]
     expected = scores.topk(2)
     torch.testing.assert_close(
-        dense(extra, LATENTS),
+        extra.dense(LATENTS),
         torch.zeros_like(scores).scatter(1, expected.indices, expected.values.relu()),
     )
     alone = sae.encode_normalized(x)

@@ -19,10 +19,20 @@ from steerlora.saes.topk import TopK
 
 def test_every_architecture_ships_a_file_and_knows_its_name():
     shipped = sections.groups()["sae"]
-    assert shipped == ["relu", "topk"]
+    assert shipped == [
+        "batch_topk",
+        "gated",
+        "jumprelu",
+        "matryoshka_batch_topk",
+        "matryoshka_topk",
+        "relu",
+        "topk",
+    ]
     for name in shipped:
-        assert compose.load([f"sae={name}"]).sae.architecture == name
+        config = compose.load([f"sae={name}"]).sae
+        assert config.architecture == name
         assert SAES[name].module().architecture == name
+        assert type(config.build(8)) is SAES[name].module()
 
 
 def test_the_published_recipe_can_be_chosen():
@@ -63,6 +73,26 @@ def test_a_configuration_builds_what_it_says():
         ("sae=relu sae.ll=1", "no such key: sae.ll; did you mean 'sae.l1'"),
         ("sae=relu sae.l1=-1", "sae.l1=-1.0: must not be negative"),
         ("sae=relu sae.k=3", "no such key: sae.k; it is a key of sae.architecture=topk"),
+        ("sae=relu sae.unit_norm=false", "sae.unit_norm=false: the L1 penalty of sae.architecture"),
+        (
+            "sae=gated sae.unit_norm=false",
+            "sae.unit_norm=false: the L1 penalty of sae.architecture",
+        ),
+        (
+            "sae=jumprelu sae.penalty=tanh sae.unit_norm=false",
+            "sae.unit_norm=false: the tanh penalty of sae.architecture=jumprelu would be escaped",
+        ),
+        ("sae=jumprelu sae.penalty=l1", "sae.penalty=l1: choose from l0, tanh"),
+        ("sae=jumprelu sae.bandwidth=0", "sae.bandwidth=0.0: must be greater than 0"),
+        ("sae=jumprelu sae.initial_l0=513", "sae.initial_l0=513 is more than sae.latents=512"),
+        ("sae=gated sae.initial_l0=513", "sae.initial_l0=513 is more than sae.latents=512"),
+        ("sae=matryoshka_topk sae.levels=11", "too often: at most 10 levels"),
+        ("sae=matryoshka_topk sae.levels=0", "sae.levels=0: must be greater than 0"),
+        ("sae=batch_topk sae.k=600", "sae.k=600 is more than sae.latents=512"),
+        ("sae.initial_k=600", "sae.initial_k=600 is more than sae.latents=512"),
+        ("sae.anneal_fraction=0", "sae.anneal_fraction=0.0: must be greater than 0"),
+        ("sae.warmup_fraction=2", "sae.warmup_fraction=2.0: must be from 0 to 1"),
+        ("sae.decay_fraction=-1", "sae.decay_fraction=-1.0: must be from 0 to 1"),
         ("sae.l1=3", "no such key: sae.l1; it is a key of sae.architecture=relu"),
         ("sae.auxiliary=-1", "sae.auxiliary=-1.0: must not be negative"),
         ("sae.dead_fraction=2", "sae.dead_fraction=2.0: must be from 0 to 1"),

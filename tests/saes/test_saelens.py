@@ -125,9 +125,15 @@ def test_fingerprint_sees_every_tensor_and_setting_but_not_the_layout():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architecture": "jumprelu"}, "architecture 'jumprelu'; choose from standard, .*topk"),
+        (
+            {"architecture": "crosscoder"},
+            "architecture 'crosscoder'; choose from .*standard, .*topk",
+        ),
         ({"architecture": "top_k"}, "did you mean 'topk'"),
-        ({"architecture": "relu"}, "cannot read architecture 'relu'; choose from standard, .*topk"),
+        (
+            {"architecture": "relu"},
+            "cannot read architecture 'relu'; did you mean",
+        ),
         ({"architecture": None}, "lacks architecture"),
         ({"k": None}, "needs k"),
         ({"k": 21}, "1 <= k <= 20"),

@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from steerlora.data.activations import ActivationBatches, ActivationStore
 from steerlora.saes.base import SparseAutoencoder
+from steerlora.saes.batch_topk import BatchTopK
+from steerlora.saes.jumprelu import JumpReLU
 from steerlora.saes.relu import ReLU
 from steerlora.saes.topk import TopK
 from steerlora.saes.training import SAEModule
@@ -158,6 +160,8 @@ def test_relu_training_explains_the_data_and_l1_shrinks_its_features(store, tmp_
 MAKE: dict[str, Callable[[], SparseAutoencoder]] = {
     "topk": lambda: TopK(WIDTH, LATENTS, k=K),
     "relu": lambda: ReLU(WIDTH, LATENTS),
+    "batch_topk": lambda: BatchTopK(WIDTH, LATENTS, k=K, initial_k=20, anneal_fraction=0.9),
+    "jumprelu": lambda: JumpReLU(WIDTH, LATENTS),
 }
 
 
@@ -197,6 +201,21 @@ def test_learning_rate_rises_holds_and_falls():
     assert factors[15:20] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     assert factors[20] == 0
     assert module.lr == pytest.approx(2e-4 / (LATENTS / 2**14) ** 0.5)
+
+
+def test_without_decay_the_rate_stays():
+    module = SAEModule(TopK(WIDTH, LATENTS, k=K), total_steps=20, decay_fraction=0)
+    assert [module.lr_factor(step) for step in range(20)] == [1.0] * 20
+
+
+@pytest.mark.parametrize("unit_norm", [True, False])
+def test_k_and_the_norms_of_rows_are_what_the_options_say(unit_norm, store, tmp_path):
+    sae = TopK(WIDTH, LATENTS, k=2, initial_k=12, anneal_fraction=0.5, unit_norm=unit_norm)
+    recorder = Recorder()
+    fit(SAEModule(sae, total_steps=10, lr=1e-2), store, tmp_path, callbacks=(recorder,))
+    assert [round(step["sae/l0"]) for step in recorder.steps] == [12, 10, 8, 6, 4, *[2] * 5]
+    norms = sae.W_dec.norm(dim=1)
+    assert torch.allclose(norms, torch.ones(LATENTS), atol=1e-6) == unit_norm
 
 
 def test_dead_latents_are_those_idle_for_long_enough(store):

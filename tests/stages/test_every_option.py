@@ -44,7 +44,7 @@ CHANGES = {
     "domains.pretrain_items": 17,
     "domains.evaluation_items": 7,
     "domains.seed": 4,
-    "sae.architecture": None,  # a group of its own: sae=topk, relu
+    "sae.architecture": None,  # a group of its own: sae=topk, relu, ...
     "sae.path": "elsewhere",
     "sae.latents": 80,
     "sae.k": 3,
@@ -55,6 +55,12 @@ CHANGES = {
     "sae.batch_size": 33,
     "sae.learning_rate": 0.1,
     "sae.auxiliary": 0.5,
+    "sae.initial_k": 20,
+    "sae.anneal_fraction": 0.3,
+    "sae.warmup_fraction": 0.3,
+    "sae.decay_fraction": 0.3,
+    "sae.median_start": "false",
+    "sae.unit_norm": "false",
     "sae.dead_fraction": 0.3,
     "sae.seed": 5,
     "features.general_quantile": 0.6,

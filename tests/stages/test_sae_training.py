@@ -1,0 +1,69 @@
+"""Options of an SAE's training reach what trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from steerlora.config import TrainerConfig
+from steerlora.saes.config import SAES
+from steerlora.saes.training import SAEModule
+from steerlora.stages import sae_training
+
+WIDTH, STEPS = 8, 40
+
+
+@pytest.fixture
+def set_up(monkeypatch) -> Callable[..., SAEModule]:
+    """``set_up(architecture, **options)``: what the stage would train."""
+    rows = 5 + torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(0))
+    found: list[SAEModule] = []
+
+    def keep(context, module, *others, **options) -> dict:
+        found.append(module)
+        return {}
+
+    monkeypatch.setattr(sae_training, "train", keep)
+    monkeypatch.setattr(sae_training, "ActivationBatches", lambda *given: lambda step: rows)
+    store = SimpleNamespace(width=WIDTH, tokens=lambda site: len(rows))
+    monkeypatch.setattr(sae_training, "ActivationStore", lambda folder: store)
+
+    def set_up(architecture: str = "topk", **options) -> SAEModule:
+        sae = SAES[architecture](latents=64, steps=STEPS, **options)
+        settings = SimpleNamespace(sae=sae, site=1, trainer=TrainerConfig())
+        context = SimpleNamespace(inputs={"activations": Path()})
+        sae_training._train(context, settings, None)
+        return found[-1]
+
+    return set_up
+
+
+def test_the_rate_rises_and_falls_over_the_shares_that_are_given(set_up):
+    module = set_up(warmup_fraction=0.25, decay_fraction=0.5)
+    factors = [module.lr_factor(step) for step in range(STEPS)]
+    assert factors[9] < 1 == factors[10] == factors[19]
+    assert 1 > factors[20] > factors[39] > 0
+    even = set_up(warmup_fraction=0, decay_fraction=0)
+    assert [even.lr_factor(step) for step in range(STEPS)] == [1.0] * STEPS
+
+
+def test_the_bias_starts_at_the_median_or_at_zero(set_up):
+    assert (set_up().sae.b_dec - 5).abs().max() < 0.5
+    assert not set_up(median_start=False).sae.b_dec.any()
+
+
+def test_rows_are_held_at_unit_length_or_not(set_up):
+    assert set_up().sae.unit_norm
+    assert not set_up(unit_norm=False).sae.unit_norm
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "gated"])
+def test_thresholds_start_where_so_many_latents_are_active(architecture, set_up):
+    sae = set_up(architecture, initial_l0=8).sae
+    x = 5 + torch.randn(5000, WIDTH, generator=torch.Generator().manual_seed(1))
+    active = (sae.encode(x).values > 0).sum(1).float().mean()
+    assert active == pytest.approx(8, rel=0.15)
