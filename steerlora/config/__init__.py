@@ -72,6 +72,13 @@ class Config:
                 f"method.monitor={method.monitor}: {model.name} has {model.layers} layers; "
                 f"{model.layers} is the stream that leaves them"
             )
+        for site in (*method.sites, method.monitor or 0):
+            last = max(self.sae.streams(site))
+            if last > model.layers:
+                raise UserError(
+                    f"sae.architecture={self.sae.architecture} of site {site} is trained on the "
+                    f"stream entering layer {last} too: {model.name} has {model.layers} layers"
+                )
         method.check(self)
         if self.domains.kind == "text" and not self.domains.dir:
             raise UserError("domains.dir is not set: domains.dir=<folder of <domain>_train.jsonl>")

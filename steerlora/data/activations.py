@@ -285,22 +285,29 @@ class ActivationBatches:
         site: whose.
         batch_size: tokens of the whole batch.
         seed: of their order.
+        beside: another site, whose activations of the same tokens come with them, if not None.
     """
 
     store: ActivationStore
     site: int
     batch_size: int
     seed: int
+    beside: int | None = None
 
     def __call__(self, step: int) -> Tensor:
-        """[batch_size, D]"""
+        """[batch_size, D], or [batch_size, 2, D] with another site beside."""
         return self.part(step, 0, 1)
 
     def part(self, step: int, index: int, parts: int) -> Tensor:
-        """[batch_size / parts, D]: one of so many parts, the only one that is read."""
-        return self.store.batch(
-            self.site, self.batch_size, seed=self.seed, step=step, part=index, parts=parts
-        )
+        """[batch_size / parts, ...]: one of so many parts, the only one that is read."""
+        found = [
+            self.store.batch(
+                site, self.batch_size, seed=self.seed, step=step, part=index, parts=parts
+            )
+            for site in (self.site, self.beside)
+            if site is not None
+        ]
+        return found[0] if len(found) == 1 else torch.stack(found, 1)
 
 
 def _usual_rows(streams: Iterable[Tensor], outlier_ratio: float) -> Tensor:

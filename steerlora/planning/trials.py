@@ -154,7 +154,8 @@ class Trials:
         if key not in self._found:
             with self._running(LiveMemory(), ACTIVATIONS) as live:
                 module = SAEModule(self.new_sae(), total_steps=2)
-                batch = torch.empty(tokens, module.sae.width)
+                streams = [2] if module.sae.span else []
+                batch = torch.empty(tokens, *streams, module.sae.width)
                 self._found[key] = _step(live, module, batch)
         return self._found[key]
 

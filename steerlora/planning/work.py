@@ -51,7 +51,8 @@ def harvested_sites(config: Config) -> tuple[int, ...]:
     if not trained_sites(config):
         return ()
     method = config.method
-    return tuple(sorted({*method.sites, *([] if method.monitor is None else [method.monitor])}))
+    sites = [*method.sites, *([] if method.monitor is None else [method.monitor])]
+    return tuple(sorted({stream for site in sites for stream in config.sae.streams(site)}))
 
 
 def works(config: Config, shape: DecoderShape, trials: Trials) -> tuple[Work, ...]:

@@ -76,6 +76,9 @@ class SparseAutoencoder(nn.Module):
     hold them under these names."""
     k: int | None = None
     """K, where it is the same for every token; None: the busiest token of a batch decides."""
+    span: int = 0
+    """Layers between the stream that is read and the one that is written: 0 but for transcoders,
+    whose training reads both, [T, 2, D] in place of [T, D]."""
 
     def __init__(
         self,
@@ -115,7 +118,7 @@ class SparseAutoencoder(nn.Module):
         have no part along them (``directions(..., unit_rows=self.unit_norm)``).
 
         Args:
-            x: [T, D], in the SAE's units; of one rank's tokens.
+            x: [T, D], what training reads in the SAE's units; of one rank's tokens.
             dead: [N] bool, latents that have not fired for long.
         """
         raise NotImplementedError
@@ -133,6 +136,18 @@ class SparseAutoencoder(nn.Module):
 
     def begin_step(self, progress: float) -> None:
         """Before a step of training, ``progress`` of which, from 0 to below 1, lies behind."""
+
+    def read(self, streams: Tensor) -> Tensor:
+        """The stream that is encoded, of what training reads."""
+        return streams
+
+    def written(self, streams: Tensor) -> Tensor:
+        """The stream that is approximated, of what training reads."""
+        return streams
+
+    def output(self, x: Tensor, features: SparseFeatures) -> Tensor:
+        """What approximates the stream written, of x [..., D] and its features, in its units."""
+        return self.decode(features)
 
     def for_inference(self) -> SparseAutoencoder:
         """What is saved: an SAE with these features, of an architecture that needs no training."""
@@ -254,9 +269,10 @@ class SparseAutoencoder(nn.Module):
         return rows.view(*features.values.shape[:-1], self.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction of x in x's own units: [..., D] -> [..., D], float32."""
+        """The stream written, in its own units: of an SAE, x. [..., D] -> [..., D], float32."""
         inputs = self.normalized(x)
-        return self.decode(self.encode_normalized(inputs.x)) * inputs.scale + inputs.mean
+        output = self.output(inputs.x, self.encode_normalized(inputs.x))
+        return output * inputs.scale + inputs.mean
 
     def times_fired(self, features: SparseFeatures) -> Tensor:
         """On how many tokens of [T, K] each latent is active, [N]."""
@@ -271,8 +287,12 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def center_on(self, x: Tensor, iterations: int = 20) -> None:
-        """Set ``b_dec`` to the geometric median of x [T, D], by Weiszfeld's algorithm."""
-        points = self.normalized(x).x
+        """Set ``b_dec`` to the geometric median of the stream written, by Weiszfeld's algorithm.
+
+        Args:
+            x: what training reads.
+        """
+        points = self.normalized(self.written(x)).x
         median = points.mean(0)
         for _ in range(iterations):
             weights = 1 / (points - median).norm(dim=1).clamp_min(1e-8)

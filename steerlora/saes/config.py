@@ -94,6 +94,10 @@ class SAEConfig:
         common = {"normalize": self.normalize, "unit_norm": self.unit_norm, "seed": self.seed}
         return self.module()(width, self.latents, **common, **own)
 
+    def streams(self, site: int) -> tuple[int, ...]:
+        """The streams that the SAE of this site is trained on: those entering these layers."""
+        return (site,)
+
     def steps_over(self, tokens: int) -> int:
         """Optimizer steps of a training on so many harvested tokens."""
         if self.epochs is None:
@@ -222,6 +226,35 @@ class MatryoshkaBatchTopKConfig(MatryoshkaTopKConfig):
         from steerlora.saes.matryoshka import MatryoshkaBatchTopK
 
         return MatryoshkaBatchTopK
+
+
+@sae("skip_transcoder")
+@dataclass(frozen=True, kw_only=True)
+class SkipTranscoderConfig(TopKConfig):
+    """Skip-transcoder (Paulo et al., arXiv 2501.18823): TopK features of a site's stream, and a
+    linear map, approximate the stream of a later layer."""
+
+    architecture: str = "skip_transcoder"
+    span: int = 1
+    """Layers between the stream that is read and the one that is approximated, from 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("sae", self, "span")
+        if self.normalize != "none":
+            raise UserError(
+                f"sae.normalize={self.normalize}: a skip-transcoder writes another stream than it "
+                "reads, and cannot undo it; leave it none"
+            )
+
+    @classmethod
+    def module(cls) -> type[SparseAutoencoder]:
+        from steerlora.saes.skip_transcoder import SkipTranscoder
+
+        return SkipTranscoder
+
+    def streams(self, site: int) -> tuple[int, ...]:
+        return (site, site + self.span)
 
 
 @sae("jumprelu")

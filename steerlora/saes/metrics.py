@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from steerlora.lm.decoder import first_real_token, spliced_logits
+from steerlora.lm.decoder import first_real_token, residual_streams, spliced_logits
 from steerlora.saes.base import SparseAutoencoder
 
 
@@ -22,7 +22,8 @@ def sae_metrics(
 ) -> dict[str, float]:
     """Reconstruction and sparsity over tokens, streaming.
 
-    With x an activation, y its reconstruction, z its features and E a mean over tokens:
+    With x an activation (of a transcoder the one written), y its reconstruction, z its features and
+    E a mean over tokens:
 
     - ``fvu``: sum |x - y|^2 / sum |x - E x|^2; ``explained_variance`` is 1 less that;
     - ``mse``: E |x - y|^2 / D; ``cossim``: E cos(x, y);
@@ -32,7 +33,8 @@ def sae_metrics(
 
     Args:
         sae: the autoencoder.
-        activations: [T, D], or an iterable of such; each is read in batches.
+        activations: [T, D], [T, 2, D] for a transcoder, or an iterable of such; each is read in
+            batches.
         batch_size: tokens at once.
 
     Returns:
@@ -47,10 +49,11 @@ def sae_metrics(
     alive = torch.zeros(sae.latents, dtype=torch.bool, device=device)
     for rows in activations:
         for batch in rows.split(batch_size):
-            inputs = sae.normalized(batch.to(device))
+            streams = batch.to(device)
+            inputs = sae.normalized(sae.read(streams))
             features = sae.encode_normalized(inputs.x)
-            y = (sae.decode(features) * inputs.scale + inputs.mean).double()
-            x = batch.to(device).double()
+            y = (sae.output(inputs.x, features) * inputs.scale + inputs.mean).double()
+            x = sae.written(streams).double()
             active = features.values > 0
             alive[features.indices[active]] = True
             total_x += x.sum(0)
@@ -91,6 +94,7 @@ def ce_recovered(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     drop_first_token: bool = True,
+    span: int = 0,
 ) -> dict[str, float]:
     """Next-token loss with the stream entering layer ``site`` reconstructed, and set to zero.
 
@@ -105,6 +109,8 @@ def ce_recovered(
         site: layer index.
         batches: (input_ids [B, S], attention_mask [B, S]).
         drop_first_token: leave each sequence's first token as it is, as it was in harvesting.
+        span: so many layers after ``site`` the stream is replaced, by what the SAE writes from that
+            of ``site`` (:attr:`SparseAutoencoder.span`).
 
     Returns:
         ``ce_loss_without_sae``, ``ce_loss_with_sae``, ``ce_loss_with_ablation``, ``ce_loss_score``,
@@ -123,17 +129,20 @@ def ce_recovered(
             if drop_first_token:
                 replaced = replaced & ~first_real_token(attention_mask)
             where = replaced[..., None]
+            read = None
+            if span:
+                read = residual_streams(model, input_ids, attention_mask, [site])[site]
             edits = {
                 "without_sae": lambda x: x,
                 # Of a model that is spread over devices, the stream may be on another one.
-                "with_sae": lambda x, where=where: torch.where(
-                    where.to(x.device), sae(x.to(device)).to(x), x
+                "with_sae": lambda x, where=where, read=read: torch.where(
+                    where.to(x.device), sae((x if read is None else read).to(device)).to(x), x
                 ),
                 "with_ablation": lambda x, where=where: x.masked_fill(where.to(x.device), 0),
             }
             intact = None
             for name, edit in edits.items():
-                logits = spliced_logits(model, input_ids, attention_mask, site, edit)
+                logits = spliced_logits(model, input_ids, attention_mask, site + span, edit)
                 scores = logits[:, :-1][targets.counted].float().log_softmax(-1)  # [T, V]
                 intact = scores if intact is None else intact
                 chosen = scores.gather(1, targets.tokens[:, None])

@@ -196,6 +196,11 @@ def _read_saelens(weights: Path) -> SparseAutoencoder:
     refuse_unknown_keys(config, sae.saelens_keys(), path)
     tensors = _read_tensors(weights, {name: p.shape for name, p in sae.state_dict().items()})
     if config.get("rescale_acts_by_decoder_norm", False):
+        if other := sorted(set(tensors) - {"W_enc", "b_enc", "W_dec", "b_dec"}):
+            raise UserError(
+                f"{path}: rescale_acts_by_decoder_norm goes with no {architecture} SAE: what it "
+                f"makes of {', '.join(other)} is not known"
+            )
         tensors = _fold_decoder_norm(tensors)
     sae.to(tensors["W_dec"].dtype).load_state_dict(tensors)
     return sae

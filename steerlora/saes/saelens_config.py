@@ -18,8 +18,9 @@ from steerlora.errors import UserError
 CONFIG_FILE = "cfg.json"
 FORMAT = "6.0.0"
 """Version of SAELens whose layout is written: without one, SAELens takes a file for an older."""
-SAELENS_NAMES = {"relu": "standard"}
-"""{architecture: SAELens's name of it}, where it is another."""
+SAELENS_NAMES = {"relu": "standard", "skip_transcoder": "topk_skip_transcoder"}
+"""{architecture: its name in files}, where it is another: SAELens's, or one that SAELens does not
+have, where it means something else by ours (its skip_transcoder has no k)."""
 
 
 def _keys(names: str) -> frozenset[str]:

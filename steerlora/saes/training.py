@@ -93,7 +93,7 @@ class SAEModule(lightning.LightningModule):
         """batch [T, D] -> the losses, and how often each latent fired [N]."""
         x = self.sae.normalized(batch).x
         error, penalty, fired = self.sae.training_errors(x, self.dead())
-        fvu = error / squared_deviation(x)
+        fvu = error / squared_deviation(self.sae.written(x))
         return SAELosses(fvu + penalty, fvu), fired
 
     def dead(self) -> Tensor:

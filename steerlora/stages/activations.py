@@ -18,9 +18,9 @@ from steerlora.stages.common import WHERE, general_text, load_base, training_row
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationSettings:
-    """Attributes: sites: of control; monitor: a site beside them, None where there is no other;
-    max_tokens: over all text; max_length: of a row; seed: of the order of rows; accelerator and
-    spread: where the model runs."""
+    """Attributes: sites: of control, and what their SAEs are trained on beside; monitor: a site
+    beside them, None where there is no other; max_tokens: over all text; max_length: of a row;
+    seed: of the order of rows; accelerator and spread: where the model runs."""
 
     sites: tuple[int, ...]
     monitor: int | None
@@ -33,10 +33,13 @@ class ActivationSettings:
 
 
 def step(config: Config) -> Step:
-    method = config.method
+    method, monitor = config.method, config.method.monitor
+    trained = [*method.sites, *([] if monitor is None else [monitor])]
+    beside = [stream for site in trained for stream in config.sae.streams(site)[1:]]
+    sites = tuple(dict.fromkeys([*method.sites, *beside]))
     settings = ActivationSettings(
-        sites=tuple(method.sites),
-        monitor=None if method.monitor in method.sites else method.monitor,
+        sites=sites,
+        monitor=None if monitor in sites else monitor,
         domains=tuple(config.domains.names),
         max_tokens=config.sae.max_tokens,
         max_length=config.trainer.max_length,

@@ -193,7 +193,8 @@ def _check_hook(settings: SAESettings, said: dict, layers: int) -> None:
 
 def _train(context: Context, settings: SAESettings, log: RunLog) -> tuple[SparseAutoencoder, dict]:
     config, store = settings.sae, ActivationStore(context.inputs["activations"] / "activations")
-    batches = ActivationBatches(store, settings.site, config.batch_size, config.seed)
+    streams = config.streams(settings.site)
+    batches = ActivationBatches(store, settings.site, config.batch_size, config.seed, *streams[1:])
     steps = config.steps_over(store.tokens(settings.site))
     sae = config.build(store.width)
     first = batches(0)
@@ -230,17 +231,18 @@ def _quality(
         (batch.input_ids.to(model.device), batch.attention_mask.to(model.device))
         for batch in batches_by_length(encoded, PROOF_ROWS, tokenizer.pad_token_id)
     ]
-    streams = [
-        residual_streams(model, ids, mask, [settings.site])[settings.site][
-            mask.bool() & ~first_real_token(mask)
-        ]
-        for ids, mask in batches
-    ]
+    sites = [settings.site, settings.site + sae.span] if sae.span else [settings.site]
+    streams = []
+    for ids, mask in batches:
+        found = residual_streams(model, ids, mask, sites)
+        kept = mask.bool() & ~first_real_token(mask)
+        tokens = [found[site][kept] for site in sites]
+        streams.append(torch.stack(tokens, 1) if sae.span else tokens[0])
     activations = torch.cat(streams)
-    norms = sae.encode(activations).values.norm(dim=-1)
+    norms = sae.encode(sae.read(activations)).values.norm(dim=-1)
     return {
         **sae_metrics(sae, activations),
-        **ce_recovered(model, sae, settings.site, batches),
+        **ce_recovered(model, sae, settings.site, batches, span=sae.span),
         "mean_feature_norm": float(norms.mean()),
         "tokens": len(activations),
     }

@@ -9,7 +9,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from steerlora.data import activations
-from steerlora.data.activations import ActivationStore, harvest
+from steerlora.data.activations import ActivationBatches, ActivationStore, harvest
 from steerlora.errors import UserError
 from steerlora.lm.decoder import first_real_token
 
@@ -177,3 +177,12 @@ def test_a_store_is_complete_only_with_its_last_file(model, tmp_path, monkeypatc
     monkeypatch.undo()
     harvest(model, make_batches(), [1], tmp_path)
     assert json.loads((tmp_path / "store.json").read_text())["sites"] == [1]
+
+
+def test_two_sites_side_by_side_are_of_the_same_tokens(model, tmp_path):
+    store = harvest(model, make_batches(), [1, 2], tmp_path)
+    both = ActivationBatches(store, 2, 8, 5, beside=1)
+    alone = [ActivationBatches(store, site, 8, 5) for site in (2, 1)]
+    assert torch.equal(both(3), torch.stack([batches(3) for batches in alone], 1))
+    part = torch.stack([batches.part(3, 1, 2) for batches in alone], 1)
+    assert torch.equal(both.part(3, 1, 2), part)

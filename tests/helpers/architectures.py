@@ -15,6 +15,7 @@ from steerlora.saes.batch_topk import BatchTopK
 from steerlora.saes.gated import Gated
 from steerlora.saes.jumprelu import JumpReLU
 from steerlora.saes.matryoshka import MatryoshkaBatchTopK, MatryoshkaTopK
+from steerlora.saes.skip_transcoder import SkipTranscoder
 from steerlora.saes.topk import TopK
 
 K = 5
@@ -28,10 +29,12 @@ class Case:
     features: Callable[[SparseAutoencoder, Tensor], Tensor]
     """(sae, x [T, D]) -> features in use [T, N]."""
     loss: Callable[[SparseAutoencoder, Tensor, Tensor], tuple[Tensor, Tensor]]
-    """(sae, x [T, D], dead [N] bool) -> the loss of training, and the features [T, N] in it."""
+    """(sae, what training reads, dead [N] bool) -> its loss, and the features [T, N] in it."""
     settings: dict[str, Any] = field(default_factory=dict)
     saved_as: str = ""
-    """SAELens's name of what is saved."""
+    """The name in the file of what is saved: SAELens's, where it has one."""
+    streams: Callable[[Tensor], Tensor] = lambda x: x
+    """x [T, D] -> what training reads."""
 
     def make(self, width: int, latents: int, **settings: Any) -> SparseAutoencoder:
         return self.architecture(width, latents, **self.settings | settings)
@@ -117,6 +120,18 @@ def matryoshka_batch_topk_loss(sae, x, dead):
     return selected_loss(sae, x, dead, whole_batch(sae, x), nested(sae))
 
 
+def two_streams(x):
+    return torch.stack([x, x.flip(-1) + (x - x.mean()).relu()], 1)
+
+
+def skip_transcoder_loss(sae, streams, dead):
+    x, y = streams.unbind(1)
+    kept = topk_features(sae, x)
+    residual = y - sae.b_dec - kept @ rows(sae) - x @ sae.W_skip.t()
+    loss = residual.square().sum() / deviation(y)
+    return loss + auxiliary(sae, x, dead, residual), kept
+
+
 def jumprelu_loss(sae, x, dead):
     sigma = (deviation(x) / x.numel()).sqrt()
     epsilon = sae.bandwidth * sigma
@@ -157,6 +172,14 @@ CASES = {
         matryoshka_batch_topk_loss,
         {"k": K, "levels": 3},
         "jumprelu",
+    ),
+    "skip_transcoder": Case(
+        SkipTranscoder,
+        topk_features,
+        skip_transcoder_loss,
+        {"k": K},
+        "topk_skip_transcoder",
+        two_streams,
     ),
     "jumprelu l0": Case(JumpReLU, features_above, jumprelu_loss, {"initial_l0": K}, "jumprelu"),
     "jumprelu l0 free": Case(

@@ -12,6 +12,7 @@ from helpers.tensors import largest_tensor_made
 from steerlora.saes.base import SparseAutoencoder, squared_deviation
 from steerlora.saes.metrics import sae_metrics
 from steerlora.saes.saelens import load_sae, sae_fingerprint, save_sae
+from steerlora.saes.skip_transcoder import SkipTranscoder
 from steerlora.saes.sparse import sparse_encode
 from steerlora.saes.training import SAEModule
 
@@ -44,11 +45,12 @@ def made(case: Case, **settings) -> SparseAutoencoder:
     return sae
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"normalize": "layer_norm", "apply_b_dec_to_input": False}], ids=str
-)
+NORMALIZED = {"normalize": "layer_norm", "apply_b_dec_to_input": False}
+
+
+@pytest.mark.parametrize("settings", [{}, NORMALIZED], ids=["", "layer_norm"])
 def test_features_are_the_dense_twin_s(case, settings, x):
-    sae = made(case, **settings)
+    sae = made(case, **{} if case.architecture is SkipTranscoder else settings)
     found = sae.encode(x)
     units = sae.normalized(x).x
     expected = case.features(sae, units)
@@ -64,9 +66,10 @@ def test_features_are_the_dense_twin_s(case, settings, x):
 def test_features_are_differentiable_in_the_input_and_the_weights(case, x):
     sae = made(case)
     x.requires_grad_()
-    weights = {name: p for name, p in sae.named_parameters() if name not in ("threshold", "W_dec")}
+    weights = {name: p for name, p in sae.named_parameters() if name != "threshold"}
     tensors = [x, *weights.values()]
-    ours = torch.autograd.grad(sae.encode(x).values.sin().sum(), tensors)
+    sparse = sae.encode(x).values.sin().sum()
+    ours = torch.autograd.grad(sparse, tensors, materialize_grads=True)
     dense = case.features(sae, x).sin().sum()
     expected = torch.autograd.grad(dense, tensors, materialize_grads=True)
     for name, mine, theirs in zip(["x", *weights], ours, expected, strict=True):
@@ -78,9 +81,10 @@ def test_the_loss_of_training_and_its_gradients_are_the_dense_twin_s(case, dead,
     sae = made(case)
     asleep = torch.zeros(LATENTS, dtype=torch.bool)
     asleep[: {"none": 0, "few": 4, "many": 40}[dead]] = True
-    errors = sae.training_errors(x, asleep)
-    ours = errors.error / squared_deviation(x) + errors.penalty
-    expected, features = case.loss(sae, x, asleep)
+    streams = case.streams(x)
+    errors = sae.training_errors(streams, asleep)
+    ours = errors.error / squared_deviation(sae.written(streams)) + errors.penalty
+    expected, features = case.loss(sae, streams, asleep)
     torch.testing.assert_close(ours, expected)
     assert torch.equal(errors.fired, (features > 0).sum(0).double())
     for (name, _), mine, theirs in zip(
@@ -94,7 +98,8 @@ def test_the_loss_of_training_and_its_gradients_are_the_dense_twin_s(case, dead,
 
 
 def test_it_is_saved_as_saelens_s_and_loaded_with_equal_features(case, tmp_path):
-    sae = made(case, normalize="layer_norm").float()
+    normalize = "none" if case.architecture is SkipTranscoder else "layer_norm"
+    sae = made(case, normalize=normalize).float()
     save_sae(sae, tmp_path, {})
     assert json.loads((tmp_path / "cfg.json").read_text())["architecture"] == case.saved_as
     loaded = load_sae(tmp_path)
@@ -115,7 +120,7 @@ def test_its_untrained_twin_has_other_directions_and_the_rest_alike(case):
     for name, parameter in sae.named_parameters():
         if name != "b_enc" or "k" not in case.settings:  # k decides alone how many are active
             same = torch.equal(parameter, twin.get_parameter(name))
-            assert same == (name not in ("W_enc", "W_dec")), name
+            assert same == (name not in ("W_enc", "W_dec", "W_skip")), name
 
 
 def sparse_data(tokens: int, seed: int = 0) -> torch.Tensor:
@@ -132,11 +137,11 @@ def trained(case: Case, steps: int, **settings) -> tuple[SparseAutoencoder, dict
     sae = case.make(16, 64, **({"k": 3} if "k" in case.settings else {"initial_l0": 8}) | settings)
     module = SAEModule(sae, total_steps=steps, lr=5e-3, dead_after_tokens=10 * 256)
     optimizer = module.configure_optimizers()["optimizer"]
-    sae.center_on(sparse_data(256))
+    sae.center_on(case.streams(sparse_data(256)))
     sae.initialize_thresholds(sparse_data(256))
     seen: dict[str, list[float]] = {"fvu": [], "l0": []}
     for step in range(steps):
-        x = sparse_data(256, seed=step)
+        x = case.streams(sparse_data(256, seed=step))
         sae.begin_step(step / steps)
         losses, fired = module.losses(x)
         losses.total.backward()
@@ -153,7 +158,7 @@ def trained(case: Case, steps: int, **settings) -> tuple[SparseAutoencoder, dict
 def test_training_explains_sparse_data_and_so_does_what_is_saved(case):
     sae, seen = trained(case, 120)
     assert seen["fvu"][-1] < 0.4 * seen["fvu"][0]
-    unseen = sparse_data(1000, seed=1000)
+    unseen = case.streams(sparse_data(1000, seed=1000))
     figures = sae_metrics(sae.for_inference(), unseen)
     assert figures["fvu"] < 1.3 * seen["fvu"][-1] + 0.02
     assert figures["l0"] == pytest.approx(seen["l0"][-1], rel=0.2)
@@ -196,7 +201,7 @@ def test_a_step_makes_nothing_of_tokens_by_latents_but_a_block_of_pre_activation
     dead = torch.zeros(latents, dtype=torch.bool)
 
     def step() -> None:
-        errors = sae.training_errors(x, dead)
+        errors = sae.training_errors(case.streams(x), dead)
         (errors.error + errors.penalty).backward()
 
     assert largest_tensor_made(step) <= max(128 * latents, tokens * 6 * K) < tokens * latents / 10
@@ -239,6 +244,8 @@ def test_the_threshold_follows_the_smallest_value_kept():
         ("jumprelu l0", {"penalty": "l1"}, "penalty 'l1': .*l0"),
         ("topk", {"initial_k": LATENTS + 1}, f"1 <= initial_k <= {LATENTS}"),
         ("batch_topk", {"k": 0}, f"a batch_topk SAE of {LATENTS} latents needs 1 <= k"),
+        ("skip_transcoder", {"span": 0}, "it needs a span from 1"),
+        ("skip_transcoder", NORMALIZED, "it needs a span from 1, none and False"),
         ("matryoshka_topk", {"levels": 8}, "levels is 8: 96 latents have no such prefixes"),
     ],
 )

@@ -26,6 +26,7 @@ def test_every_architecture_ships_a_file_and_knows_its_name():
         "matryoshka_batch_topk",
         "matryoshka_topk",
         "relu",
+        "skip_transcoder",
         "topk",
     ]
     for name in shipped:
@@ -88,6 +89,15 @@ def test_a_configuration_builds_what_it_says():
         ("sae=gated sae.initial_l0=513", "sae.initial_l0=513 is more than sae.latents=512"),
         ("sae=matryoshka_topk sae.levels=11", "too often: at most 10 levels"),
         ("sae=matryoshka_topk sae.levels=0", "sae.levels=0: must be greater than 0"),
+        ("sae=skip_transcoder sae.span=0", "sae.span=0: must be greater than 0"),
+        (
+            "sae=skip_transcoder sae.normalize=layer_norm",
+            "sae.normalize=layer_norm: a skip-transcoder writes another stream than it reads",
+        ),
+        (
+            "model=micro_s method.sites=[1] sae=skip_transcoder sae.span=9",
+            "sae.architecture=skip_transcoder of site 1 is trained on the stream entering layer 10",
+        ),
         ("sae=batch_topk sae.k=600", "sae.k=600 is more than sae.latents=512"),
         ("sae.initial_k=600", "sae.initial_k=600 is more than sae.latents=512"),
         ("sae.anneal_fraction=0", "sae.anneal_fraction=0.0: must be greater than 0"),

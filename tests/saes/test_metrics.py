@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from steerlora.lm.decoder import residual_streams
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.metrics import ce_recovered, sae_metrics
 from steerlora.saes.relu import ReLU
+from steerlora.saes.skip_transcoder import SkipTranscoder
 from steerlora.saes.topk import TopK
 
 WIDTH, LATENTS, K = 16, 48, 4
@@ -148,6 +150,34 @@ def test_a_perfect_reconstruction_recovers_everything(model):
     found = ce_recovered(model, Identity(), 2, [batch("left")])
     assert found["ce_loss_score"] == found["kl_div_score"] == 1
     assert found["kl_div_with_sae"] == 0
+
+
+def test_what_writes_a_later_stream_is_spliced_in_there(model):
+    """A layer's own output in place of what would approximate it."""
+    ids, mask = batch("left")
+    streams = residual_streams(model, ids, mask, [1, 2])
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            assert torch.equal(x, streams[1])
+            return streams[2]
+
+    found = ce_recovered(model, Layer(), 1, [(ids, mask)], span=1)
+    assert found["ce_loss_score"] == found["kl_div_score"] == 1
+    assert found["ce_loss_with_ablation"] != found["ce_loss_without_sae"]
+
+
+def test_a_transcoder_is_measured_on_the_stream_that_it_writes():
+    sae = make_sae(SkipTranscoder, k=K)
+    with torch.no_grad():
+        sae.W_skip.normal_(generator=torch.Generator().manual_seed(4))
+    generator = torch.Generator().manual_seed(3)
+    read, written = torch.randn(2, 50, WIDTH, generator=generator, dtype=torch.float64)
+    found = sae_metrics(sae, torch.stack([read, written], 1), batch_size=20)
+    error = (written - sae(read)).square().sum()
+    fvu = error / (written - written.mean(0)).square().sum()
+    assert found["fvu"] == pytest.approx(fvu.item())
+    assert found["l0"] == (sae.encode(read).values > 0).sum(1).double().mean()
 
 
 def test_a_score_without_meaning_is_not_a_number(model):

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from steerlora.cli import compose
 from steerlora.config import TrainerConfig
 from steerlora.saes.config import SAES
 from steerlora.saes.training import SAEModule
-from steerlora.stages import sae_training
+from steerlora.stages import activations, sae_training
 
 WIDTH, STEPS = 8, 40
 
@@ -28,7 +29,12 @@ def set_up(monkeypatch) -> Callable[..., SAEModule]:
         return {}
 
     monkeypatch.setattr(sae_training, "train", keep)
-    monkeypatch.setattr(sae_training, "ActivationBatches", lambda *given: lambda step: rows)
+
+    def batches(store, site, batch_size, seed, beside=None):
+        streams = rows if beside is None else torch.stack([rows, rows + beside], 1)
+        return lambda step: streams
+
+    monkeypatch.setattr(sae_training, "ActivationBatches", batches)
     store = SimpleNamespace(width=WIDTH, tokens=lambda site: len(rows))
     monkeypatch.setattr(sae_training, "ActivationStore", lambda folder: store)
 
@@ -67,3 +73,19 @@ def test_thresholds_start_where_so_many_latents_are_active(architecture, set_up)
     x = 5 + torch.randn(5000, WIDTH, generator=torch.Generator().manual_seed(1))
     active = (sae.encode(x).values > 0).sum(1).float().mean()
     assert active == pytest.approx(8, rel=0.15)
+
+
+def test_a_transcoder_starts_at_the_median_of_the_stream_that_it_writes(set_up):
+    sae = set_up("skip_transcoder", span=2).sae
+    assert (sae.b_dec - (5 + 3)).abs().max() < 0.5  # site 1 writes that of layer 3
+
+
+def test_what_a_transcoder_writes_is_harvested_too():
+    given = ("model=micro_s", "method.sites=[0]", "method.monitor=2")
+    for more, expected in {
+        (): ((0,), 2),
+        ("sae=skip_transcoder",): ((0, 1, 3), 2),
+        ("sae=skip_transcoder", "sae.span=2", "method.monitor=null"): ((0, 2), None),
+    }.items():
+        settings = activations.step(compose.load([*given, *more])).config
+        assert (settings.sites, settings.monitor) == expected

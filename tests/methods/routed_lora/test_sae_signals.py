@@ -18,10 +18,11 @@ def make_sae(request) -> Callable[..., SparseAutoencoder]:
     """In place of the TopK SAE that ``make_adapter`` builds on elsewhere: as a file would be."""
 
     def make(seed: int = 0) -> SparseAutoencoder:
-        sae = CASES[request.param].make(WIDTH, LATENTS, seed=seed)
+        case = CASES[request.param]
+        sae = case.make(WIDTH, LATENTS, seed=seed)
         stream = torch.randn(500, WIDTH, generator=torch.Generator().manual_seed(seed))
         sae.initialize_thresholds(stream)
-        sae.training_errors(stream, torch.zeros(LATENTS, dtype=torch.bool))
+        sae.training_errors(case.streams(stream), torch.zeros(LATENTS, dtype=torch.bool))
         return sae.for_inference()
 
     return make
