@@ -44,6 +44,6 @@ class Threshold(SparseAutoencoder):
 
     def training_errors(self, x, dead):  # [T, D] -> squared error, penalty, times fired [N]
         features = self.encode_normalized(x)
-        residual = x - self.b_dec - self.directions(features, unit_rows=True)
+        residual = x - self.b_dec - self.directions(features, unit_rows=self.unit_norm)
         penalty = self.sparsity * features.values.sum() / len(x)
         return TrainingErrors(residual.square().sum(), penalty, self.times_fired(features))

@@ -60,7 +60,6 @@ def test_features_are_the_dense_twin_s(case, settings, x):
     few = sae.encode(x.view(2, 3, 50, WIDTH))
     assert few.values.shape[:-1] == (2, 3, 50)
     torch.testing.assert_close(few.dense(LATENTS).view(TOKENS, LATENTS), expected)
-    assert sae.encode(x[:0]).values.shape[0] == 0
 
 
 def test_features_are_differentiable_in_the_input_and_the_weights(case, x):
@@ -74,6 +73,12 @@ def test_features_are_differentiable_in_the_input_and_the_weights(case, x):
     expected = torch.autograd.grad(dense, tensors, materialize_grads=True)
     for name, mine, theirs in zip(["x", *weights], ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_no_token_and_one_have_features_too(case, x):
+    sae = made(case)
+    assert sae.encode(x[:0]).values.shape[0] == len(sae(x[:0])) == 0
+    torch.testing.assert_close(sae.encode(x[0]).dense(LATENTS), case.features(sae, x[:1])[0])
 
 
 @pytest.mark.parametrize("dead", ["none", "few", "many"])
