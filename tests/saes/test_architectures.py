@@ -9,6 +9,7 @@ import torch
 from helpers.architectures import CASES, Case, K
 from helpers.tensors import largest_tensor_made
 
+from steerlora.errors import UserError
 from steerlora.saes.base import SparseAutoencoder, squared_deviation
 from steerlora.saes.metrics import sae_metrics
 from steerlora.saes.saelens import load_sae, sae_fingerprint, save_sae
@@ -115,6 +116,15 @@ def test_it_is_saved_as_saelens_s_and_loaded_with_equal_features(case, tmp_path)
     with torch.no_grad():
         sae.W_enc[0, 0] += 1
     assert sae_fingerprint(loaded) != sae_fingerprint(sae)
+
+
+@pytest.mark.parametrize(("name", "what"), [("jumprelu l0", "threshold"), ("gated", "b_gate")])
+def test_a_file_that_rescales_what_no_decoder_s_norm_is_known_of_is_refused(name, what, tmp_path):
+    save_sae(made(CASES[name]), tmp_path, {})
+    written = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(written | {"rescale_acts_by_decoder_norm": True}))
+    with pytest.raises(UserError, match=f"goes with no .* SAE: .*{what}"):
+        load_sae(tmp_path)
 
 
 def test_its_untrained_twin_has_other_directions_and_the_rest_alike(case):

@@ -274,7 +274,7 @@ def test_an_early_relu_is_read_as_one(changes, tmp_path):
             {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 1, "sign": -1}},
             "only k is known",
         ),
-        ({"architecture": "gated"}, "cannot read architecture 'gated'"),
+        ({"architecture": "crosscoder"}, "cannot read architecture 'crosscoder'"),
         ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor is set"),
         ({"hook_head_index": 0}, "reads one attention head"),
         ({"normalize_activations": True}, "normalize_activations 'expected_average_only_in'"),
