@@ -16,8 +16,8 @@ What follows from all tokens together (a running sum) cannot be cropped. So :cla
 keeps each token's own part, and that sum beside it: a crop drops the sum, and its owner computes it
 again.
 
-Transformers compiles decoding where all layers of a cache have fixed shapes. These have not, and
-say so.
+Such a layer grows with its tokens in a static cache too. Decoding can be compiled all the same,
+since nothing that is compiled reads it.
 """
 
 from __future__ import annotations
@@ -56,8 +56,6 @@ class BesideLayer(DummyLayer):
     Args:
         owner: who keeps something here.
     """
-
-    is_compileable = False
 
     def __init__(self, owner: str) -> None:
         super().__init__()

@@ -58,7 +58,8 @@ class ForwardArguments:
             return mask[:, -length:].bool()
         seen = self._seen(mask)
         if seen is not None:
-            seen = seen[:, :, self.past : self.past + length]
+            known = seen.shape[-1] >= self.past + length  # else columns of a window, which end now
+            seen = seen[:, :, self.past : self.past + length] if known else seen[:, :, -length:]
             return seen.diagonal(dim1=1, dim2=2).expand(batch, length)
         if positions is not None and positions.dim() == 2:
             return (positions >= 0).expand(batch, length)
@@ -66,23 +67,31 @@ class ForwardArguments:
 
     def mask_so_far(self) -> Tensor | None:
         """Of all tokens of the sequences, those of this forward included: [B, S so far], 1 on real
-        ones; None: all are."""
+        ones; None: all are.
+
+        Raises:
+            RuntimeError: the layers' mask has a window alone, which earlier tokens have left.
+        """
         seen = self._seen(self.attention_mask)
         if seen is None:
             return self.attention_mask if isinstance(self.attention_mask, Tensor) else None
         length = seen.shape[1]
+        if seen.shape[-1] < self.past + length:
+            raise RuntimeError(
+                "a mask of a sliding window does not say which earlier tokens are padding: use a "
+                "dynamic cache"
+            )
         if not self.past:
             return seen[:, :, :length].diagonal(dim1=1, dim2=2).long()
         return seen[:, -1, : self.past + length].long()  # the last token may see all real ones
 
     def _seen(self, mask: Any) -> Tensor | None:
-        """Who sees whom, [B, S, S so far] bool, where a mask [B, 1, S, columns] says it."""
+        """Who sees whom, [B, S, columns] bool, where a mask [B, 1, S, columns] says it."""
         if isinstance(mask, dict):
             mask = mask.get("full_attention", next(iter(mask.values()), None))
         if not isinstance(mask, Tensor) or mask.dim() != 4:
             return None
-        seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-        return seen if seen.shape[-1] >= self.past + seen.shape[-2] else None
+        return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
 
 
 class ObservedForward:

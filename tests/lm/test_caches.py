@@ -61,7 +61,7 @@ def test_each_owner_has_one_layer_of_its_own(cache):
     assert CacheLayer.of(cache, "mine") is None
     assert TokensLayer.of(None, "mine") is None
     assert cache.get_seq_length() == mine.get_seq_length() == 4
-    assert (cache.is_croppable, cache.is_compileable) == (True, False)
+    assert cache.is_croppable
     assert cache.get_max_length() == -1
     assert cache.is_dummy == [False, False, True, True]  # so that no prefetch waits for them
 

@@ -220,6 +220,14 @@ def test_the_mask_of_all_tokens_so_far(past, form):
     assert torch.equal(arguments.real_tokens(stream), MASK[:, past:].bool())
 
 
+def test_a_window_that_is_full_ends_with_the_forwards_own_tokens():
+    sees = F.pad(SEES[..., :3], (2, 0), value=True)  # two of the six earlier ones, and three new
+    arguments = ForwardArguments(attention_mask=sees, past=6)
+    assert torch.equal(arguments.real_tokens(STREAM), REAL[:, :3])
+    with pytest.raises(RuntimeError, match="use a dynamic cache"):
+        arguments.mask_so_far()
+
+
 def test_a_forward_continues_what_a_cache_holds(make_model, tokens):
     model = make_model()
     ids, _ = tokens([6])

@@ -182,6 +182,24 @@ def _decodes_as_in_one_forward(model, ids, expected) -> None:
     torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"cache_implementation": "static"}, {"num_beams": 3}], ids=str
+)
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gpt2", "falcon"], indirect=True)
+def test_generation_with_a_cache_is_that_of_each_alone_without(
+    settings, model, make_adapter, tokens
+):
+    """Windows that tokens leave, positions that are learnt: whatever a family's cache is."""
+    model = model.double()
+    make_adapter(model, context="causal_mean")
+    ids, mask = (part.flip(1) for part in tokens([7, 5]))  # padding on the left
+    chosen = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(ids, attention_mask=mask, **chosen, **settings)[:, -6:]
+    chosen |= {"use_cache": False, "num_beams": settings.get("num_beams", 1)}
+    for row, real, new in zip(ids, mask.bool(), found, strict=True):
+        assert torch.equal(model.generate(row[real][None], **chosen)[0, -6:], new)
+
+
 def test_the_frozen_base_s_own_streams_are_read_where_asked_for(model, make_adapter, tokens):
     ids, mask = tokens([9, 6])
     base = residual_streams(model, ids, mask, [2])[2]
