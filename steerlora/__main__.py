@@ -6,6 +6,8 @@ steerlora stage=adapter_training method=lora      one stage, and whatever it nee
 steerlora -m method.rank=4,8 stage=evaluate       a sweep
 steerlora -m hydra/launcher=submitit_slurm ...    its jobs as SLURM jobs
 steerlora stage=status                            what is stored
+steerlora stage=runs method=lora                  what was trained and scored, by settings
+steerlora stage=compare runs=[...]                what differs, and which differences hold up
 steerlora stage=plan model=qwen3_8b trainer=gpu   memory, time and disk, before a GPU is paid for
 steerlora ... --cfg job --resolve                 the whole configuration
 """
@@ -118,7 +120,7 @@ def _job(tree: DictConfig) -> None:
     ours = logging.INFO if ranks.is_main() else logging.WARNING
     logging.getLogger("steerlora").setLevel(ours)
     try:
-        run_job(lambda: execute(config, _variant_of(overrides)))
+        run_job(lambda: execute(config, _variant_of(overrides), overrides))
     except ENDS as error:
         _end(error)
 
@@ -128,28 +130,42 @@ def _variant_of(overrides: Sequence[str]) -> compose.Compose:
     return lambda *changes: compose.load([*overrides, *changes])
 
 
-def execute(config: Config, variant: compose.Compose) -> None:
+def execute(
+    config: Config, variant: compose.Compose, overrides: Sequence[str] = ()
+) -> tuple[Path, ...]:
     """Run what a configuration asks for.
 
     Args:
         config: one stage, or an experiment.
         variant: the same run's configuration with some options changed.
+        overrides: what the user gave; ``stage=runs`` lists only what agrees with it.
+
+    Returns:
+        The folders of the artifacts of the stage that was asked for; none of an experiment.
     """
     if config.stage and config.stage.name == "plan":
         from steerlora import planning
 
         planning.show(console, config)
-        return
+        return ()
     if config.stage and config.stage.name == "status":
         from steerlora.engine.inventory import listing, status_table
 
         console.print(status_table(listing(Path(config.artifacts.root).expanduser())))
-        return
+        return ()
+    if config.stage and config.stage.name in ("runs", "compare"):
+        from steerlora.cli import stored_runs
+
+        if config.stage.name == "runs":
+            stored_runs.show(console, config, overrides)
+        else:
+            stored_runs.compare(console, config)
+        return ()
     with preemption.signals_handled(), ranks.joined(plain(config)):
-        _build(config, variant)
+        return _build(config, variant)
 
 
-def _build(config: Config, variant: compose.Compose) -> None:
+def _build(config: Config, variant: compose.Compose) -> tuple[Path, ...]:
     """Build what is missing, and print the results."""
     # Only now: the command line answers --help and mistakes without importing torch.
     from steerlora.cli import summary
@@ -171,14 +187,15 @@ def _build(config: Config, variant: compose.Compose) -> None:
             plugins=config.plugins,
         )
     if not ranks.is_main():
-        return
+        return ()
     if planned:
         from steerlora.cli import experiment
 
         written = experiment.report(config, planned, finished)
         summary.print_experiment(console, config, finished, written, time.monotonic() - began)
-    else:
-        summary.print_stage(console, steps, finished, time.monotonic() - began)
+        return ()
+    summary.print_stage(console, steps, finished, time.monotonic() - began)
+    return tuple(finished[step].path for step in steps)
 
 
 def _planned(config: Config, variant: compose.Compose) -> tuple[Plan | None, tuple[Step, ...]]:
@@ -187,7 +204,7 @@ def _planned(config: Config, variant: compose.Compose) -> tuple[Plan | None, tup
     Raises:
         UserError: a step cannot be built with this configuration.
     """
-    if config.stage and config.stage.name in ("status", "plan"):
+    if config.stage and config.stage.name in ("status", "plan", "runs", "compare"):
         return None, ()
     if config.stage and config.stage.name != "report":
         from steerlora.engine.steps import STAGES

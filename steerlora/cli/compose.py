@@ -209,7 +209,16 @@ def typed(tree: DictConfig) -> Config:
                 f"{name} is empty: it needs its section"
                 + (f", {name}=<option> of {options}" if options else "")
             )
-    return Config(**sections, seed=seed, plugins=plugins)
+    return Config(**sections, seed=seed, plugins=plugins, runs=_runs(values.get("runs") or ()))
+
+
+def _runs(given: Any) -> tuple[str, ...]:
+    """The names that ``runs`` gives; a list, or one alone."""
+    names = given if isinstance(given, list | tuple) else [given]
+    for name in names:
+        if not isinstance(name, str):  # 12e34567890123456789 is a number to Hydra
+            raise UserError(f"runs: {name} is read as a number: put quotes around the name")
+    return tuple(names)
 
 
 def _section(name: str, schema: type, values: dict[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 from steerlora.cli.compose import Compose
 from steerlora.config import Config, StudyConfig
 from steerlora.config.run import PARTS
-from steerlora.engine import machine
+from steerlora.engine import code, machine
 from steerlora.engine.artifacts import Artifact
 from steerlora.engine.run import RunReport
 from steerlora.engine.steps import Step
@@ -200,23 +199,5 @@ def provenance(config: Config, planned: Plan, run: RunReport) -> dict[str, Any]:
         ],
         "machine": machine.description(),
         "built_by": machine.builders(artifact.manifest for artifact in stored),
-        "commit": _commit(),
+        "commit": code.commit(),
     }
-
-
-def _commit() -> str | None:
-    """The commit of a checkout; None for an installed package."""
-    checkout = Path(__file__).parents[2]
-    if not (checkout / "pyproject.toml").is_file():
-        return None
-    try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=checkout,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except OSError:
-        return None
-    return answer.stdout.strip() or None

@@ -22,7 +22,7 @@ KINDS: dict[str, tuple[str, Registry, type]] = {
 A YAML file of such a section builds on ``_<kind>``, or on ``_schema`` and lists the kind's keys.
 """
 GROUPS = (*SECTIONS, *KINDS)
-OTHER_KEYS = ("seed", "plugins")
+OTHER_KEYS = ("seed", "plugins", "runs")
 
 
 def config_directory() -> Path:

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +18,6 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from rich.console import Console
-from rich.table import Table
 
 from steerlora.cli.compose import check_sweep, load, tree
 from steerlora.distributed import ranks
@@ -42,6 +42,9 @@ class Outcome:
 
     seconds: float = 0.0
     """Wall time of the job."""
+
+    artifacts: tuple[str, ...] = ()
+    """Folders of what the job was asked for; empty for an experiment."""
 
     @classmethod
     def read(cls, folder: Path, job: int) -> Outcome | None:
@@ -135,16 +138,20 @@ def prepare_outcomes(jobs: Sequence[Sequence[str]]) -> None:
         ) from error
 
 
-def run_job(work: Callable[[], None]) -> None:
-    """Do the work of one run. In a sweep, write its outcome; a failure does not stop the others."""
+def run_job(work: Callable[[], Sequence[Path]]) -> None:
+    """Do the work of one run. In a sweep, write its outcome; a failure does not stop the others.
+
+    Args:
+        work: gives the folders of the artifacts that were asked for.
+    """
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN:
         work()
         return
     code, error = 0, ""
-    began = time.monotonic()
+    began, found = time.monotonic(), ()
     try:
-        work()
+        found = work()
     except UserError as mistake:
         code, error = 2, str(mistake)
     except Exception as failure:
@@ -156,11 +163,12 @@ def run_job(work: Callable[[], None]) -> None:
             code=code,
             error=error,
             seconds=time.monotonic() - began,
+            artifacts=tuple(map(str, found)),
         ).write(Path(os.environ[OUTCOMES]))
 
 
 def print_outcomes(jobs: Sequence[Sequence[str]], console: Console) -> int:
-    """Print the outcome of every job of a sweep, and remove the folder of outcomes.
+    """Print what came of every job of a sweep, write it as CSV, and remove the folder of outcomes.
 
     Args:
         jobs: the overrides of every job.
@@ -169,23 +177,27 @@ def print_outcomes(jobs: Sequence[Sequence[str]], console: Console) -> int:
     Returns:
         The sweep's exit code, the worst of the jobs'.
     """
+    # Only now: --help and mistakes are answered without pandas.
+    from steerlora.cli.sweep_table import Line, rows_in, sweep_data, sweep_table, varied
+
     folder = Path(os.environ.pop(OUTCOMES))
-    common = set.intersection(*map(set, jobs))
-    table = Table("job", "overrides", "seconds", "outcome", title="sweep")
-    codes = set()
-    for number, overrides in enumerate(jobs):
+    lines, codes = [], set()
+    for number, own in enumerate(varied(jobs)):
         outcome = Outcome.read(folder, number) or Outcome(
             number, code=1, error="it did not report how it ended"
         )
-        table.add_row(
-            str(number),
-            " ".join(item for item in overrides if item not in common),
-            f"{outcome.seconds:.1f}",
-            f"failed: {outcome.error}" if outcome.code else "done",
-        )
+        ended = f"failed: {outcome.error}" if outcome.code else "done"
+        for row in rows_in(outcome.artifacts):
+            lines.append(Line(number, own, outcome.seconds, ended, row))
         codes.add(outcome.code)
     shutil.rmtree(folder)
-    console.print(table)
+    path = folder.with_name(f"{datetime.now():%Y-%m-%d_%H-%M-%S}.csv")
+    try:
+        sweep_data(lines).to_csv(path, index=False)
+    except OSError as error:
+        console.print(f"the table cannot be written to {path} ({error.strerror})")
+        path = None
+    console.print(sweep_table(lines, path))
     return 1 if 1 in codes else max(codes)
 
 

@@ -60,6 +60,9 @@ class Config:
     of their own, so that a sweep over this one trains them once."""
     plugins: tuple[str, ...] = ()
     """Modules of the user's that register methods, SAEs, interventions, routers or stages."""
+    runs: tuple[str, ...] = ()
+    """What ``stage=compare`` compares: fingerprints (their beginnings will do), folders of
+    artifacts, and sweeps by the name or the file of their table."""
 
     def __post_init__(self) -> None:
         method, model = self.method, self.model

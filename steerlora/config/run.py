@@ -17,7 +17,7 @@ class StageConfig:
     """The stage to bring up to date, with whatever it needs."""
 
     name: str
-    """Registered name of a stage, or "status", "plan" or "report"."""
+    """Registered name of a stage, or "status", "runs", "compare", "plan" or "report"."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What the stage has of its own; it checks them itself."""
 

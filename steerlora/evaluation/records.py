@@ -194,6 +194,13 @@ class DomainSequence(OfOneRun):
 
 Record = TypeVar("Record", Evaluation, Ablation, DomainSequence)
 
+FILES: dict[str, type] = {
+    "scores.json": Evaluation,
+    "ablation.json": Ablation,
+    "sequential.json": DomainSequence,
+}
+"""{file of an artifact: the kind of record in it}."""
+
 
 def write_record(path: Path, record: Record) -> None:
     """Write a record, and the `SCHEMA` that it has, as JSON.
@@ -221,6 +228,18 @@ def read_record(path: Path, kind: type[Record]) -> Record:
         return typed(kind, content)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no record of kind {kind.__name__}: {error}") from error
+
+
+def find_record(folder: Path) -> Evaluation | Ablation | DomainSequence | None:
+    """The record in an artifact's folder; None where its stage writes none.
+
+    Raises:
+        UserError: as `read_record`.
+    """
+    for name, kind in FILES.items():
+        if (folder / name).is_file():
+            return read_record(folder / name, kind)
+    return None
 
 
 def typed(kind: Any, value: Any) -> Any:

@@ -85,7 +85,9 @@ def test_every_stage_has_an_option():
         return stage.build.__module__.startswith("steerlora.")
 
     stages = [name for name, stage in STAGES.items() if ours(stage)]
-    assert sections.groups()["stage"] == sorted([*stages, "plan", "report", "status"])
+    assert sections.groups()["stage"] == sorted(
+        [*stages, "plan", "report", "status", "runs", "compare"]
+    )
 
 
 def test_the_whole_configuration_is_plain_values():
