@@ -28,7 +28,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from steerlora.cli import compose, sections
-from steerlora.cli.sweep import CommandLine, prepare_outcomes, print_outcomes, run_job
+from steerlora.cli.sweep import CommandLine, logged_as, prepare_outcomes, print_outcomes, run_job
 from steerlora.config import Config
 from steerlora.distributed import ranks
 from steerlora.engine import preemption
@@ -115,6 +115,9 @@ def _job(tree: DictConfig) -> None:
     console.quiet = not ranks.is_main()  # a launcher may have set the rank only now
     config = compose.typed(tree)
     overrides = list(hydra.core.hydra_config.HydraConfig.get().overrides.task)
+    if config.study.name == "single" and (logged := logged_as()):
+        overrides = [*logged, *overrides]
+        config = compose.load(overrides)
     # Libraries' remarks concern no user of ours, and our own are printed by one rank only.
     logging.root.setLevel(logging.WARNING)
     ours = logging.INFO if ranks.is_main() else logging.WARNING
@@ -195,6 +198,7 @@ def _build(config: Config, variant: compose.Compose) -> tuple[Path, ...]:
         summary.print_experiment(console, config, finished, written, time.monotonic() - began)
         return ()
     summary.print_stage(console, steps, finished, time.monotonic() - began)
+    summary.log_reused(steps, finished)
     return tuple(finished[step].path for step in steps)
 
 

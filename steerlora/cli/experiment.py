@@ -26,6 +26,7 @@ from steerlora.reporting.calibration import read_studies, write_calibration
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.report import Report, write_report
 from steerlora.reporting.runs import open_run
+from steerlora.reporting.settings import flat
 from steerlora.stages import causal_ablation, evaluate, sequential_forgetting
 
 
@@ -160,11 +161,14 @@ def report(config: Config, planned: Plan, run: RunReport) -> Report:
             "give results.dir=<folder>; what was built is kept"
         ) from error
     name = f"report {study.name}"
-    with open_run(config.logger, job_type="report", name=name, config=asdict(config)) as log:
+    settings = flat(asdict(config))
+    with open_run(config.logger, job_type="report", name=name, config=settings) as log:
+        log.used(run[step] for step in planned.steps)
         for table, frame in tables.items():
             log.table(table, list(frame.columns), frame.astype(object).values.tolist())
         claims = [[c.id, c.paper, c.ours, c.verdict] for c in written.claims]
         log.table("claims", ["claim", "paper", "ours", "verdict"], claims)
+        log.images(file for file in written.files if file.suffix == ".png")
     return written
 
 

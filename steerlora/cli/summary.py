@@ -13,6 +13,7 @@ from rich.table import Table
 from steerlora.config import Config
 from steerlora.engine.run import RunReport
 from steerlora.engine.steps import Step
+from steerlora.reporting import runs
 from steerlora.text import for_markup, for_terminal
 
 if TYPE_CHECKING:
@@ -47,6 +48,15 @@ def print_stage(console: Console, steps: Sequence[Step], run: RunReport, seconds
         console.print(line, markup=False, highlight=False)
     _print_times(console, run)
     console.print(f"{seconds:.0f} s in all")
+
+
+def log_reused(steps: Sequence[Step], run: RunReport) -> None:
+    """A light W&B run for every requested artifact that this run did not build."""
+    reused = {(time.stage, time.label) for time in run.steps if time.reused}
+    for step in steps:
+        logger = getattr(step.config, "logger", None)
+        if logger is not None and (step.stage, step.label) in reused:
+            runs.log_reused(run[step], logger)
 
 
 def _print_times(console: Console, run: RunReport) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -21,10 +22,16 @@ from rich.console import Console
 
 from steerlora.cli.compose import check_sweep, load, tree
 from steerlora.distributed import ranks
+from steerlora.engine.manifests import read_json, write_json
 from steerlora.errors import UserError
+
+ABOUT = "sweep.json"
+"""File of that folder that says what the sweep is called and what it varies."""
 
 OUTCOMES = "STEERLORA_SWEEP_OUTCOMES"
 """Environment variable: the folder where the jobs of a sweep write how they ended."""
+
+LONGEST = 40  # characters of what a sweep varies, in its name
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,29 @@ def prepare_outcomes(jobs: Sequence[Sequence[str]]) -> None:
             f"cannot write {error.filename} ({error.strerror}): "
             "choose another place with artifacts.root=DIR"
         ) from error
+    keys = list(dict.fromkeys(key for own in varied(jobs) for key in own))
+    short = "-".join(key.rpartition(".")[2] for key in keys)
+    name = f"{re.sub(r'[^0-9A-Za-z_-]+', '-', short)[:LONGEST]}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    write_json(Path(os.environ[OUTCOMES]) / ABOUT, {"name": name, "varied": keys})
+
+
+def varied(jobs: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    """Of every job, the overrides that are not the same in all jobs, as {key: value}."""
+    common = set.intersection(*map(set, jobs))
+    return [
+        {key.lstrip("+"): value for key, _, value in (item.partition("=") for item in own)}
+        for own in ([item for item in job if item not in common] for job in jobs)
+    ]
+
+
+def logged_as() -> list[str]:
+    """Overrides by which W&B lists a job with its sweep, and names it after what varies; none
+    outside a sweep. The user's own take precedence."""
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        return []
+    about = read_json(Path(os.environ[OUTCOMES]) / ABOUT)
+    keys = ",".join(f"'{key}'" for key in about["varied"])
+    return [f"logger.group='{about['name']}'", f"logger.varied=[{keys}]"]
 
 
 def run_job(work: Callable[[], Sequence[Path]]) -> None:
@@ -178,7 +208,7 @@ def print_outcomes(jobs: Sequence[Sequence[str]], console: Console) -> int:
         The sweep's exit code, the worst of the jobs'.
     """
     # Only now: --help and mistakes are answered without pandas.
-    from steerlora.cli.sweep_table import Line, rows_in, sweep_data, sweep_table, varied
+    from steerlora.cli.sweep_table import Line, rows_in, sweep_data, sweep_table
 
     folder = Path(os.environ.pop(OUTCOMES))
     lines, codes = [], set()
@@ -190,8 +220,8 @@ def print_outcomes(jobs: Sequence[Sequence[str]], console: Console) -> int:
         for row in rows_in(outcome.artifacts):
             lines.append(Line(number, own, outcome.seconds, ended, row))
         codes.add(outcome.code)
+    path = folder.with_name(f"{read_json(folder / ABOUT)['name']}.csv")
     shutil.rmtree(folder)
-    path = folder.with_name(f"{datetime.now():%Y-%m-%d_%H-%M-%S}.csv")
     try:
         sweep_data(lines).to_csv(path, index=False)
     except OSError as error:

@@ -28,15 +28,6 @@ class Line(NamedTuple):
     """What was asked for; None where the job failed, or was an experiment."""
 
 
-def varied(jobs: Sequence[Sequence[str]]) -> list[dict[str, str]]:
-    """Of every job, the overrides that are not the same in all jobs, as {key: value}."""
-    common = set.intersection(*map(set, jobs))
-    return [
-        {key.lstrip("+"): value for key, _, value in (item.partition("=") for item in own)}
-        for own in ([item for item in job if item not in common] for job in jobs)
-    ]
-
-
 def rows_in(folders: Sequence[str]) -> list[RunRow | None]:
     """The rows of the artifacts that a job was asked for; one None where there are none."""
     found: list[RunRow | None] = []
@@ -70,13 +61,12 @@ def sweep_table(lines: Sequence[Line], written: Path | None) -> Table:
     keys = list(dict.fromkeys(key for line in lines for key in line.varied))
     names = headlines(rows)
     seconds = Column("seconds", justify="right")
-    caption = "± standard error over items; bold: the best of its column" if names else None
-    if written is not None:
-        caption = f"{caption or 'the same'}; all figures: {written}"
+    notes = ["± standard error over items", "bold: the best of its column"] if names else []
+    notes += [] if written is None else [f"all figures: {written}"]
     table = Table(
         *("job", *map(escape, keys), *map(heading, names), seconds, "outcome"),
         title="sweep",
-        caption=caption,
+        caption=escape("; ".join(notes)),
     )
     marked = {name: best(rows, name) for name in names}
     for place, line in enumerate(lines):

@@ -69,7 +69,12 @@ class LoggerConfig:
     """W&B tags of every run."""
 
     group: str = ""
-    """W&B group that the stages of this run are listed under. Empty for none."""
+    """W&B group that the stages of this run are listed under. Empty, or "single": none. A sweep
+    over a stage gives its own name."""
+
+    varied: list[str] = field(default_factory=list)
+    """Keys of the configuration, such as "method.rank", whose values W&B runs are named after. A
+    sweep gives those that it varies. Empty: model, method and seed."""
 
     dir: str = "outputs"
     """Folder that W&B writes its runs to. Not empty."""

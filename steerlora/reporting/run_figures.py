@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from steerlora.evaluation.forgetting import score_matrix
 from steerlora.evaluation.records import (
     INTACT,
     Ablation,
@@ -185,18 +184,6 @@ def scores_behind(record: Any, name: str) -> list[Score]:
             return list(intact.values())
         return [intact[rest]] if kind == "target" and rest in intact else []
     return []
-
-
-def forgotten_by_stage(record: DomainSequence) -> list[dict[str, float]]:
-    """One mapping a stage of a sequence: every domain's score, and the mean over those learnt."""
-    scores = score_matrix(record.matrix, sequence=record.sequence, domains=record.domains)
-    rows = []
-    for stage, row in enumerate(record.matrix):
-        found = {f"sequence/target/{name}": v for name, v in zip(record.domains, row, strict=True)}
-        if stage:
-            found["sequence/learnt_average"] = float(scores[stage, :stage].mean())
-        rows.append({"sequence/stage": stage, **found})
-    return rows
 
 
 def is_headline(name: str) -> bool:

@@ -94,19 +94,19 @@ def _own(artifact: Artifact) -> dict[str, Setting]:
             value = {name: value[name] for name in HARDWARE}
         section = isinstance(value, Mapping) and key in SECTIONS
         name = key if section else RENAMED.get(key, f"{artifact.stage}.{key}")
-        found |= _flat(name, value)
+        found |= flat({name: value})
     return found
 
 
-def _flat(name: str, value: Any) -> dict[str, Setting]:
-    """``{"name.key": value}`` of a nested mapping, without what is null."""
-    if value is None:
-        return {}
-    if isinstance(value, Mapping):
-        return {
-            k: v for key, item in value.items() for k, v in _flat(f"{name}.{key}", item).items()
-        }
-    return {name: spelt(value)}
+def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Setting]:
+    """``{"method.rank": 8}`` of nested settings, without what is null."""
+    found: dict[str, Setting] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{above}{key}.")
+        elif value is not None:
+            found[f"{above}{key}"] = spelt(value)
+    return found
 
 
 def spelt(value: Any) -> Setting:

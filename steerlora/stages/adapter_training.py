@@ -86,7 +86,7 @@ def build(context: Context) -> dict:
             context, learner, Task(rows), batches, settings.trainer.max_steps, log
         )
         figures |= {"parameters": method.parameter_count()}
-        log.summary(figures)
+        log.results(figures)
     if not ranks.is_main():
         return {}
     pointer = base_artifact.json(POINTER)

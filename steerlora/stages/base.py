@@ -185,7 +185,8 @@ def _pretrain(context: Context, settings: BaseSettings) -> tuple[Qwen3ForCausalL
     trainer = replace(settings.trainer, strategy=strategy, offload=False)
     with run_log(context, settings.logger) as log:
         figures = train(context, module, batches, shape.steps, log, trainer=trainer)
-    figures |= {"converged": module.converged, "heldout_loss": module.held_out_loss}
+        figures |= {"converged": module.converged, "heldout_loss": module.held_out_loss}
+        log.results(figures)
     if not ranks.is_main():
         return model, figures
     model.eval().save_pretrained(home)

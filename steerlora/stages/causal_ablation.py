@@ -109,14 +109,5 @@ def build(context: Context) -> dict:
         for name, by_domain in scores.items()
     }
     with run_log(context, settings.logger) as log:
-        log.summary({f"ablation/{name}": value for name, value in means.items()})
-        log.table(
-            "ablation",
-            ["intervention", "domain", "score", "stderr", "items"],
-            [
-                [intervention, name, score.value, score.stderr, score.items]
-                for intervention, by_domain in scores.items()
-                for name, score in by_domain.items()
-            ],
-        )
+        log.results(means, record)
     return means

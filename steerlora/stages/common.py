@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -18,13 +17,13 @@ from steerlora.data.jsonl import read_rows
 from steerlora.distributed import ranks
 from steerlora.engine.artifacts import Artifact
 from steerlora.engine.content import identity_of
-from steerlora.engine.manifests import CHECKPOINTS
+from steerlora.engine.manifests import CHECKPOINTS, plain
 from steerlora.engine.steps import Context
 from steerlora.errors import UserError
 from steerlora.evaluation.suite import Domains
 from steerlora.lm.pretrained import open_model, open_tokenizer
 from steerlora.lm.weight_files import model_files
-from steerlora.reporting.runs import RunLog, open_run
+from steerlora.reporting.runs import RunLog, follow
 from steerlora.training.loop import fit
 
 if not torch.cuda.is_available():
@@ -184,5 +183,9 @@ def run_log(context: Context, logger: LoggerConfig) -> AbstractContextManager[Ru
     """The stage's run in Weights & Biases; rank 0 has one, the others log nothing."""
     if not ranks.is_main():
         logger = LoggerConfig(name="none")
-    config = {**dataclasses.asdict(context.config), "fingerprint": context.fingerprint}
-    return open_run(logger, job_type=context.label.split()[0], name=context.label, config=config)
+    stage, inputs = context.home.parent.name, {}
+    for name, value in context.inputs.items():
+        several = value if isinstance(value, tuple) else (value,)
+        inputs |= {f"{name}[{place}]": one.fingerprint for place, one in enumerate(several)}
+    known = {"label": context.label, "config": plain(context.config), "inputs": inputs}
+    return follow(Artifact(stage, context.fingerprint, context.home, known), logger)

@@ -163,15 +163,7 @@ def build(context: Context) -> dict:
     figures = {f"score/{name}": score.value for name, score in scores.items()}
     figures |= {f"average/{name}": group.value for name, group in record.averages.items()}
     with run_log(context, settings.logger) as log:
-        log.summary(figures)
-        log.table(
-            "scores",
-            ["task", "metric", "value", "stderr", "items", "version", "shots"],
-            [
-                [name, s.metric, s.value, s.stderr, s.items, s.version, s.shots]
-                for name, s in scores.items()
-            ],
-        )
+        log.results(figures, record)
     return figures
 
 

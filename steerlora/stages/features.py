@@ -178,7 +178,7 @@ def build(context: Context) -> dict:
     sizes = {"general": int(taxonomy.general.sum())}
     sizes |= {name: int(own.sum()) for name, own in zip(names, taxonomy.domain, strict=True)}
     with run_log(context, settings.logger) as log:
-        log.summary({f"features/{name}": size for name, size in sizes.items()})
+        log.results(sizes)
         columns = ["domain", "feature", "selectivity", "frequency", "tokens"]
         log.table("features", columns, [row[:5] for row in _rows(listing)])
     return {**sizes, "tokens": int(statistics.tokens.sum()), **asdict(settings.features)}

@@ -131,7 +131,7 @@ def build(context: Context) -> dict:
         )
         sae.to(model.device)
         quality = _quality(context.inputs["domains"], settings, model, tokenizer, sae)
-        log.summary({f"sae/{name}": value for name, value in quality.items()})
+        log.results({**figures, **quality})
     save_sae(
         sae,
         context.directory / FOLDER,

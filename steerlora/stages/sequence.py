@@ -114,6 +114,7 @@ class SequenceTrainer:
             checkpoints=self.context.directory / CHECKPOINTS / f"{position}_{domain}",
             description=f"{self.context.label}: {domain} ({count})",
             identity=f"{self.context.fingerprint}/{position}",
+            run_logger=self.log.lightning(first_step=position * steps),
         )
 
     def _batches_of(self, position: int, tokenizer: Any) -> ChatBatches | PackedBatches:

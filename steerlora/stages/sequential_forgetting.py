@@ -19,6 +19,7 @@ from steerlora.evaluation.records import (
 )
 from steerlora.evaluation.scores import Score, averages
 from steerlora.evaluation.suite import Domains
+from steerlora.reporting.wandb_metrics import STAGE
 from steerlora.stages import evaluate, method_training
 from steerlora.stages.common import NOT_IDENTITY, domain_names, run_log
 from steerlora.stages.sequence import SequenceScorer, SequenceTrainer
@@ -101,12 +102,12 @@ def build(context: Context) -> dict:
                     state.drift.append(drift)
                 if scorer:
                     state.save(context.directory, context.fingerprint)
-                    log.table("scores after each domain", ["stage", *names], _table(state.rows))
+                    log.metrics(_scored(state.rows, names))
         with trainer.scorer() as scorer:
             if scorer is None:
                 return {}
             record = _record(context, names, state, scorer)
-        log.summary({f"forgetting/{name}": value for name, value in record.metrics.items()})
+        log.results(record.metrics, record)
     write_record(context.directory / RESULT, record)
     return record.metrics
 
@@ -165,5 +166,7 @@ def _row(scores: dict[str, Score], names: list[str]) -> dict:
     }
 
 
-def _table(rows: list[dict]) -> list[list]:
-    return [[stage, *row["values"]] for stage, row in enumerate(rows)]
+def _scored(rows: list[dict], names: list[str]) -> dict[str, float]:
+    """The last row, for the run's log."""
+    scores = {f"sequence/target/{n}": v for n, v in zip(names, rows[-1]["values"], strict=True)}
+    return {STAGE: len(rows) - 1, **scores}

@@ -89,8 +89,15 @@ class Watch(Callback):
         self.progress, self.description, self.total = progress, description, total
         self.precision = precision
         self.tokens, self.seconds, self.loss = 0, 0.0, 0.0
+        self.seen = 0  # tokens of all attempts, of which ``tokens`` are this one's
         self._parts: list[torch.Tensor] = []
         self._flops: list[float] = []  # a token, of the steps looked at
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._context = self.progress.task(self.description, self.total, done=trainer.global_step)
@@ -119,13 +126,15 @@ class Watch(Callback):
         is_text = isinstance(batch, ChatBatch)
         tokens = (batch.whole_tokens or batch.tokens) if is_text else len(batch) * world()
         self.tokens += tokens
+        self.seen += tokens
         self.seconds = time.monotonic() - self._began
         self._task.advance(tokens=tokens, note=f"loss {self.loss:.3f}")
         if at_a_log or not self._flops:
             self._flops.append(getattr(module, "flops_per_token", lambda batch: 0.0)(batch))
         if at_a_log:
             rate = trainer.optimizers[0].param_groups[0]["lr"]
-            module.log_dict({"train/learning_rate": rate, **self.figures(module.device)})
+            counts = {"train/learning_rate": rate, "train/tokens": float(self.seen)}
+            module.log_dict({**counts, **self.figures(module.device)})
 
     def figures(self, device: torch.device) -> dict[str, float]:
         """Tokens a second so far over all ranks, this rank's peak memory in bytes, and, where the

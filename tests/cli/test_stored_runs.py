@@ -11,7 +11,8 @@ from helpers.world import World
 from rich.console import Console
 
 from steerlora.cli import compose, stored_runs
-from steerlora.cli.sweep_table import Line, rows_in, sweep_data, sweep_table, varied
+from steerlora.cli.sweep import varied
+from steerlora.cli.sweep_table import Line, rows_in, sweep_data, sweep_table
 from steerlora.engine.lineage import Library
 from steerlora.errors import UserError
 from steerlora.reporting.run_rows import SWEEPS, named

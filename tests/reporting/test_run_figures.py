@@ -13,7 +13,6 @@ from steerlora.reporting.run_figures import (
     NORMAL,
     Figure,
     figures_of,
-    forgotten_by_stage,
     is_headline,
     scores_behind,
 )
@@ -66,10 +65,6 @@ def test_a_sequence_has_forgetting_and_what_is_kept(world):
     share = record.general.after.value / record.general.before.value
     assert found["general_kept"].value == pytest.approx(share)
     assert found["average/target"].value == pytest.approx(np.mean(record.matrix[-1]))
-    stages = forgotten_by_stage(record)
-    assert [row["sequence/stage"] for row in stages] == list(range(6))
-    assert "sequence/learnt_average" not in stages[0]
-    assert stages[1]["sequence/learnt_average"] == pytest.approx(record.matrix[1][0])
 
 
 def test_a_training_has_its_throughput_and_its_own_figures():

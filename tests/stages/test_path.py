@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import struct
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from wandb.proto import wandb_internal_pb2
 
 import steerlora
 from steerlora.config import Config
@@ -346,56 +343,15 @@ def test_a_truncated_file_is_found_named_and_built_again(smoke, tmp_path, caplog
     assert "damaged" in caplog.text
 
 
-def records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
-    """The records of an offline run: protobuf in LevelDB's log format, blocks of 32 KiB."""
-    data, position, record = path.read_bytes(), 7, b""  # 7 bytes of W&B's own in front
-    while position + 7 <= len(data):
-        left = 2**15 - position % 2**15
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            yield wandb_internal_pb2.Record.FromString(record)
-            record = b""
-
-
-def test_wandb_follows_every_stage_and_changes_nothing(smoke, tmp_path):
-    folder, root = tmp_path / "runs", tmp_path / "copy"
+def test_wandb_changes_nothing(smoke, tmp_path):
+    root = tmp_path / "copy"
     shutil.copytree(smoke.root, root)
-    step = evaluate.step(
-        smoke.config("logger=wandb", f"logger.dir={folder}", "logger.tags=[trial]")
-    )
-    training = step.inputs["adapter"]
-    for stage in (step, training):
-        shutil.rmtree(root / stage.stage / stage.fingerprint)
-    report = run([step], ArtifactStore(root))
-    assert built(report) == {"adapter_training": 1, "evaluate": 1}
+    training = adapter_training.step(smoke.config("logger=wandb", f"logger.dir={tmp_path}"))
+    shutil.rmtree(root / training.stage / training.fingerprint)
+    report = run([training], ArtifactStore(root))
+    assert built(report) == {"adapter_training": 1}
     logged, plain = weights(report[training]), weights(adapter_of(smoke, "sc_lora"))
     assert all(torch.equal(logged[name], plain[name]) for name in plain)
-
-    runs, figures = {}, {}
-    for path in folder.rglob("run-*.wandb"):
-        found = list(records(path))
-        (header,) = [record.run for record in found if record.HasField("run")]
-        runs[header.job_type] = header
-        figures[header.job_type] = {
-            item.key or "/".join(item.nested_key)
-            for record in found
-            for item in (*record.summary.update, *record.history.item)
-        }
-    assert set(runs) == {"adapter_training", "evaluate"}
-    for job, header in runs.items():
-        assert header.run_group == "smoke"
-        assert set(header.tags) == {"trial", job}
-        config = {item.key: item.value_json for item in header.config.update}
-        assert json.loads(config["seed"]) == 0
-        fingerprint = (step if job == "evaluate" else training).fingerprint
-        assert json.loads(config["fingerprint"]) == fingerprint
-    assert {"parameters", "tokens_per_second"} <= figures["adapter_training"]
-    assert {"score/micro_law", "average/target", "scores/nrows"} <= figures["evaluate"]
 
 
 def test_no_logger_writes_nothing(smoke):
