@@ -18,7 +18,8 @@ from rich.console import Console
 import steerlora.__main__ as command
 from steerlora.cli import launchers, suggestions
 from steerlora.cli.launchers import LocalJobs, SlurmJobs
-from steerlora.cli.sweep import OUTCOMES, CommandLine, Outcome, print_outcomes
+from steerlora.cli.sweep import ABOUT, OUTCOMES, CommandLine, Outcome, print_outcomes
+from steerlora.engine.manifests import write_json
 from steerlora.errors import UserError
 
 
@@ -87,23 +88,27 @@ def job(log: Path) -> SimpleNamespace:
 
 def test_a_job_that_dies_without_an_outcome_is_named_with_its_log(tmp_path, monkeypatch):
     monkeypatch.setattr(launchers, "OUTCOME_DELAY", 0.5)
-    monkeypatch.setenv(OUTCOMES, str(tmp_path))
-    Outcome(0, seconds=3.0).write(tmp_path)
-    Outcome(1, code=1, error="KeyError: 'x'").write(tmp_path)
+    folder = tmp_path / "outcomes"
+    folder.mkdir()
+    monkeypatch.setenv(OUTCOMES, str(folder))
+    write_json(folder / ABOUT, {"name": "seed_today", "varied": ["seed"]})
+    Outcome(0, seconds=3.0).write(folder)
+    Outcome(1, code=1, error="KeyError: 'x'").write(folder)
     (tmp_path / "1.out").touch()
     jobs = {number: job(tmp_path / f"{number}.out") for number in range(3)}
-    Ending(tmp_path, dead={0: "FINISHED", 2: "SLURM job 9_2 OUT_OF_MEMORY"})._wait(jobs)
+    Ending(folder, dead={0: "FINISHED", 2: "SLURM job 9_2 OUT_OF_MEMORY"})._wait(jobs)
     console = Console(record=True, width=400, file=StringIO())
     overrides = [["seed=0"], ["seed=1"], ["seed=2"], ["seed=3"]]
     assert print_outcomes(overrides, console) == 1
     rows = [line for line in console.export_text().splitlines() if line.startswith("│")]
-    assert "seed=0" in rows[0]
+    assert rows[0].split("│")[1:3] == [" 0   ", " 0    "]  # job and seed
     assert "done" in rows[0]
     assert f"failed: KeyError: 'x'; its log: {tmp_path}/1.out" in rows[1]
     assert "failed: ended without reporting why (SLURM job 9_2 OUT_OF_MEMORY)" in rows[2]
     assert f"its log: {tmp_path} " in rows[2]  # it never started one: the folder
     assert "failed: it did not report how it ended" in rows[3]
-    assert not tmp_path.exists()
+    assert not folder.exists()
+    assert (tmp_path / "seed_today.csv").read_text().splitlines()[4].startswith("3,3,")
 
 
 def test_an_outcome_that_comes_late_counts(tmp_path, monkeypatch):
