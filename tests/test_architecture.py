@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,13 @@ def test_what_runs_stages_knows_no_torch_module_of_ours():
         if room_of(path) == "engine":
             for module in imports_of(path):
                 assert module.split(".")[1] in ENGINE_KNOWS, path
+
+
+def test_wandb_has_one_room():
+    room = PACKAGE / "reporting"
+    knows = {p for p in FILES if re.search(r"^\s*(import|from) wandb\b", p.read_text(), re.M)}
+    assert knows
+    assert knows <= {room / "runs.py", *room.glob("wandb_*.py")}
 
 
 KINDS = sorted(path.name for path in (PACKAGE / "methods").iterdir() if path.is_dir())

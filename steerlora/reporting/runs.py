@@ -23,7 +23,7 @@ from steerlora.evaluation.records import Ablation, DomainSequence, Evaluation, f
 from steerlora.reporting.run_figures import figures_of
 from steerlora.reporting.settings import NAMES, Setting, settings_of
 from steerlora.reporting.wandb_artifacts import make, use
-from steerlora.reporting.wandb_metrics import Counts, TrainingMetrics, define_metrics
+from steerlora.reporting.wandb_metrics import STAGE, Counts, TrainingMetrics, define_metrics
 from steerlora.reporting.wandb_tables import tables_of
 
 NO_EXPERIMENT = "single"
@@ -75,10 +75,10 @@ class RunLog:
             for name, (columns, rows) in tables_of(record).items():
                 self.table(name, columns, rows)
 
-    def metrics(self, figures: Mapping[str, float]) -> None:
-        """Figures of a moment, such as of a stage of a sequence."""
+    def stage_of_sequence(self, number: int, figures: Mapping[str, float]) -> None:
+        """Figures after so many domains of a sequence."""
         if self.run is not None:
-            self.run.log(dict(figures))
+            self.run.log({STAGE: number, **{f"sequence/{k}": v for k, v in figures.items()}})
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         """A table of results."""

@@ -68,20 +68,23 @@ def settings_of(ancestry: Iterable[Artifact]) -> dict[str, Setting]:
         ancestry: the artifact after all that it was built from, inputs first. Where two of them
             have a key, the later one's holds.
     """
-    flat: dict[str, Setting] = dict.fromkeys(NAMES, "none")
+    found: dict[str, Setting] = dict.fromkeys(NAMES, "none")
     upstream: dict[str, list[str]] = {}
-    artifact = None
-    for artifact in ancestry:
-        upstream.setdefault(artifact.stage, []).append(artifact.fingerprint)
-        flat |= _own(artifact)
-    assert artifact is not None
-    upstream[artifact.stage].pop()
-    flat |= {f"upstream.{stage}": ",".join(names) for stage, names in upstream.items() if names}
-    return flat | {"stage": artifact.stage, "fingerprint": artifact.fingerprint}
+    *ancestors, artifact = ancestry
+    for one in ancestors:
+        upstream.setdefault(one.stage, []).append(one.fingerprint)
+        found |= _said(one, private=False)
+    found |= _said(artifact, private=True)
+    found |= {f"upstream.{stage}": ",".join(names) for stage, names in upstream.items()}
+    return found | {"stage": artifact.stage, "fingerprint": artifact.fingerprint}
 
 
-def _own(artifact: Artifact) -> dict[str, Setting]:
-    """What the settings of one artifact's stage say, under the configuration's keys."""
+def _said(artifact: Artifact, *, private: bool) -> dict[str, Setting]:
+    """What the settings of one artifact's stage say, under the configuration's keys.
+
+    Args:
+        private: with what the configuration has no key for, under the stage's name.
+    """
     config = artifact.manifest["config"]
     if artifact.stage == HARVEST:
         return {}
@@ -91,10 +94,11 @@ def _own(artifact: Artifact) -> dict[str, Setting]:
         if key == "logger":
             continue
         if key == "trainer" and not trains_method:
-            value = {name: value[name] for name in HARDWARE}
-        section = isinstance(value, Mapping) and key in SECTIONS
-        name = key if section else RENAMED.get(key, f"{artifact.stage}.{key}")
-        found |= flat({name: value})
+            value = {name: value[name] for name in HARDWARE if name in value}
+        if isinstance(value, Mapping) and key in SECTIONS:
+            found |= flat({key: value})
+        elif private or key in RENAMED:
+            found |= flat({RENAMED.get(key, f"{artifact.stage}.{key}"): value})
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from steerlora.evaluation.records import INTACT, Ablation, DomainSequence, Evaluation
@@ -51,8 +50,8 @@ def _drops(record: Ablation) -> Rows:
         for domain, score in by_domain.items():
             row = [name, domain, intact[domain].value, score.value, score.stderr, score.items]
             drop = figures.get(f"drop_pct/{name}/{domain}")
-            low, high = (drop.interval if drop else None) or (math.nan, math.nan)
-            rows.append([*row, drop.value if drop else math.nan, low, high])
+            low, high = (drop.interval if drop else None) or (None, None)
+            rows.append([*row, drop.value if drop else None, low, high])
     return [*columns, "drop_pct", "drop_pct_low", "drop_pct_high"], rows
 
 

@@ -19,7 +19,6 @@ from steerlora.evaluation.records import (
 )
 from steerlora.evaluation.scores import Score, averages
 from steerlora.evaluation.suite import Domains
-from steerlora.reporting.wandb_metrics import STAGE
 from steerlora.stages import evaluate, method_training
 from steerlora.stages.common import NOT_IDENTITY, domain_names, run_log
 from steerlora.stages.sequence import SequenceScorer, SequenceTrainer
@@ -102,7 +101,7 @@ def build(context: Context) -> dict:
                     state.drift.append(drift)
                 if scorer:
                     state.save(context.directory, context.fingerprint)
-                    log.metrics(_scored(state.rows, names))
+                    log.stage_of_sequence(len(state.rows) - 1, _targets(state.rows[-1], names))
         with trainer.scorer() as scorer:
             if scorer is None:
                 return {}
@@ -166,7 +165,6 @@ def _row(scores: dict[str, Score], names: list[str]) -> dict:
     }
 
 
-def _scored(rows: list[dict], names: list[str]) -> dict[str, float]:
-    """The last row, for the run's log."""
-    scores = {f"sequence/target/{n}": v for n, v in zip(names, rows[-1]["values"], strict=True)}
-    return {STAGE: len(rows) - 1, **scores}
+def _targets(row: dict, names: list[str]) -> dict[str, float]:
+    """A row of the score matrix, for the run's log."""
+    return {f"target/{name}": value for name, value in zip(names, row["values"], strict=True)}
