@@ -20,10 +20,13 @@ class Line(NamedTuple):
     """A job's artifact, or a job without one."""
 
     job: int
+    """Its number in the sweep, from 0."""
     varied: dict[str, str]
     """{key that the sweep varies: the job's value}."""
     seconds: float
+    """Wall time of the job."""
     outcome: str
+    """"done", or why it failed."""
     row: RunRow | None
     """What was asked for; None where the job failed, or was an experiment."""
 

@@ -67,6 +67,19 @@ def test_the_python_of_the_readme_runs(root, pretrained):
     assert names["adapter"].routing()
 
 
+def test_the_python_door_of_the_readme_opens(root, pretrained, monkeypatch):
+    (code,) = [block for _, block in FENCES if "steerlora.run(" in block]
+    door = steerlora.run
+
+    def shrunk_door(*overrides: str):
+        return door(*shrunk(shlex.join(["steerlora", *overrides]), root, root, pretrained))
+
+    monkeypatch.setattr(steerlora, "run", shrunk_door)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert len(names["results"].frame()) == 1
+
+
 def test_the_lm_eval_command_runs(root, pretrained, start):
     main(shrunk("steerlora stage=adapter_training", root, root, pretrained))
     (command,) = [c for c in COMMANDS if c.startswith("python -m steerlora.evaluation")]
