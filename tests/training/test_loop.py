@@ -255,6 +255,15 @@ def test_every_training_says_how_it_goes(tmp_path):
     assert "throughput/mfu" not in row  # this module does not know its arithmetic
 
 
+def test_tokens_are_counted_over_all_attempts(tmp_path):
+    broken = Regression({7: raising(ZeroDivisionError())})
+    with pytest.raises(ZeroDivisionError):
+        logged(tmp_path, broken, batch, checkpoint_seconds=1e-9)
+    rows = logged(tmp_path, Regression(), batch, checkpoint_seconds=1e-9)
+    (row,) = [row for row in rows if "train/tokens" in row]
+    assert row["train/tokens"] == 10 * 16
+
+
 def test_the_gradient_norm_is_the_one_before_clipping(tmp_path):
     free, clipped = (
         logged(tmp_path / str(most), Regression(), batch, gradient_clip=most)[-1]
