@@ -57,7 +57,10 @@ class Outcome:
     def read(cls, folder: Path, job: int) -> Outcome | None:
         """The outcome that a job wrote; None if it has not written one yet."""
         path = folder / f"{job}.json"
-        return cls(**json.loads(path.read_text())) if path.exists() else None
+        if not path.exists():
+            return None
+        written = json.loads(path.read_text())
+        return cls(**{**written, "artifacts": tuple(written["artifacts"])})
 
     def write(self, folder: Path) -> None:
         """Write it whole or not at all, since a launcher may read at any time."""

@@ -53,8 +53,8 @@ def test_two_jobs_of_two_ranks_one_of_which_fails(steerlora, tmp_path):
     )
     assert (code, err) == (2, ""), out
     one, other = [line for line in out.splitlines() if line.startswith("│")]
-    assert re.match(r"│ 0 +│ domains.dir=good +│ .* │ done ", one)
-    assert re.match(r"│ 1 +│ domains.dir=bad +│ .* │ failed: .*law_train.jsonl:31: not", other)
+    assert re.match(r"│ 0 +│ good +│ .* │ done ", one)
+    assert re.match(r"│ 1 +│ bad +│ .* │ failed: .*law_train.jsonl:31: not", other)
     assert len(list(tmp_path.glob("artifacts/domains/*/manifest.json"))) == 1
     assert not list(tmp_path.glob("artifacts/sweeps/.outcomes-*"))
     # Every rank of every job ran once and started nothing; the first one has the say.

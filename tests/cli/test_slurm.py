@@ -135,8 +135,8 @@ def test_a_sweep_runs_as_slurm_jobs(tmp_path, monkeypatch, capfd):
     assert (ended.value.code, err) == (1, ""), out
     submitted = re.search(r"SLURM job (\d+) has the sweep's 3 jobs", out)
     rows = [line for line in out.splitlines() if line.startswith("│")]
-    assert re.match(r"│ 0 +│ domains.dir=good +│ .* │ done ", rows[0])
-    assert re.match(r"│ 1 +│ domains.dir=bad +│ .* │ failed: .*law_train.jsonl:31: not", rows[1])
+    assert re.match(r"│ 0 +│ good +│ .* │ done ", rows[0])
+    assert re.match(r"│ 1 +│ bad +│ .* │ failed: .*law_train.jsonl:31: not", rows[1])
     died = rf"ended without reporting why \(SLURM job {submitted[1]}_2 .*\); its log: {tmp_path}/"
     assert re.match(rf"│ 2 +│ domains.dir=never +│ .* │ failed: {died}", rows[2])
     assert len(list(tmp_path.glob("artifacts/domains/*/manifest.json"))) == 1

@@ -32,7 +32,7 @@ OPTIONS = {
     "model": 14,
     "order": 5,
     "sae": 2,
-    "stage": 12,
+    "stage": 14,
     "trainer": 6,
 }
 """How many options each group ships."""
