@@ -138,7 +138,7 @@ def test_a_sweep_runs_as_slurm_jobs(tmp_path, monkeypatch, capfd):
     assert re.match(r"│ 0 +│ good +│ .* │ done ", rows[0])
     assert re.match(r"│ 1 +│ bad +│ .* │ failed: .*law_train.jsonl:31: not", rows[1])
     died = rf"ended without reporting why \(SLURM job {submitted[1]}_2 .*\); its log: {tmp_path}/"
-    assert re.match(rf"│ 2 +│ domains.dir=never +│ .* │ failed: {died}", rows[2])
+    assert re.match(rf"│ 2 +│ never +│ .* │ failed: {died}", rows[2])
     assert len(list(tmp_path.glob("artifacts/domains/*/manifest.json"))) == 1
 
 
