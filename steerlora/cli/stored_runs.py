@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 
 from steerlora.cli.sections import GROUPS
@@ -29,6 +28,7 @@ from steerlora.reporting.run_figures import Figure
 from steerlora.reporting.run_rows import RunRow, figure_text, named, row_of
 from steerlora.reporting.settings import SEEDS, Setting, differing, matches
 from steerlora.reporting.tables import MISSING, interval_text, number
+from steerlora.text import for_markup
 
 NO_FILTERS = ("stage", "artifacts", "logger", "plugins", "results", "study", "experiment", "runs")
 """Keys of overrides that say how to list and not what."""
@@ -105,13 +105,13 @@ def runs_table(rows: Sequence[RunRow], wanted: dict[str, Any]) -> Table:
     table = Table(
         *(Column("fingerprint", **whole), "stage"),
         *(key.removesuffix(".name") for key in said),
-        *("seed", *map(heading, names), Column("made, UTC", **whole)),
-        caption=escape(caption),
+        *("seed", *(for_markup(heading(name)) for name in names), Column("made, UTC", **whole)),
+        caption=for_markup(caption),
     )
     for row in rows:
         table.add_row(
             row.artifact.fingerprint[:SHOWN],
-            row.artifact.stage,
+            for_markup(row.artifact.stage),
             *(_setting(None if row.settings[key] == "none" else row.settings[key]) for key in said),
             _setting(row.settings.get("seed")),
             *(figure_text(row.figures.get(name)) for name in names),
@@ -145,7 +145,7 @@ def settings_table(several: Sequence[Condition]) -> Table:
     table = Table("setting", *(one.name for one in several), title="what differs")
     found = differing([one.settings for one in several])
     for key, values in found.items():
-        table.add_row(escape(key), *(_setting(value) for value in values))
+        table.add_row(for_markup(key), *(_setting(value) for value in values))
     for seed in SEEDS:
         values = [[row.settings.get(seed) for row in one.rows] for one in several]
         follows = seed != "seed" and all(
@@ -161,7 +161,7 @@ def settings_table(several: Sequence[Condition]) -> Table:
 
 
 def _setting(value: Setting | None) -> str:
-    return MISSING if value is None else escape(str(value))
+    return MISSING if value is None else for_markup(str(value))
 
 
 def scores_table(several: Sequence[Condition]) -> Table:
@@ -171,7 +171,9 @@ def scores_table(several: Sequence[Condition]) -> Table:
     )
     table = Table("figure", *(one.name for one in several), title="scores", caption=caption)
     for name in compared(several):
-        table.add_row(heading(name), *(_with_interval(*one.figure(name)) for one in several))
+        table.add_row(
+            for_markup(heading(name)), *(_with_interval(*one.figure(name)) for one in several)
+        )
     return table
 
 
@@ -200,7 +202,7 @@ def differences_table(several: Sequence[Condition], found: Sequence[Difference])
     )
     for one in found:
         table.add_row(
-            heading(one.figure),
+            for_markup(heading(one.figure)),
             f"{one.condition} − {several[0].name}",
             interval_text((one.value, one.low, one.high), 3, sign=True),
             str(one.replicates),

@@ -147,7 +147,7 @@ def prepare_outcomes(jobs: Sequence[Sequence[str]]) -> None:
             "choose another place with artifacts.root=DIR"
         ) from error
     keys = list(dict.fromkeys(key for own in varied(jobs) for key in own))
-    short = "-".join(key.rpartition(".")[2] for key in keys)
+    short = "-".join(key.rpartition(".")[2] for key in keys) or "sweep"
     name = f"{re.sub(r'[^0-9A-Za-z_-]+', '-', short)[:LONGEST]}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     write_json(Path(os.environ[OUTCOMES]) / ABOUT, {"name": name, "varied": keys})
 
@@ -228,7 +228,7 @@ def print_outcomes(jobs: Sequence[Sequence[str]], console: Console) -> int:
     try:
         sweep_data(lines).to_csv(path, index=False)
     except OSError as error:
-        console.print(f"the table cannot be written to {path} ({error.strerror})")
+        console.print(f"the table cannot be written to {path} ({error.strerror})", markup=False)
         path = None
     console.print(sweep_table(lines, path))
     return 1 if 1 in codes else max(codes)

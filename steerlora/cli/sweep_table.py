@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from rich.markup import escape
 from rich.table import Column, Table
 
 from steerlora.engine.lineage import Library, read
 from steerlora.errors import UserError
 from steerlora.reporting.run_figures import is_headline
 from steerlora.reporting.run_rows import RunRow, best, figure_text, row_of
+from steerlora.text import for_markup
 
 
 class Line(NamedTuple):
@@ -67,9 +67,15 @@ def sweep_table(lines: Sequence[Line], written: Path | None) -> Table:
     notes = ["± standard error over items", "bold: the best of its column"] if names else []
     notes += [] if written is None else [f"all figures: {written}"]
     table = Table(
-        *("job", *map(escape, keys), *map(heading, names), seconds, "outcome"),
+        *(
+            "job",
+            *map(for_markup, keys),
+            *(for_markup(heading(name)) for name in names),
+            seconds,
+            "outcome",
+        ),
         title="sweep",
-        caption=escape("; ".join(notes)),
+        caption=for_markup("; ".join(notes)),
     )
     marked = {name: best(rows, name) for name in names}
     for place, line in enumerate(lines):
@@ -79,10 +85,10 @@ def sweep_table(lines: Sequence[Line], written: Path | None) -> Table:
             scores.append(f"[bold]{text}[/bold]" if marked[name] == place else text)
         table.add_row(
             str(line.job),
-            *(escape(line.varied.get(key, "")) for key in keys),
+            *(for_markup(line.varied.get(key, "")) for key in keys),
             *scores,
             f"{line.seconds:.1f}",
-            escape(line.outcome),
+            for_markup(line.outcome),
         )
     return table
 

@@ -7,7 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from steerlora.engine.manifests import FINGERPRINT_DIGITS, MANIFEST, describe_files, write_json
+from steerlora.engine.manifests import (
+    FINGERPRINT_DIGITS,
+    MANIFEST,
+    describe_files,
+    sealed,
+    write_json,
+)
 from steerlora.evaluation.records import FILES, write_record
 
 INTACT = {"name": "none", "seed": 0, "strength": 1.0, "phase": "evaluation"}
@@ -39,7 +45,7 @@ def store(
         "files": describe_files(folder),
         "created": "2026-01-01T00:00:00+00:00",
     }
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, sealed(manifest))
     return name
 
 
