@@ -19,7 +19,7 @@ from steerlora.lm.decoder import continued, decoder_of, edited, layers_of
 from steerlora.lm.forwards import ForwardArguments, ObservedForward
 from steerlora.methods.base import Method
 from steerlora.saes.base import SparseAutoencoder
-from steerlora.saes.sparse import SparseFeatures
+from steerlora.saes.sparse import SparseFeatures, densified, is_dense
 from steerlora.saes.taxonomy import Taxonomy
 
 
@@ -28,7 +28,12 @@ def squared_change(adapted: SparseFeatures, base: SparseFeatures, counted: Tenso
 
     A token's two lists of latents are joined and sorted, so that a latent active in both stands
     twice in a row: O(T K log K), without a [T, N] tensor, and exactly zero where nothing changed.
+    Dense features are subtracted as they are.
     """
+    latents = len(counted)
+    if is_dense(adapted, latents) or is_dense(base, latents):
+        change = densified(adapted, latents) - densified(base, latents)
+        return (change.square() * counted).sum()
     values = torch.cat([adapted.values, -base.values], -1)
     # An inactive entry's index means nothing: it goes to latent N, which never counts.
     indices = torch.cat([adapted.indices, base.indices], -1)

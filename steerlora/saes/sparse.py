@@ -2,9 +2,12 @@
 
 Shapes: T tokens, D model width, N latents, K active latents per token.
 
-S below is the [T, N] matrix that holds ``values[t, k]`` at column ``indices[t, k]``. It is never
+S below is the [T, N] matrix that holds ``values[t, k]`` at column ``indices[t, k]``. It is not
 built: ``S @ table`` is an embedding-bag over the active rows of a contiguous [N, D] table, and
 ``S.T @ rows`` is the same thing after grouping the active entries by latent.
+
+Where many latents are active, as under an L1 penalty, gathering rows costs more than multiplying by
+all of them. Features are then *dense*, K = N, and S and its matrix products take the place of bags.
 """
 
 from __future__ import annotations
@@ -20,6 +23,10 @@ from torch.autograd.function import once_differentiable
 # Pre-activations held at once: fits a CPU's cache (top-k then costs next to nothing beside the
 # matrix product); large enough on an accelerator to keep it busy.
 _CPU_BLOCK, _ACCELERATOR_BLOCK = 2**21, 2**27
+
+DENSE_FROM = 1 / 4
+"""Features without a k are dense where the busiest token has more than this share of all latents:
+on a CPU, bags and matrix products take alike from about there on."""
 
 
 class SparseFeatures(NamedTuple):
@@ -44,6 +51,11 @@ class SparseFeatures(NamedTuple):
         width = max(1, int(kept.sum(-1).max())) if kept.numel() else 1
         position = kept.to(values.dtype).topk(width, dim=-1, sorted=False).indices
         return SparseFeatures(values.gather(-1, position), self.indices.gather(-1, position))
+
+
+def is_dense(features: SparseFeatures, latents: int) -> bool:
+    """Whether every token has as many entries as there are latents."""
+    return features.indices.shape[-1] >= latents
 
 
 def top_k(scores: Tensor, k: int) -> SparseFeatures:
@@ -75,11 +87,17 @@ def top_k(scores: Tensor, k: int) -> SparseFeatures:
 
 def sparse_times_table(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     """``S @ table``: [T, K], [T, K], contiguous [N, D] -> [T, D]."""
+    features = SparseFeatures(values, indices)
+    if is_dense(features, len(table)):
+        return features.dense(len(table)) @ table
     return F.embedding_bag(indices, table, per_sample_weights=values, mode="sum")
 
 
 def sparse_transposed_times(values: Tensor, indices: Tensor, rows: Tensor, latents: int) -> Tensor:
     """``S.T @ rows``: [T, K], [T, K], [T, D] -> [N, D], grouping the entries by latent."""
+    features = SparseFeatures(values, indices)
+    if is_dense(features, latents):
+        return features.dense(latents).t() @ rows
     by_latent, order = indices.flatten().to(torch.int32).sort(stable=True)
     starts = torch.searchsorted(by_latent, torch.arange(latents, device=rows.device).int())
     token = order // indices.shape[1]
@@ -92,6 +110,8 @@ def rows_dot_table(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
 
     It is the gradient that torch's own embedding-bag gives its per-sample weights.
     """
+    if indices.shape[1] >= len(table):
+        return (rows @ table.t()).gather(1, indices)
     tokens, active = indices.shape
     bag = torch.arange(tokens, device=rows.device)
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
@@ -126,6 +146,9 @@ class _Encode(torch.autograd.Function):
                     floor = torch.nextafter(largest.min(), largest.new_zeros(()))
             # Without a k every latent above the floor is kept, up to the block's busiest token.
             width = k or (max(1, int((scores > floor).sum(1).max())) if len(scores) else 1)
+            bounded = k or budget or extra_latents is not None
+            if not bounded and width > DENSE_FROM * len(table):
+                return _Encode._dense(ctx, x, W_enc, b_enc, shift)
             parts.append(top_k(scores, width))
             if extra_latents is not None:
                 extra = scores[:, extra_latents].topk(extra_k, dim=1, sorted=False)
@@ -139,6 +162,15 @@ class _Encode(torch.autograd.Function):
             values = torch.cat([values, torch.cat([extra.values for extra in extras])], 1)
             indices = torch.cat([indices, torch.cat([extra.indices for extra in extras])], 1)
         values = values.relu_()
+        ctx.save_for_backward(x, W_enc, shift, values, indices)
+        ctx.mark_non_differentiable(indices)
+        return values, indices
+
+    @staticmethod
+    def _dense(ctx, x, W_enc, b_enc, shift):
+        """Every latent of every token, in order."""
+        values = torch.addmm(b_enc, x - shift, W_enc).relu_()
+        indices = torch.arange(W_enc.shape[1], device=x.device).expand_as(values)
         ctx.save_for_backward(x, W_enc, shift, values, indices)
         ctx.mark_non_differentiable(indices)
         return values, indices
@@ -208,7 +240,8 @@ def sparse_encode(
         W_enc: [D, N], quickest when its transpose is contiguous.
         b_enc: [N].
         shift: [D], subtracted from every row of x.
-        k: active latents kept per token; None keeps every positive one.
+        k: active latents kept per token; None keeps every positive one, and all N entries where a
+            token has more than ``DENSE_FROM`` of them.
         extra_latents: [n] latents of which the ``extra_k`` best are appended to every token's
             features (the auxiliary loss on dead latents); they may repeat the first k.
         extra_k: how many, at most n.
@@ -216,7 +249,8 @@ def sparse_encode(
             equals the last of them; None keeps every positive one.
 
     Returns:
-        values and indices, [T, K + extra_k]; with no k, K is the largest number of active latents.
+        values and indices, [T, K + extra_k]; with no k, K is the largest number of active latents,
+        or N.
     """
     return SparseFeatures(*_Encode.apply(x, W_enc, b_enc, shift, k, budget, extra_latents, extra_k))
 
@@ -230,5 +264,7 @@ def sparse_decode(features: SparseFeatures, W_dec: Tensor, unit_rows: bool = Fal
         unit_rows: the rows are held at unit length, so the gradient of W_dec is the part of it
             orthogonal to each row: that of decoding with ``W_dec / |W_dec|``.
     """
-    values, indices = (part.contiguous() for part in features)  # embedding-bag insists
+    values, indices = features
+    if not is_dense(features, len(W_dec)):
+        values, indices = values.contiguous(), indices.contiguous()  # embedding-bag insists
     return _Decode.apply(values, indices, W_dec, unit_rows)

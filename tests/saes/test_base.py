@@ -13,6 +13,8 @@ from steerlora.saes.sparse import SparseFeatures, sparse_decode, top_k
 from steerlora.saes.topk import TopK
 
 WIDTH, LATENTS, K = 12, 96, 5
+FEW = -6.0
+"""Bias at which a ReLU SAE's features are sparse; at none they are dense."""
 
 
 def reference_latents(sae: SparseAutoencoder, x: torch.Tensor) -> torch.Tensor:
@@ -35,8 +37,13 @@ def reference_forward(sae: SparseAutoencoder, x: torch.Tensor) -> torch.Tensor:
 
 
 def make(
-    width: int = WIDTH, latents: int = LATENTS, architecture: type = TopK, **settings
+    width: int = WIDTH,
+    latents: int = LATENTS,
+    architecture: type = TopK,
+    bias: float = 0.0,
+    **settings,
 ) -> SparseAutoencoder:
+    """``bias`` is added to the encoder's: a ReLU SAE then has few active latents."""
     settings = ({"k": K} if architecture is TopK else {}) | settings
     sae = architecture(width, latents, **settings).double()
     generator = torch.Generator().manual_seed(1)
@@ -44,6 +51,7 @@ def make(
         for parameter in sae.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_(0.2 * noise)
+        sae.b_enc.add_(bias)
     return sae
 
 
@@ -52,6 +60,7 @@ SETTINGS = [
     {"apply_b_dec_to_input": False},
     {"normalize": "layer_norm"},
     {"architecture": ReLU},
+    {"architecture": ReLU, "bias": FEW},
     {"architecture": ReLU, "normalize": "layer_norm", "apply_b_dec_to_input": False},
 ]
 
@@ -68,7 +77,8 @@ def test_features_and_reconstruction_equal_the_dense_reference(settings, rng):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_every_gradient_equals_dense_autograd(settings, rng):
     sae = make(**settings)
-    x = torch.randn(300, WIDTH, generator=rng, dtype=torch.float64, requires_grad=True)
+    x = 3 * torch.randn(300, WIDTH, generator=rng, dtype=torch.float64)
+    x.requires_grad_()
     target = torch.randn(300, WIDTH, generator=rng, dtype=torch.float64)
     tensors = [x, *sae.parameters()]
 
@@ -163,13 +173,15 @@ def test_batch_shapes(batch, architecture, rng):
     torch.testing.assert_close(sae(x).reshape(-1, WIDTH), flat)
 
 
-def test_relu_features_cover_every_active_latent_whatever_their_number(rng):
-    sae = make(architecture=ReLU)
-    x = torch.randn(400, WIDTH, generator=rng, dtype=torch.float64)
-    x[200:] *= 0.01  # other blocks, other numbers of active latents
+@pytest.mark.parametrize("bias", [0.0, FEW])
+def test_relu_features_cover_every_active_latent_whatever_their_number(bias, rng):
+    sae = make(architecture=ReLU, bias=bias)
+    x = 3 * torch.randn(400, WIDTH, generator=rng, dtype=torch.float64)
+    x[200:] *= 0.3  # other blocks, other numbers of active latents
     features = sae.encode(x)
     busiest = (reference_latents(sae, x) > 0).sum(1).max()
-    assert features.values.shape[1] == busiest
+    assert features.values.shape[1] == (LATENTS if bias == 0 else busiest)
+    torch.testing.assert_close(dense(features, LATENTS), reference_latents(sae, x))
 
 
 @pytest.mark.parametrize("part", [slice(0, 1), slice(K, K + 1), slice(1, 3)], ids=str)

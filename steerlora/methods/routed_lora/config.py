@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SIGNALS = ("none", "dense", "sae")
 CONTEXTS = ("token", "causal_mean", "ema")
 SOURCES = ("inline", "base", "base_last")
+READS = ("input", "output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,10 @@ class RoutedLoRAConfig(MethodConfig):
     """Where the signal is read: "inline", the current stream at each site; "base", a separate
     forward of the frozen base (with one site the two are equal, and the forward is saved);
     "base_last", the final hidden state of such a forward, for every site (signal "dense" only)."""
+    reads: str = "input"
+    """Which stream of its layer a site reads: "input", the one that enters it, or "output", the one
+    that leaves it, as published. The output steers its own layer, so it is the base's: needs
+    ``method.source=base``."""
     context: str = "token"
     """Over which tokens the signal is averaged: "token" (each token's own), or the tokens so far,
     "causal_mean" or "ema"."""
@@ -121,6 +126,8 @@ class RoutedLoRAConfig(MethodConfig):
     nearest to."""
     router_hidden: int = 256
     """Hidden width of "mlp", from 1."""
+    rank_hidden: int | None = None
+    """Hidden width of the rank's perceptron, from 1; null: ``router_hidden``, as the gate's."""
     per_module: bool = False
     """A router of its own for every adapted module, in place of one a site."""
     specialists: int = 4
@@ -132,6 +139,9 @@ class RoutedLoRAConfig(MethodConfig):
     """R of each specialist, from 1."""
     alpha: float = 16.0
     """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Share of the specialists' inputs that are dropped in training, as in LoRA; from 0 and below
+    1. Each rank and each part of a batch draws its own."""
     top_k: int = 2
     """Specialists kept for each token, from 1; as many as there are: a dense gate."""
     temperature: float = 1.0
@@ -162,6 +172,10 @@ class RoutedLoRAConfig(MethodConfig):
     of its own, the next, and the others are frozen."""
     losses: LossWeights = field(default_factory=LossWeights)
     """Weights of the losses."""
+    published_losses: bool = False
+    """Gate sparsity, load balance and diversity have their published formulas
+    (``published_losses.py``), and preservation and steering are sums over the sites in place of
+    their values at ``monitor``; needs ``method.reads=output`` for these two."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """The memory policy."""
     health: HealthConfig = field(default_factory=HealthConfig)
@@ -194,11 +208,24 @@ class RoutedLoRAConfig(MethodConfig):
 
     @property
     def reads_taxonomy(self) -> bool:
-        return self.prototypes
+        return self.prototypes or self.compares_sites
+
+    @property
+    def _compares(self) -> bool:
+        return bool(self.losses.preservation or self.losses.steering)
 
     @property
     def compares_with_base(self) -> bool:
-        return bool(self.losses.preservation or self.losses.steering)
+        return self._compares and not self.published_losses
+
+    @property
+    def compares_sites(self) -> bool:
+        """A loss of it compares features at every site with the base's."""
+        return self._compares and self.published_losses
+
+    @property
+    def streams(self) -> list[int]:
+        return [site + (self.reads == "output") for site in self.sites]
 
     @property
     def has_control_signal(self) -> bool:
@@ -213,10 +240,17 @@ class RoutedLoRAConfig(MethodConfig):
         one_of("method.signal", self.signal, SIGNALS)
         one_of("method.context", self.context, CONTEXTS)
         one_of("method.source", self.source, SOURCES)
+        one_of("method.reads", self.reads, READS)
         one_of("method.isolation", self.isolation, ("free", "frozen", "own"))
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"method.dropout={self.dropout}: must be from 0 and below 1")
         if not 0 < self.decay < 1:
             raise UserError(f"method.decay={self.decay}: must be above 0 and below 1")
-        positive("method", self, "specialists rank alpha router_hidden active top_k temperature")
+        positive(
+            "method",
+            self,
+            "specialists rank alpha router_hidden rank_hidden active top_k temperature",
+        )
         for name, value in {"active": self.active or 0, "top_k": self.top_k}.items():
             if value > self.specialists:
                 raise UserError(
@@ -251,6 +285,18 @@ class RoutedLoRAConfig(MethodConfig):
             raise UserError(
                 "method.router=prototype reads the streams at its sites: set "
                 "method.source=inline or base"
+            )
+        if self.reads == "output" and (self.source != "base" or self.by_prototype):
+            raise UserError(
+                "method.reads=output reads what a layer has still to compute, from a forward of "
+                "the base, into a learnt router: set method.source=base and method.router=linear "
+                "or mlp"
+            )
+        if self.compares_sites and not (self.reads == "output" and self.reads_features):
+            raise UserError(
+                "method.published_losses=true compares the features of what leaves the sites' "
+                "layers: set method.signal=sae and method.reads=output, or "
+                "method.losses.preservation and method.losses.steering to 0"
             )
         if self.compares_with_base and self.monitor is None:
             raise UserError(

@@ -58,15 +58,23 @@ class AdaptedLinear(ReplacedLinear):
         low_rank: the specialists.
         source: gives the scale of each token.
         constant_scale: alpha / r, used where the source gives none (plain LoRA).
+        dropout: share of the specialists' inputs that are zero wherever a gradient is recorded; the
+            others are scaled up. The frozen layer sees all of them.
     """
 
     def __init__(
-        self, base: nn.Linear, low_rank: LowRank, source: ScaleSource, constant_scale: float
+        self,
+        base: nn.Linear,
+        low_rank: LowRank,
+        source: ScaleSource,
+        constant_scale: float,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__(base)
         self.low_rank = low_rank
         self.source = source
         self.constant_scale = constant_scale
+        self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D_in] -> [..., D_out]."""
@@ -78,6 +86,9 @@ class AdaptedLinear(ReplacedLinear):
             if self.source.columns is not None:
                 columns = self.source.columns.to(A.device)
                 A, B = A[columns], B[:, columns]
+            # The base stays in evaluation mode while a method trains; a gradient says that it does.
+            if self.dropout and torch.is_grad_enabled():
+                flat = F.dropout(flat, self.dropout)
             hidden = F.linear(flat, A.to(x.dtype))
             if scale is None:
                 hidden = hidden * self.constant_scale

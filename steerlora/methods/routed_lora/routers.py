@@ -17,7 +17,7 @@ from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.context import average_so_far
 from steerlora.methods.routed_lora.prototypes import cosines_so_far
 from steerlora.methods.routed_lora.routing import RouterState, Routing, router
-from steerlora.saes.sparse import SparseFeatures, sparse_decode
+from steerlora.saes.sparse import SparseFeatures, densified, is_dense, sparse_decode
 
 GATE_EPSILON = 1e-8
 """Added to the denominator when the kept gates are renormalised."""
@@ -204,6 +204,9 @@ class LinearRouter(Router):
     def project(self, signal):
         if not isinstance(signal, SparseFeatures):
             return signal.to(self.weight.dtype) @ self.weight + self.bias
+        if is_dense(signal, len(self.weight)):
+            signal = densified(signal, len(self.weight))
+            return signal.to(self.weight.dtype) @ self.weight + self.bias
         active = signal.values.shape[-1]
         flat = F.embedding_bag(
             signal.indices.reshape(-1, active),
@@ -231,17 +234,18 @@ class MLPRouter(Router):
 
     Attributes:
         hidden_weight: [width, M, P]; the last dimension holds the H units of the gate's perceptron,
-            then with dynamic rank the H of the mask's, so P is H or 2 H.
+            then with dynamic rank the H' of the mask's, so P is H or H + H'.
         hidden_bias: [M, P].
         gate_weight, gate_bias: [M, H, E], [M, E].
-        rank_weight, rank_bias: [M, H, R], [M, R], with dynamic rank.
+        rank_weight, rank_bias: [M, H', R], [M, R], with dynamic rank.
     """
 
     def __init__(
         self, width: int, config: RoutedLoRAConfig, modules: int, generator: torch.Generator
     ) -> None:
         super().__init__(width, config)
-        hidden, units = config.router_hidden, config.router_hidden * (1 + config.dynamic_rank)
+        hidden, of_rank = config.router_hidden, config.rank_hidden or config.router_hidden
+        units = hidden + of_rank * config.dynamic_rank
         # The signal has about unit norm, so unit weights give units of about unit size.
         self.hidden_weight = nn.Parameter(
             torch.empty(width, modules, units).normal_(generator=generator)
@@ -253,7 +257,7 @@ class MLPRouter(Router):
         )
         self.gate_bias = nn.Parameter(torch.zeros(modules, config.specialists))
         if config.dynamic_rank:
-            self.rank_weight = nn.Parameter(torch.zeros(modules, hidden, config.rank))
+            self.rank_weight = nn.Parameter(torch.zeros(modules, of_rank, config.rank))
             bias = rank_bias(config.rank, config.initial_rank * config.rank)
             self.rank_bias = nn.Parameter(torch.full((modules, config.rank), bias))
 

@@ -19,14 +19,20 @@ from steerlora.saes.sparse import SparseFeatures
 WIDTH, LATENTS = 32, 64
 
 
+@pytest.fixture(params=[-1.8, -0.8], ids=["sparse", "dense"])
+def bias(request) -> float:
+    """Mean of the encoder's bias, at which few or many latents are active."""
+    return request.param
+
+
 @pytest.fixture
-def make_sae() -> Callable[..., ReLU]:
+def make_sae(bias) -> Callable[..., ReLU]:
     """In place of the TopK SAE that ``make_adapter`` builds on elsewhere."""
 
     def make(seed: int = 0, width: int = WIDTH) -> ReLU:
         sae = ReLU(width, LATENTS, normalize="layer_norm", seed=seed)
         with torch.no_grad():
-            sae.b_enc.normal_(-1, 0.5, generator=torch.Generator().manual_seed(seed))
+            sae.b_enc.normal_(bias, 0.5, generator=torch.Generator().manual_seed(seed))
         return sae
 
     return make
@@ -38,14 +44,16 @@ def dense(features: SparseFeatures) -> torch.Tensor:
 
 
 def test_neither_batch_mates_nor_padding_nor_a_cache_change_a_token(
-    make_model, make_adapter, tokens
+    make_model, make_adapter, tokens, bias
 ):
     model = make_model()
     adapter = make_adapter(model)
     ids, mask = tokens([6, 9])
     together = model(ids, attention_mask=mask).logits[:1, :6]
     active = (adapter.sites[1].features.values > 0).sum(-1)
-    assert active[mask.bool()].min() < active.max() == adapter.sites[1].features.values.shape[-1]
+    entries = adapter.sites[1].features.values.shape[-1]
+    assert active[mask.bool()].min() < active.max()
+    assert entries == (active.max() if bias < -1 else LATENTS)
     alone = model(ids[:1, :6])
     torch.testing.assert_close(together, alone.logits, atol=1e-5, rtol=0)
     cache = model(ids[:1, :5], use_cache=True).past_key_values
@@ -54,7 +62,7 @@ def test_neither_batch_mates_nor_padding_nor_a_cache_change_a_token(
 
 
 def test_every_loss_trains_the_adapter_and_equals_its_dense_formula(
-    make_model, make_adapter, make_sae, tokens
+    make_model, make_adapter, make_sae, tokens, bias
 ):
     model = make_model()
     adapter = make_adapter(model)
@@ -64,7 +72,7 @@ def test_every_loss_trains_the_adapter_and_equals_its_dense_formula(
     with monitor.recording():
         decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False)
     adapted, base = monitor.features(), monitor.base_features()
-    assert adapted.values.shape != base.values.shape
+    assert bias > -1 or adapted.values.shape != base.values.shape
     preservation = losses.preservation(adapted, base, general)
     expected = ((dense(adapted) - dense(base)) * general).square().mean()
     torch.testing.assert_close(preservation, expected)
