@@ -11,6 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from steerlora.errors import UserError
@@ -142,6 +143,37 @@ class ChatBatch:
             for mine, whole in zip(own._counts(), self._counts(), strict=True)
         )
         return replace(own, shares=Shares(*shares), whole_tokens=self.tokens)
+
+    def with_rows(self, rows: Sequence[ChatBatch], pad_token_id: int) -> ChatBatch:
+        """This batch and after it the rows of others, all as wide as the widest.
+
+        Raises:
+            ValueError: some have weights or positions, and others have none.
+        """
+        batches = [self, *rows]
+        width = max(batch.input_ids.shape[1] for batch in batches)
+        fills = {
+            "input_ids": pad_token_id,
+            "attention_mask": 0,
+            "labels": IGNORED,
+            "weights": 0.0,
+            "position_ids": -1,
+        }
+        joined = {"domains": torch.cat([batch.domains for batch in batches])}
+        for name, fill in fills.items():
+            parts = [getattr(batch, name) for batch in batches]
+            if any(part is None for part in parts):
+                if any(part is not None for part in parts):
+                    raise ValueError(f"some of the batches have {name}, and others have none")
+                continue
+            padded = [F.pad(part, (0, width - part.shape[1]), value=fill) for part in parts]
+            joined[name] = torch.cat(padded)
+        return replace(self, **joined, tokens=sum(batch.tokens for batch in batches))
+
+    def row(self, index: int) -> ChatBatch:
+        """One row, as a batch."""
+        held = {n: v[index : index + 1] for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **held, tokens=int(held["attention_mask"].sum()))
 
     def _counts(self) -> tuple[float, float, float]:
         """Labelled tokens with their weights, real tokens, real tokens of rows with a domain."""

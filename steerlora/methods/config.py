@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from steerlora.config.checks import positive, share
+from steerlora.config.checks import one_of, positive, share
 from steerlora.errors import UserError
 from steerlora.registry import Registry
 
@@ -35,6 +35,9 @@ QWEN3_LINEAR = (
 """Linear layers of a decoder layer of the models that are pretrained here."""
 
 
+REPLAYS = ("steps", "rows")
+
+
 def follows(key: str) -> dict[str, str]:
     """Metadata of a field that is by default what another key of the configuration is."""
     return {"interpolation": f"${{{key}}}"}
@@ -42,15 +45,20 @@ def follows(key: str) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
-    """Batches of earlier domains among a domain's own, in a sequence."""
+    """Text of earlier domains among a domain's own, in a sequence."""
 
     ratio: float = 0.0
-    """Share of the steps that repeat a batch of an earlier domain, from 0 to 1."""
+    """Share of the steps that repeat a batch, or of the rows that every batch gains, from 0 and
+    below 1."""
     batches: int = 128
     """Batches of each domain that are kept for it, from 1."""
+    how: str = "steps"
+    """"steps": a step repeats a batch of an earlier domain and has none of the domain's own;
+    "rows": every batch gains rows of all domains so far, as published."""
 
     def __post_init__(self) -> None:
         share("method.replay", self, "ratio")
+        one_of("method.replay.how", self.how, REPLAYS)
         positive("method.replay", self, "batches")
 
 
@@ -98,6 +106,12 @@ class MethodConfig:
     """Keys that change how a sequence of domains trains, and not joint training."""
     only_in_evaluation: ClassVar[tuple[str, ...]] = ()
     """Keys that change how a trained method is evaluated, and not how it trains."""
+
+    @property
+    def streams(self) -> list[int]:
+        """The residual stream that each site reads: the one that enters this layer (the number of
+        layers: the one that leaves the last)."""
+        return list(self.sites)
 
     @property
     def at_evaluation(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from steerlora.data.chat import ChatBatches, collate, encode_chats
 from steerlora.data.packing import PackedBatches, training_batches
-from steerlora.data.replay import ReplayBatches
+from steerlora.data.replay import ReplayBatches, ReplayRows
 from steerlora.distributed import ranks
 from steerlora.engine.manifests import CHECKPOINTS
 from steerlora.engine.steps import Context
@@ -96,19 +96,22 @@ class SequenceTrainer:
         settings, replay = self.settings, self.settings.method.replay
         domain, steps = settings.sequence[position], settings.steps_per_domain
         batches = self._batches_of(position, attached.tokenizer)
-        replayed = range(position) if replay.ratio else ()
+        earlier = [
+            self._batches_of(before, attached.tokenizer)
+            for before in (range(position) if replay.ratio else ())
+        ]
+        kept = min(replay.batches, steps)
+        options = {"ratio": replay.ratio, "kept": kept, "seed": settings.seed}
+        replaying = ReplayBatches(batches, earlier, **options)
+        if replay.how == "rows":
+            pad = attached.tokenizer.pad_token_id
+            replaying = ReplayRows(batches, earlier, **options, pad_token_id=pad)
         count = f"{position + 1}/{len(settings.sequence)}"
         method_training.train_task(
             self.context,
             attached.learner,
             Task({domain: batches.rows}, position),
-            ReplayBatches(
-                batches,
-                [self._batches_of(earlier, attached.tokenizer) for earlier in replayed],
-                ratio=replay.ratio,
-                kept=min(replay.batches, steps),
-                seed=settings.seed,
-            ),
+            replaying,
             steps,
             self.log,
             checkpoints=self.context.directory / CHECKPOINTS / f"{position}_{domain}",
