@@ -1,7 +1,7 @@
 """SC-LoRA in the published arrangement: slow, obvious, and sharing no code with the fused adapter.
 
 B batch, S sequence, D model width, N latents, K active latents, E specialists, R rank components,
-H hidden width.
+H hidden width of the gate's perceptron, H' of the rank's.
 
 Every adapted linear layer of every decoder layer runs two perceptrons of its own on dense features
 [B, S, N], and keeps every specialist's output apart, [B, S, E, D_out]; the features come from a
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from steerlora.saes.topk import TopK
+from steerlora.saes.base import SparseAutoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,10 @@ class Setting:
     """What all linear layers share; the published values are the defaults.
 
     Attributes:
-        specialists, rank, alpha, top_k, hidden: E, R, alpha, specialists kept a token, H.
+        specialists, rank, alpha, top_k: E, R, alpha, specialists kept a token.
+        hidden, rank_hidden: H and H'.
+        outputs: a layer is steered by the features of what it gives out, as published; otherwise by
+            those of what it is given.
         active: [E] bool, the specialists in use; None: all.
         target_modules: last names of the linear layers that are adapted.
     """
@@ -37,6 +40,8 @@ class Setting:
     alpha: float = 16.0
     top_k: int = 2
     hidden: int = 256
+    rank_hidden: int = 256
+    outputs: bool = True
     active: Tensor | None = None
     target_modules: tuple[str, ...] = (
         "q_proj",
@@ -61,18 +66,20 @@ class Controlled(nn.Module):
     Attributes:
         A: [E, R, D_in].
         B: [E, D_out, R]; zero at first.
-        gate, rank: perceptrons N -> H -> GELU -> E and R.
+        gate, rank: perceptrons N -> H -> GELU -> E and N -> H' -> GELU -> R. (The published code
+            has a third, N -> H -> GELU -> 1, a budget that nothing reads. It is left out.)
     """
 
     def __init__(self, base: nn.Linear, signal: Signal, latents: int, setting: Setting) -> None:
         super().__init__()
         self.base, self.signal, self.setting = base, signal, setting
-        E, R, H = setting.specialists, setting.rank, setting.hidden
+        E, R = setting.specialists, setting.rank
+        H, of_rank = setting.hidden, setting.rank_hidden
         bound = 1 / math.sqrt(base.in_features)
         self.A = nn.Parameter(torch.empty(E, R, base.in_features).uniform_(-bound, bound))
         self.B = nn.Parameter(torch.zeros(E, base.out_features, R))
         self.gate = nn.Sequential(nn.Linear(latents, H), nn.GELU(), nn.Linear(H, E))
-        self.rank = nn.Sequential(nn.Linear(latents, H), nn.GELU(), nn.Linear(H, R))
+        self.rank = nn.Sequential(nn.Linear(latents, of_rank), nn.GELU(), nn.Linear(of_rank, R))
 
     def weigh(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Gate [B, S, E] and rank mask [B, S, R] of features [B, S, N]."""
@@ -99,7 +106,7 @@ class PublishedArrangement(nn.Module):
 
     Args:
         model: a causal language model in the layout of Qwen3.
-        saes: {layer: TopK SAE of the stream entering it}, for every decoder layer.
+        saes: {layer: SAE, TopK or ReLU, of the stream that it reads}, for every decoder layer.
         setting: sizes.
         scales: {layer: mean norm of its features}, by which they are divided; 1 where absent.
 
@@ -110,13 +117,13 @@ class PublishedArrangement(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        saes: Mapping[int, TopK],
+        saes: Mapping[int, SparseAutoencoder],
         setting: Setting,
         scales: Mapping[int, float] | None = None,
     ) -> None:
         super().__init__()
         self.base = copy.deepcopy(model.requires_grad_(False))
-        self.saes, self.scales = dict(saes), dict(scales or {})
+        self.saes, self.scales, self.outputs = dict(saes), dict(scales or {}), setting.outputs
         self.signals = [Signal() for _ in model.model.layers]
         self.controlled: dict[tuple[int, str], Controlled] = {}
         for index, layer in enumerate(model.model.layers):
@@ -134,20 +141,31 @@ class PublishedArrangement(nn.Module):
     @torch.no_grad()
     def observe(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         """Read every layer's features of these tokens [B, S] in a forward of the base's copy."""
+        last: list[Tensor] = []  # leaves the last layer; transformers' list has it normed
+        seen = self.base.model.norm.register_forward_pre_hook(lambda _, given: last.append(*given))
         streams = self.base.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             use_cache=False,
             output_hidden_states=True,
         ).hidden_states
+        seen.remove()
+        streams = (*streams[:-1], *last)[self.outputs :]
         for index, signal in enumerate(self.signals):
             signal.z = dense_features(self.saes[index], streams[index]) / self.scales.get(index, 1)
 
 
-def dense_features(sae: TopK, stream: Tensor) -> Tensor:
-    """ReLU(TopK((x - b_dec) W_enc + b_enc)), [..., D] -> [..., N]."""
-    assert sae.normalize == "none"
-    assert sae.apply_b_dec_to_input
-    scores = (stream - sae.b_dec) @ sae.W_enc + sae.b_enc
+def dense_features(sae: SparseAutoencoder, stream: Tensor) -> Tensor:
+    """ReLU(TopK((x - b_dec) W_enc + b_enc)), [..., D] -> [..., N]; of a ReLU SAE without the TopK.
+
+    A layer norm of x comes first where the SAE has one.
+    """
+    if sae.normalize == "layer_norm":
+        stream = stream - stream.mean(-1, keepdim=True)
+        stream = stream / (stream.std(-1, keepdim=True) + 1e-5)
+    shift = sae.b_dec if sae.apply_b_dec_to_input else 0
+    scores = (stream - shift) @ sae.W_enc + sae.b_enc
+    if sae.k is None:
+        return scores.relu()
     best = scores.topk(sae.k, -1)
     return torch.zeros_like(scores).scatter(-1, best.indices, best.values.relu())

@@ -19,7 +19,7 @@ from steerlora.lm.decoder import continued, decoder_of, edited, layers_of
 from steerlora.lm.forwards import ForwardArguments, ObservedForward
 from steerlora.methods.base import Method
 from steerlora.saes.base import SparseAutoencoder
-from steerlora.saes.sparse import SparseFeatures, densified, is_dense
+from steerlora.saes.sparse import SparseFeatures, is_dense
 from steerlora.saes.taxonomy import Taxonomy
 
 
@@ -32,7 +32,7 @@ def squared_change(adapted: SparseFeatures, base: SparseFeatures, counted: Tenso
     """
     latents = len(counted)
     if is_dense(adapted, latents) or is_dense(base, latents):
-        change = densified(adapted, latents) - densified(base, latents)
+        change = adapted.dense(latents) - base.dense(latents)
         return (change.square() * counted).sum()
     values = torch.cat([adapted.values, -base.values], -1)
     # An inactive entry's index means nothing: it goes to latent N, which never counts.

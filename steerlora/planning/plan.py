@@ -83,7 +83,7 @@ def make(config: Config) -> Plan:
     shape = model_shape(config.model)
     check_ranks(config)
     trials, method, sites = Trials(config), config.method, harvested_sites(config)
-    read = [*method.sites] * method.reads_features + [method.monitor] * method.compares_with_base
+    read = [*method.streams] * method.reads_features + [method.monitor] * method.compares_with_base
     return Plan(
         config=config,
         shape=shape,

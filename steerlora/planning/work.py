@@ -39,10 +39,10 @@ class Work(NamedTuple):
 
 
 def trained_sites(config: Config) -> tuple[int, ...]:
-    """Sites whose SAEs are trained here: the control sites, where the method reads features and
-    none are given, and the one at which it is compared with the base."""
+    """Streams whose SAEs are trained here: those of the control sites, where the method reads
+    features and none are given, and the one at which it is compared with the base."""
     method = config.method
-    own = method.sites if method.reads_features and config.sae.path is None else ()
+    own = method.streams if method.reads_features and config.sae.path is None else ()
     return tuple(dict.fromkeys([*own, *([method.monitor] if method.compares_with_base else [])]))
 
 
@@ -51,7 +51,7 @@ def harvested_sites(config: Config) -> tuple[int, ...]:
     if not trained_sites(config):
         return ()
     method = config.method
-    sites = [*method.sites, *([] if method.monitor is None else [method.monitor])]
+    sites = [*method.streams, *([] if method.monitor is None else [method.monitor])]
     return tuple(sorted({stream for site in sites for stream in config.sae.streams(site)}))
 
 

@@ -18,9 +18,10 @@ from steerlora.stages.common import WHERE, general_text, load_base, training_row
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationSettings:
-    """Attributes: sites: of control, and what their SAEs are trained on beside; monitor: a site
-    beside them, None where there is no other; max_tokens: over all text; max_length: of a row;
-    seed: of the order of rows; accelerator and spread: where the model runs."""
+    """Attributes: sites: streams that control sites read, and what their SAEs are trained on beside;
+    monitor: a site beside them, None where there is no other; max_tokens: over all text;
+    max_length: of a row; seed: of the order of rows; accelerator and spread: where the model runs.
+    """
 
     sites: tuple[int, ...]
     monitor: int | None
@@ -34,9 +35,9 @@ class ActivationSettings:
 
 def step(config: Config) -> Step:
     method, monitor = config.method, config.method.monitor
-    trained = [*method.sites, *([] if monitor is None else [monitor])]
+    trained = [*method.streams, *([] if monitor is None else [monitor])]
     beside = [stream for site in trained for stream in config.sae.streams(site)[1:]]
-    sites = tuple(dict.fromkeys([*method.sites, *beside]))
+    sites = tuple(dict.fromkeys([*method.streams, *beside]))
     settings = ActivationSettings(
         sites=sites,
         monitor=None if monitor in sites else monitor,

@@ -73,8 +73,8 @@ class _Tokens(NamedTuple):
 def steps(config: Config) -> tuple[Step, ...]:
     """One step a control site."""
     return tuple(
-        _step(config, site, sae)
-        for site, sae in zip(config.method.sites, sae_training.steps(config), strict=True)
+        _step(config, stream, sae)
+        for stream, sae in zip(config.method.streams, sae_training.steps(config), strict=True)
     )
 
 

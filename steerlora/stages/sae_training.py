@@ -61,7 +61,7 @@ class SAESettings:
 
 def steps(config: Config) -> tuple[Step, ...]:
     """One step a control site."""
-    return tuple(_step(config, config.sae, site) for site in config.method.sites)
+    return tuple(_step(config, config.sae, site) for site in config.method.streams)
 
 
 def monitor_step(config: Config) -> Step | None:

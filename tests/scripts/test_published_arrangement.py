@@ -90,14 +90,15 @@ def test_it_starts_as_the_base_and_trains_only_what_it_added(arranged, make_mode
 def test_features_are_the_bases_at_every_layer_even_when_the_model_has_moved(arranged, tokens):
     model, arrangement = arranged
     ids, mask = tokens([6, 4])
-    expected = residual_streams(arrangement.base, ids, mask, [0, 1, 2])
+    expected = residual_streams(arrangement.base, ids, mask, [1, 2, 3])
     for made in arrangement.controlled.values():
         nn.init.normal_(made.B)
     arrangement.observe(ids, mask)
     model(ids, attention_mask=mask)
     for layer, scale in ((0, 1), (1, 2.5), (2, 1)):
         sae = arrangement.saes[layer]
-        features = sae.encode(expected[layer])
+        stream = expected[layer + 1]  # what the layer gives out
+        features = sae.encode(stream)
         dense = torch.zeros(2, 6, sae.latents).scatter(-1, features.indices, features.values)
         torch.testing.assert_close(arrangement.signals[layer].z, dense / scale)
-        torch.testing.assert_close(dense, dense_features(sae, expected[layer]))
+        torch.testing.assert_close(dense, dense_features(sae, stream))

@@ -76,8 +76,12 @@ def test_every_method_trains_is_scored_and_goes_through_a_sequence(name, smoke, 
 
 def test_reference_is_the_published_configuration(smoke):
     config = smoke.config("method=sc_lora_reference")
-    assert config.method.sites == [0, 1]
-    assert (config.method.source, config.method.monitor) == ("base", 2)
+    method = config.method
+    assert (method.sites, method.streams, method.monitor) == ([0, 1], [1, 2], 2)
+    assert (method.source, method.reads, method.per_module) == ("base", "output", True)
+    assert method.published_losses
+    assert method.compares_sites
+    assert not method.compares_with_base
     assert vars(config.method.losses) == {
         "task": 1.0,
         "preservation": 1.0,

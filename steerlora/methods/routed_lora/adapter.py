@@ -33,6 +33,7 @@ from steerlora.methods.routed_lora.peft import export_peft
 from steerlora.methods.routed_lora.routing import ROUTERS, Routing
 from steerlora.methods.routed_lora.site import CurrentForward, ModuleScale, Site
 from steerlora.saes.base import SparseAutoencoder
+from steerlora.saes.taxonomy import Taxonomy
 
 
 class Adapter(Method):
@@ -64,6 +65,7 @@ class Adapter(Method):
 
     Attributes:
         layers_path: the dotted name of the decoder layers in the base model, "model.layers".
+        taxonomies: {site: its features sorted by use}, where the configuration asks for them.
     """
 
     forward_type = CurrentForward
@@ -102,6 +104,7 @@ class Adapter(Method):
             self.scales.register_buffer(str(site), torch.tensor(scale))
             facts = SiteFacts(sae, float(config.rank), {}) if sae is not None else None
             self.sites[site] = Site(self, site, facts)
+        self.taxonomies: dict[int, Taxonomy] = {}
 
     @classmethod
     def of(cls, model: nn.Module, config: RoutedLoRAConfig, sources: Sources, seed: int) -> Adapter:
@@ -113,6 +116,7 @@ class Adapter(Method):
             feature_scales={site: given.mean_norm for site, given in sources.saes.items()},
             seed=seed,
         )
+        adapter.taxonomies = dict(sources.taxonomies)
         for site in config.sites if config.prototypes else ():
             if site in sources.taxonomies:
                 adapter.routers[str(site)].set_prototypes(sources.taxonomies[site].prototypes)
@@ -129,7 +133,9 @@ class Adapter(Method):
         scale, found = self.config.alpha / self.config.rank, {}
         for name, target in self.targets(model).items():
             low_rank = self.layers[name].to(target.linear.weight.device)
-            found[name] = AdaptedLinear(target.linear, low_rank, self._source(name), scale)
+            found[name] = AdaptedLinear(
+                target.linear, low_rank, self._source(name), scale, self.config.dropout
+            )
         return found
 
     def observe(self, model: nn.Module, given: dict[str, Any]) -> None:

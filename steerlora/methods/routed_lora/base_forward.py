@@ -29,7 +29,8 @@ OWNER = "base"
 def read_base(adapter: Adapter, model: nn.Module, given: dict[str, Any]) -> None:
     """Note the streams of the frozen base for the forward that begins, if ``source`` says so.
 
-    With one site and source "base" there is nothing to do: below it nothing is adapted.
+    With one site and source "base" there is nothing to do: below it nothing is adapted. (But what
+    leaves the site's own layer is.)
 
     Args:
         adapter: attached to the base.
@@ -39,8 +40,10 @@ def read_base(adapter: Adapter, model: nn.Module, given: dict[str, Any]) -> None
     Raises:
         RuntimeError: a KV cache with tokens that the base's has not seen.
     """
-    source, sites = adapter.config.source, list(adapter.sites)
-    if source == "inline" or (source == "base" and len(sites) < 2) or not sites:
+    source, sites, read = adapter.config.source, list(adapter.sites), adapter.config.streams
+    if source == "inline" or not sites:
+        return
+    if source == "base" and len(sites) < 2 and read == sites:
         return
     forward = adapter.forward_state
     cached = forward.cache is not None or _makes_cache(model, given)
@@ -52,14 +55,16 @@ def read_base(adapter: Adapter, model: nn.Module, given: dict[str, Any]) -> None
             model,
             given.get("input_ids"),
             forward.mask_so_far(),
-            [last] if source == "base_last" else sites,
+            [last] if source == "base_last" else read,
             past_key_values=forward.base_cache,
             use_cache=cached,
             **{name: given[name] for name in kept if name in given},
         )
     if source == "base_last":
-        streams = dict.fromkeys(sites, final_norm(model)(streams[last]))
-    forward.base_streams = streams
+        forward.base_streams = dict.fromkeys(sites, final_norm(model)(streams[last]))
+    else:
+        pairs = zip(sites, read, strict=True)
+        forward.base_streams = {site: streams[stream] for site, stream in pairs}
 
 
 def keep_base(forward: CurrentForward, cache: Cache | None) -> None:

@@ -18,8 +18,9 @@ from steerlora.distributed.reductions import mean_over_ranks, world
 from steerlora.lm.decoder import decoder_of
 from steerlora.methods.base import Learner, Task
 from steerlora.methods.interventions import INTERVENTIONS
-from steerlora.methods.routed_lora import losses
+from steerlora.methods.routed_lora import losses, published_losses
 from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.methods.routed_lora.compared_sites import ComparedSites
 from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.isolation import train_only
 from steerlora.methods.routed_lora.memory import MemoryPolicy
@@ -48,6 +49,7 @@ class RoutedLoRALearner(Learner):
     watch: RoutingWatch | None = None
     """Over the routing of the task in training."""
     _task: Task | None = None
+    _sites: ComparedSites | None = None
     _memory_state: dict[str, Any] = field(
         default_factory=lambda: {"domain": "", "events": [], "tensors": {}}
     )
@@ -58,6 +60,9 @@ class RoutedLoRALearner(Learner):
                 "the preservation and steering losses compare features at a monitor site: give a "
                 "monitor, or set both weights to zero"
             )
+        self._sites = None
+        if self.config.compares_sites:
+            self._sites = ComparedSites(self.model, self.method, self.method.taxonomies)
 
     @property
     def config(self) -> RoutedLoRAConfig:
@@ -72,15 +77,17 @@ class RoutedLoRALearner(Learner):
         is that of all ranks' parts (of the parts that one rank takes in turn, each has its own).
         """
         weights = self.config.losses
-        with self.monitor.recording() if self.config.compares_with_base else nullcontext():
+        watched = self.monitor if self.config.compares_with_base else self._sites
+        with watched.recording() if watched else nullcontext():
             task = next_token_loss(self.model, batch)
         return {"task": (weights.task, task), **self.auxiliary(batch)}
 
     def auxiliary(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
         """{name: (weight, value)} of the losses besides the task's, after its forward."""
-        return {**self._on_features(batch), **self._on_routing(batch), **self._on_weights()}
+        on_features = self._on_sites if self._sites else self._on_monitor
+        return {**on_features(batch), **self._on_routing(batch), **self._on_weights()}
 
-    def _on_features(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
+    def _on_monitor(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
         weights, monitor = self.config.losses, self.monitor
         terms: dict[str, tuple[float, Tensor]] = {}
         if not self.config.compares_with_base:
@@ -90,36 +97,66 @@ class RoutedLoRALearner(Learner):
             value = losses.preservation(adapted, monitor.base_features(), monitor.general)
             terms["preservation"] = (weights.preservation, value * batch.shares.real)
         if weights.steering:
-            real = batch.attention_mask.bool()
-            owners = batch.domains[:, None].expand_as(real)[real]
-            value = losses.steering(adapted, monitor.prototypes, monitor.domain, owners)
+            value = losses.steering(adapted, monitor.prototypes, monitor.domain, _owners(batch))
             terms["steering"] = (weights.steering, value * batch.shares.owned)
         return terms
+
+    def _on_sites(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
+        """Preservation and steering as published: summed over the sites."""
+        weights = self.config.losses
+        kept, steered = [], []
+        for adapted, base, taxonomy in self._sites.found():
+            if weights.preservation:
+                kept.append(losses.preservation(adapted, base, taxonomy.general))
+            if weights.steering:
+                own = (taxonomy.prototypes, taxonomy.domain, _owners(batch))
+                steered.append(losses.steering(adapted, *own))
+        found = {
+            "preservation": (weights.preservation, kept, batch.shares.real),
+            "steering": (weights.steering, steered, batch.shares.owned),
+        }
+        return {
+            name: (weight, torch.stack(values).sum() * share)
+            for name, (weight, values, share) in found.items()
+            if values
+        }
 
     def _on_routing(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
         weights, sites = self.config.losses, list(self.method.sites.values())
         real, active, share = batch.attention_mask.bool(), self.method.active, batch.shares.real
         terms: dict[str, tuple[float, Tensor]] = {}
         if sites and weights.gate_sparsity:
-            values = [losses.gate_sparsity(site.routing.gate[real]) for site in sites]
+            values = [self._gate_sparsity(site.routing.gate[real]) for site in sites]
             terms["gate_sparsity"] = (weights.gate_sparsity, torch.stack(values).mean() * share)
         if sites and weights.load_balance:
             usages = [site.routing.gate[real].mean(0) for site in sites]
             if world() > 1:
                 usages = [mean_over_ranks(usage * share) for usage in usages]
-            values = [losses.load_balance(usage, active) for usage in usages]
+            form = published_losses if self.config.published_losses else losses
+            values = [form.load_balance(usage, active) for usage in usages]
             terms["load_balance"] = (weights.load_balance, torch.stack(values).mean())
         if sites and weights.rank_budget and self.config.dynamic_rank:
             values = [losses.rank_budget(site.routing.mask[real]) for site in sites]
             terms["rank_budget"] = (weights.rank_budget, torch.stack(values).mean() * share)
         return terms
 
+    def _gate_sparsity(self, gate: Tensor) -> Tensor:
+        if self.config.published_losses:
+            return published_losses.gate_sparsity(gate, self.method.active)
+        return losses.gate_sparsity(gate)
+
+    def _diversity(self) -> Tensor:
+        layers, count = self.method.layers.values(), self.config.specialists
+        if self.config.published_losses:
+            active = ((layer, self.method.active) for layer in layers)
+            return published_losses.specialist_diversity(active, count)
+        return losses.specialist_diversity(layers, count)
+
     def _on_weights(self) -> dict[str, tuple[float, Tensor]]:
         config, layers = self.config, self.method.layers.values()
         terms: dict[str, tuple[float, Tensor]] = {}
         if config.losses.diversity and config.specialists > 1 and config.routed:
-            value = losses.specialist_diversity(layers, config.specialists)
-            terms["diversity"] = (config.losses.diversity, value)
+            terms["diversity"] = (config.losses.diversity, self._diversity())
         if config.losses.orthogonality and self._task and self._task.position:
             now = self._task.position
             value = losses.orthogonality(layers, config.specialists, now, range(now))
@@ -249,3 +286,9 @@ class RoutedLoRALearner(Learner):
             "routing": self.watch.history if self.watch else [],
             "events": self.memory.events if self.memory else self._memory_state["events"],
         }
+
+
+def _owners(batch: ChatBatch) -> Tensor:
+    """The domain of every real token, [T]; -1: none."""
+    real = batch.attention_mask.bool()
+    return batch.domains[:, None].expand_as(real)[real]

@@ -70,9 +70,9 @@ def load_balance(usage: Tensor, active: Tensor | None = None) -> Tensor:
 
     Args:
         usage: the gate's mean over tokens, [..., E]; inactive specialists weigh 0.
-        active: [E] bool; None: all.
+        active: [E] or [..., E] bool; None: all.
     """
-    even = 1 / usage.shape[-1] if active is None else active / active.sum()
+    even = 1 / usage.shape[-1] if active is None else active / active.sum(-1, keepdim=True)
     return (usage - even).square().sum(-1).mean()
 
 

@@ -17,7 +17,7 @@ from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.context import average_so_far
 from steerlora.methods.routed_lora.prototypes import cosines_so_far
 from steerlora.methods.routed_lora.routing import RouterState, Routing, router
-from steerlora.saes.sparse import SparseFeatures, densified, is_dense, sparse_decode
+from steerlora.saes.sparse import SparseFeatures, is_dense, sparse_decode
 
 GATE_EPSILON = 1e-8
 """Added to the denominator when the kept gates are renormalised."""
@@ -205,7 +205,7 @@ class LinearRouter(Router):
         if not isinstance(signal, SparseFeatures):
             return signal.to(self.weight.dtype) @ self.weight + self.bias
         if is_dense(signal, len(self.weight)):
-            signal = densified(signal, len(self.weight))
+            signal = signal.dense(len(self.weight))
             return signal.to(self.weight.dtype) @ self.weight + self.bias
         active = signal.values.shape[-1]
         flat = F.embedding_bag(

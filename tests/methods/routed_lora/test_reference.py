@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.config import RoutedLoRAConfig
+from steerlora.saes.relu import ReLU
 
 LAYERS, E, R, H, ALPHA = 3, 4, 3, 6, 6.0
+H_RANK = 5
 SCALES = {0: 1.5, 1: 2.5, 2: 0.75}
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # the epsilon of 1e-8 in the gate is well within sight
 
@@ -73,15 +75,23 @@ def by_name(
 
 @pytest.fixture
 def make_pair(make_model, make_sae) -> Callable[..., Pair]:
-    """``make_pair(top_k=2, active=None)``: weights large enough for every term to matter."""
+    """``make_pair(top_k=2, active=None, relu=False, reads="output")``: weights large enough for
+    every term to matter."""
 
-    def make(top_k: int = 2, active: int | None = None) -> Pair:
+    def make(
+        top_k: int = 2, active: int | None = None, relu: bool = False, reads: str = "output"
+    ) -> Pair:
         ours, slow = make_model(torch.float64), make_model(torch.float64)
         saes = {layer: make_sae(seed=layer).double() for layer in range(LAYERS)}
+        if relu:
+            norm = {"normalize": "layer_norm", "apply_b_dec_to_input": False}
+            saes = {layer: ReLU(32, 64, seed=layer, **norm).double() for layer in range(LAYERS)}
         config = RoutedLoRAConfig(
             signal="sae",
             router="mlp",
             router_hidden=H,
+            rank_hidden=H_RANK,
+            reads=reads,
             per_module=True,
             source="base",
             sites=tuple(range(LAYERS)),
@@ -98,6 +108,8 @@ def make_pair(make_model, make_sae) -> Callable[..., Pair]:
             alpha=ALPHA,
             top_k=top_k,
             hidden=H,
+            rank_hidden=H_RANK,
+            outputs=reads == "output",
             active=None if active is None else torch.arange(E) < active,
         )
         arrangement = PublishedArrangement(slow, saes, setting, SCALES)
@@ -116,11 +128,20 @@ def make_pair(make_model, make_sae) -> Callable[..., Pair]:
 
 
 @pytest.mark.parametrize("left", [False, True])
-@pytest.mark.parametrize(("top_k", "active"), [(2, None), (2, 2), (2, 3), (1, None), (4, None)])
+@pytest.mark.parametrize(
+    ("top_k", "active", "relu", "reads"),
+    [
+        (2, None, False, "input"),
+        (2, 2, True, "output"),
+        (2, 3, False, "output"),
+        (1, None, False, "output"),
+        (4, None, True, "input"),
+    ],
+)
 def test_logits_and_every_gradient_equal_the_published_arrangement(
-    make_pair, tokens, top_k, active, left
+    make_pair, tokens, top_k, active, relu, reads, left
 ):
-    pair = make_pair(top_k, active)
+    pair = make_pair(top_k, active, relu, reads)
     ids, mask = tokens([7, 4, 5])
     if left:
         ids, mask = ids.flip(1), mask.flip(1)
