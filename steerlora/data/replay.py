@@ -1,6 +1,6 @@
 """Replay: text of the domains before it, and of its own past, in a domain's training.
 
-``ReplayBatches`` gives some of the steps to earlier domains; ``ReplayRows`` adds rows to every step.
+``ReplayBatches`` gives some of the steps to earlier domains; ``ReplayRows`` adds rows to all steps.
 """
 
 from __future__ import annotations

@@ -320,6 +320,9 @@ class Learner:
     """Of the stream at ``method.config.monitor``, if there is one."""
     general_text: Callable[[int], list[EncodedChat]] = lambda most: []
     """Gives rows of general text, encoded, at most so many."""
+    optimizer: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """State that the last task left to the next one's optimizer, by number of the trained weight;
+    empty where each has a fresh one."""
 
     def losses(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
         """{name: (weight, value)} of a batch; the training's loss is their weighted sum.

@@ -63,6 +63,18 @@ class ReplayConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How AdamW goes through a method's training, beside what ``trainer`` says."""
+
+    constant_rate: bool = False
+    """Whether the learning rate is ``trainer.learning_rate`` in every step, as published; otherwise
+    it rises and falls by ``trainer.warmup_fraction`` and ``trainer.decay_fraction``."""
+    over_domains: bool = False
+    """Whether one optimizer goes through all domains of a sequence, as published; otherwise each
+    domain begins with a fresh one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """One method: what trains on a frozen base model, and how.
 
@@ -86,7 +98,9 @@ class MethodConfig:
     """Linear layers that are adapted, by last name, by path inside a decoder layer, or by a pattern
     of either ("*_proj", "self_attn.*"); null: all."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
-    """Batches of earlier domains, in a sequence."""
+    """Text of earlier domains, in a sequence."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How AdamW goes through its training."""
 
     # Capabilities: what stages ask in place of the kind
 
@@ -102,7 +116,7 @@ class MethodConfig:
     """PEFT can hold it: training writes PEFT's format as well."""
     not_trained: ClassVar[frozenset[str]] = frozenset({"name"})
     """Keys that do not change what training writes, so they are not part of its fingerprint."""
-    only_in_sequences: ClassVar[frozenset[str]] = frozenset({"replay"})
+    only_in_sequences: ClassVar[frozenset[str]] = frozenset({"replay", "optimizer.over_domains"})
     """Keys that change how a sequence of domains trains, and not joint training."""
     only_in_evaluation: ClassVar[tuple[str, ...]] = ()
     """Keys that change how a trained method is evaluated, and not how it trains."""
@@ -134,6 +148,12 @@ class MethodConfig:
         Raises:
             UserError: says what to set.
         """
+        if self.optimizer.over_domains and config.trainer.strategy.startswith("zero"):
+            raise UserError(
+                f"method.optimizer.over_domains=true: under trainer.strategy="
+                f"{config.trainer.strategy} no rank has the whole optimizer; set it to false, or "
+                "train with trainer.strategy=single or ddp"
+            )
 
     def check_names(self) -> None:
         """Refuse names that nothing is registered under; this may import torch.

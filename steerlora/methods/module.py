@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -73,7 +74,22 @@ class MethodModule(L.LightningModule):
 
     def configure_optimizers(self):
         parameters = [p for p in self.method.parameters() if p.requires_grad]
-        return scheduled_adamw(parameters, self.settings, self.total_steps)
+        settings = self.settings
+        if self.method.config.optimizer.constant_rate:
+            settings = replace(settings, warmup_fraction=0.0, decay_fraction=0.0)
+        optimizers, schedules = scheduled_adamw(parameters, settings, self.total_steps)
+        if self.learner.optimizer:
+            (optimizer,) = optimizers
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": self.learner.optimizer})
+        return optimizers, schedules
+
+    def on_train_end(self) -> None:
+        if self.method.config.optimizer.over_domains:
+            state = self.optimizers(use_pl_optimizer=False).state_dict()["state"]
+            self.learner.optimizer = {
+                number: {name: held.detach().to("cpu", copy=True) for name, held in own.items()}
+                for number, own in state.items()
+            }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]

@@ -222,7 +222,7 @@ def train_task(
     log: RunLog,
     **options: Any,
 ) -> dict[str, float]:
-    """Train the method on a task, with an optimizer and a schedule of its own.
+    """Train the method on a task, with a schedule of its own.
 
     Args, returns: as for :func:`steerlora.stages.common.train`.
     """

@@ -76,12 +76,13 @@ class SequenceTrainer:
         )
         if self.state.learner:
             attached.learner.load_state(self.state.learner)
+        attached.learner.optimizer = self.state.optimizer
         return attached
 
     # Training
 
     def train(self, position: int) -> None:
-        """Train on one domain, with an optimizer and a schedule of its own."""
+        """Train on one domain, with a schedule of its own."""
         with self._attached(training=True) as attached:
             self._train(position, attached)
             self.state.weights = {
@@ -89,6 +90,7 @@ class SequenceTrainer:
                 for name, tensor in attached.method.state_dict().items()
             }
             self.state.learner = attached.learner.state()
+            self.state.optimizer = attached.learner.optimizer
             attached.learner.load_state(self.state.learner)
             attached.model.eval()
 

@@ -26,6 +26,8 @@ class SequenceState:
     """The method's state dict; empty before the first domain."""
     learner: dict[str, Any] = field(default_factory=dict)
     """The learner's state; empty before the first domain."""
+    optimizer: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """Of the optimizer, where one goes through all domains."""
 
     @property
     def domains(self) -> int:

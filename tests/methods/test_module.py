@@ -10,10 +10,12 @@ import pytest
 import torch
 from helpers.features import taxonomy
 from helpers.training import StopAt, Stopped, method_module, train
+from lightning.pytorch.callbacks import Callback
 
 from steerlora.config import TrainerConfig
 from steerlora.data.chat import ChatBatch, ChatBatches, EncodedChat
 from steerlora.methods.base import Task
+from steerlora.methods.config import OptimizerConfig
 from steerlora.methods.module import MethodModule
 from steerlora.methods.monitor import Monitor
 from steerlora.training.language import next_token_loss
@@ -231,3 +233,55 @@ def test_lightning_mixed_precision_runs(make_module, tmp_path):
     made = make_module(**ALL_ON)
     train(made, batches(), tmp_path, 6, precision="bf16-mixed")
     assert all(p.isfinite().all() for p in made.method.parameters())
+
+
+def published_optimizer(over_domains: bool = True) -> dict:
+    return {"optimizer": OptimizerConfig(constant_rate=True, over_domains=over_domains)}
+
+
+class Rates(Callback):
+    """The learning rate of every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_start(self, trainer, *_) -> None:
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_the_rate_may_be_constant(make_module, tmp_path, constant):
+    made = make_module(shape={"optimizer": OptimizerConfig(constant_rate=constant)})
+    rates = Rates()
+    train(made, batches(), tmp_path, 6, [rates])
+    assert (set(rates.seen) == {SETTINGS.learning_rate}) == constant
+
+
+def test_one_optimizer_through_two_domains_is_one_training(make_module, tmp_path):
+    """At a constant rate two trainings, the second after the first, equal one of their length."""
+    whole, parted = (make_module(shape=published_optimizer()) for _ in range(2))
+    train(whole, batches(), tmp_path / "whole", 6)
+    train(parted, batches(), tmp_path / "first", 3)
+    second = MethodModule(parted.learner, trainer=SETTINGS, total_steps=3)
+    train(second, lambda step: batches()(3 + step), tmp_path / "second", 3)
+    for name, weight in whole.method.state_dict().items():
+        assert torch.equal(weight, parted.method.state_dict()[name]), name
+    fresh = make_module(shape=published_optimizer(over_domains=False))
+    train(fresh, batches(), tmp_path / "third", 3)
+    assert fresh.learner.optimizer == {}
+
+
+def test_a_domain_that_resumes_has_the_optimizer_of_the_one_before(make_module, tmp_path):
+    def second(folder: str, *callbacks: Callback) -> dict[str, torch.Tensor]:
+        made = make_module(shape=published_optimizer())
+        train(made, batches(), tmp_path / folder / "first", 3)
+        then = MethodModule(made.learner, trainer=SETTINGS, total_steps=3)
+        try:
+            train(then, batches(), tmp_path / folder / "second", 3, callbacks)
+        except Stopped:
+            return second(folder)
+        return made.method.state_dict()
+
+    unbroken, broken = second("a"), second("b", StopAt(2))
+    for name, weight in unbroken.items():
+        assert torch.equal(weight, broken[name]), name

@@ -184,7 +184,7 @@ class RoutedLoRAConfig(MethodConfig):
     not_trained: ClassVar[frozenset[str]] = frozenset(
         {"name", "hard_rank", "health.collapse", "health.collapse_below"}
     )
-    only_in_sequences: ClassVar[frozenset[str]] = frozenset({"replay", "isolation"})
+    only_in_sequences: ClassVar[frozenset[str]] = MethodConfig.only_in_sequences | {"isolation"}
     only_in_evaluation: ClassVar[tuple[str, ...]] = ("hard_rank",)
 
     @property
@@ -311,6 +311,11 @@ class RoutedLoRAConfig(MethodConfig):
                 "method.isolation=frozen freezes what routing chose most, and "
                 f"method={self.name} has no routing: set it to free or own"
             )
+        if self.isolation != "free" and self.optimizer.over_domains:
+            raise UserError(
+                f"method.isolation={self.isolation}: an optimizer that goes through all domains "
+                "would move frozen specialists on: set method.optimizer.over_domains=false"
+            )
         if self.memory.enabled and (not self.reads_features or self.by_prototype):
             raise UserError(
                 "method.memory.enabled=true needs a learnt router of SAE features: set "
@@ -323,6 +328,7 @@ class RoutedLoRAConfig(MethodConfig):
             )
 
     def check(self, config: Config) -> None:
+        super().check(config)
         domains = len(config.domains.names)
         for key, wanted in {
             "router=prototype": self.by_prototype,
