@@ -5,12 +5,16 @@ T tokens, D domains, N latents, K active latents.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from steerlora.saes.sparse import SparseFeatures
+from steerlora.saes.sparse import SparseFeatures, densified
+
+TOKENS = 1024
+"""Tokens whose features are compared at once, densely."""
 
 
 class FeatureStatistics:
@@ -69,13 +73,15 @@ def classify(
     largest_variation: float = 0.8,
     domain_quantile: float = 0.8,
     least: int = 64,
+    frequency: Tensor | None = None,
     drift: Tensor | None = None,
     drift_quantile: float = 0.7,
 ) -> Taxonomy:
     """Sort the features by use; the published thresholds are the defaults.
 
-    - general: frequency over all domains at or above its ``general_quantile``, and coefficient of
-      variation over domains at most ``largest_variation``; and where ``drift`` [N] (from the base
+    - general: frequency over all domains (or ``frequency`` [N], that on other text) at or above its
+      ``general_quantile``, and coefficient of variation over domains at most ``largest_variation``;
+      and where ``drift`` [N] (from the base
       to an instruction-tuned model) is given, that at or below its ``drift_quantile``;
     - domain d: mean activation less the mean over the other domains at or above its
       ``domain_quantile`` and positive, and not general.
@@ -87,15 +93,16 @@ def classify(
     Raises:
         ValueError: fewer than two domains: nothing to compare.
     """
-    frequency, mean = statistics.frequency(), statistics.mean()
+    by_domain, mean = statistics.frequency(), statistics.mean()
     domains, latents = mean.shape
     if domains < 2:
         raise ValueError(f"a taxonomy compares domains: give at least 2, not {domains}")
     least = min(least, latents // 8)
-    overall = frequency.mean(0)
-    variation = frequency.std(0, unbiased=False) / overall
+    overall = by_domain.mean(0)
+    variation = by_domain.std(0, unbiased=False) / overall
     variation = torch.where(overall > 0, variation, torch.inf)
-    frequent = (overall >= overall.quantile(general_quantile)) & (overall > 0)
+    frequency = overall if frequency is None else frequency
+    frequent = (frequency >= frequency.quantile(general_quantile)) & (frequency > 0)
     stable = torch.ones_like(frequent) if drift is None else drift <= drift.quantile(drift_quantile)
     general = frequent & (variation <= largest_variation) & stable
     if general.sum() < least:
@@ -120,3 +127,44 @@ def _smallest(values: Tensor, count: int) -> Tensor:
     chosen = torch.zeros_like(values, dtype=torch.bool)
     chosen[values.argsort()[:count]] = True
     return chosen & values.isfinite()
+
+
+def absolute_change(before: SparseFeatures, after: SparseFeatures, latents: int) -> Tensor:
+    """sum_t |z'_t - z_t| of the same tokens' features, [T, K] and [T, K'] -> [N], float64."""
+    total = torch.zeros(latents, dtype=torch.float64)
+    for start in range(0, len(before.values), TOKENS):
+        one, other = (
+            densified(SparseFeatures(*(part[start : start + TOKENS] for part in given)), latents)
+            for given in (before, after)
+        )
+        total += (other - one).abs().sum(0).double().cpu()
+    return total
+
+
+def _dense(taxonomy: Taxonomy, mean: Tensor, seed: int) -> Taxonomy:
+    everything = torch.ones_like(taxonomy.domain)
+    return taxonomy._replace(general=everything[0], domain=everything, prototypes=mean)
+
+
+def _random(taxonomy: Taxonomy, mean: Tensor, seed: int) -> Taxonomy:
+    """One permutation of all latents keeps every number of features, and that of shared ones."""
+    order = torch.randperm(mean.shape[1], generator=torch.Generator().manual_seed(seed))
+    own = taxonomy.domain[:, order]
+    return taxonomy._replace(general=taxonomy.general[order], domain=own, prototypes=mean * own)
+
+
+def _shuffled_prototypes(taxonomy: Taxonomy, mean: Tensor, seed: int) -> Taxonomy:
+    """A cycle through the domains, in a random order: none keeps its own."""
+    order = torch.randperm(len(mean), generator=torch.Generator().manual_seed(seed))
+    prototypes = torch.empty_like(taxonomy.prototypes)
+    prototypes[order] = taxonomy.prototypes[order.roll(1)]
+    return taxonomy._replace(prototypes=prototypes)
+
+
+CONTROLS: dict[str, Callable[[Taxonomy, Tensor, int], Taxonomy]] = {
+    "none": lambda taxonomy, mean, seed: taxonomy,
+    "dense": _dense,
+    "random": _random,
+    "shuffled_prototypes": _shuffled_prototypes,
+}
+"""What may stand in a taxonomy's place, from it, the mean activations [D, N] and a seed."""

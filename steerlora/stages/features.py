@@ -1,6 +1,7 @@
 """Stage ``features``: which features are general, which a domain's own, and what they mean.
 
-Only training text is read, one batch at a time; padding and each row's first token are left out.
+Only training text is read (and where asked for, general text), one batch at a time; padding and
+each row's first token are left out.
 Where an instruction-tuned version of the base is given, general features are those besides that
 drift little from the one to the other.
 """
@@ -8,7 +9,7 @@ drift little from the one to the other.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -28,12 +29,19 @@ from steerlora.reporting.tables import Cell, markdown_grid
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.saelens import load_sae
 from steerlora.saes.sparse import SparseFeatures
-from steerlora.saes.taxonomy import FeatureStatistics, Taxonomy, classify
+from steerlora.saes.taxonomy import (
+    CONTROLS,
+    FeatureStatistics,
+    Taxonomy,
+    absolute_change,
+    classify,
+)
 from steerlora.stages import base, sae_training
 from steerlora.stages.common import (
     WHERE,
     device_of,
     domain_names,
+    general_text,
     identity_of_model,
     load_base,
     run_log,
@@ -42,6 +50,8 @@ from steerlora.stages.common import (
 
 WEIGHTS, LISTING, TABLE = "features.safetensors", "features.json", "features.md"
 BATCH_SIZE = 64
+GENERAL = "general_text"
+"""Name of the rows of general text beside those of the domains."""
 WINDOW = 6
 """Tokens of context shown before the token at which a feature is active."""
 
@@ -124,6 +134,9 @@ def build(context: Context) -> dict:
     )
     sae = load_sae(context.inputs["sae"] / sae_training.FOLDER, model.device)
     rows = training_rows(source, names, tokenizer, settings.max_length)
+    if settings.features.frequency == GENERAL:
+        most = max(map(len, rows.values()))
+        rows[GENERAL] = general_text(source, tokenizer, settings.max_length, most)[:most]
 
     def tokens(reader: PreTrainedModel, name: str) -> Iterator[_Tokens]:
         return _tokens(reader, tokenizer.pad_token_id, sae, settings.site, rows[name])
@@ -141,17 +154,31 @@ def build(context: Context) -> dict:
                     statistics.update(found.features, number)
                 task.advance(note=f"{name} counted")
         statistics, *instruct = counts
-        # Of the mean activation, where every domain weighs alike, as in the frequency.
-        drift = (instruct[0].mean() - statistics.mean()).mean(0).abs() if instruct else None
+        frequency = drift = None
+        if GENERAL in rows:
+            general = FeatureStatistics(1, sae.latents)
+            for found in tokens(model, GENERAL):
+                general.update(found.features, 0)
+            frequency = general.frequency()[0]
+        # Every domain weighs alike, as in the frequency.
+        if instruct and settings.features.drift == "token":
+            drift = torch.stack(
+                [_token_drift(tokens, readers, name, sae.latents) for name in names]
+            ).mean(0)
+        elif instruct:
+            drift = (instruct[0].mean() - statistics.mean()).mean(0).abs()
         taxonomy = classify(
             statistics,
             general_quantile=settings.features.general_quantile,
             largest_variation=settings.features.largest_variation,
             domain_quantile=settings.features.domain_quantile,
             least=settings.features.least,
+            frequency=frequency,
             drift=drift,
             drift_quantile=settings.features.drift_quantile,
         )
+        control = CONTROLS[settings.features.control]
+        taxonomy = control(taxonomy, statistics.mean(), settings.features.seed)
         listing = {}
         for number, name in enumerate(names):
             chosen = _strongest(taxonomy, number, settings.features.shown)
@@ -171,6 +198,7 @@ def build(context: Context) -> dict:
         "frequency": statistics.frequency(),
         "mean": statistics.mean(),
         **({} if drift is None else {"drift": drift}),
+        **({} if frequency is None else {"general_frequency": frequency}),
     }
     save_file(tensors, context.directory / WEIGHTS, metadata={"domains": ",".join(names)})
     write_json(context.directory / LISTING, listing)
@@ -227,6 +255,20 @@ def _tokens(model, pad_token_id: int, sae: SparseAutoencoder, site: int, rows) -
         stream = residual_streams(model, batch.input_ids, mask, [site])[site]
         row, position = (mask.bool() & ~first_real_token(mask)).nonzero(as_tuple=True)
         yield _Tokens(sae.encode(stream[row, position]), row, position, batch.input_ids)
+
+
+def _token_drift(
+    tokens: Callable[[PreTrainedModel, str], Iterator[_Tokens]],
+    readers: list[PreTrainedModel],
+    name: str,
+    latents: int,
+) -> torch.Tensor:
+    """Mean over a domain's tokens of |z_instruct - z_base|, [N]."""
+    total, count = torch.zeros(latents, dtype=torch.float64), 0
+    for before, after in zip(*(tokens(reader, name) for reader in readers), strict=True):
+        total += absolute_change(before.features, after.features, latents)
+        count += len(before.row)
+    return total / max(count, 1)
 
 
 def _strongest(taxonomy: Taxonomy, domain: int, count: int) -> list[int]:

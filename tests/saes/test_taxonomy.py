@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from steerlora.config.features import CONTROLS as NAMES
 from steerlora.saes.sparse import SparseFeatures
-from steerlora.saes.taxonomy import FeatureStatistics, classify
+from steerlora.saes.taxonomy import CONTROLS, FeatureStatistics, absolute_change, classify
 
 LATENTS = 16
 
@@ -112,3 +113,80 @@ def test_the_least_number_takes_in_features_of_little_drift_first():
 def test_one_domain_has_nothing_to_compare_with():
     with pytest.raises(ValueError, match="at least 2"):
         classify(FeatureStatistics(1, LATENTS))
+
+
+def test_general_may_be_what_is_frequent_on_other_text(statistics):
+    frequency = torch.zeros(LATENTS, dtype=torch.float64)
+    frequency[[2, 0]] = torch.tensor([0.9, 0.1], dtype=torch.float64)
+
+    def general(variation: float) -> list[int]:
+        found = classify(
+            statistics,
+            frequency=frequency,
+            general_quantile=0.9,
+            largest_variation=variation,
+            least=0,
+        )
+        return found.general.nonzero().flatten().tolist()
+
+    assert general(9.0) == [0, 2]
+    assert general(0.8) == [0]  # 2 is one domain's alone
+
+
+def test_the_change_of_tokens_is_not_that_of_their_mean():
+    before = features({0: 1.0, 3: 2.0}, {0: 3.0}, {1: 1.0})
+    after = features({0: 3.0, 3: 2.0}, {0: 1.0}, {})
+    found = absolute_change(before, after, LATENTS)
+    assert found[[0, 1, 3]].tolist() == [4.0, 1.0, 0.0]
+    repeated = [SparseFeatures(*(part.repeat(900, 1) for part in z)) for z in (before, after)]
+    assert torch.equal(absolute_change(*repeated, LATENTS), 900 * found)
+
+
+def classified(latents: int = 64):
+    generator = torch.Generator().manual_seed(0)
+    statistics = FeatureStatistics(3, latents)
+    for domain in range(3):
+        values = torch.rand(40, 9, generator=generator)
+        statistics.update(
+            SparseFeatures(values, torch.randint(latents, (40, 9), generator=generator)), domain
+        )
+    return classify(statistics), statistics.mean()
+
+
+def test_every_control_is_known_by_name():
+    assert tuple(CONTROLS) == NAMES
+    taxonomy, mean = classified()
+    assert CONTROLS["none"](taxonomy, mean, 0) is taxonomy
+
+
+def test_dense_leaves_no_feature_out():
+    taxonomy, mean = classified()
+    found = CONTROLS["dense"](taxonomy, mean, 0)
+    assert found.general.all()
+    assert found.domain.all()
+    assert torch.equal(found.prototypes, mean)
+
+
+def test_random_keeps_the_numbers_and_nothing_else():
+    taxonomy, mean = classified()
+    found, again, other = (CONTROLS["random"](taxonomy, mean, seed) for seed in (0, 0, 1))
+    assert found.general.sum() == taxonomy.general.sum()
+    assert torch.equal(found.domain.sum(1), taxonomy.domain.sum(1))
+    assert not (found.general & found.domain).any()
+    assert torch.equal(found.prototypes, mean * found.domain)
+    assert not torch.equal(found.general, taxonomy.general)
+    assert torch.equal(found.general, again.general)
+    assert not torch.equal(found.general, other.general)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shuffled_prototypes_are_all_another_domains(seed):
+    taxonomy, mean = classified()
+    found = CONTROLS["shuffled_prototypes"](taxonomy, mean, seed)
+    assert torch.equal(found.domain, taxonomy.domain)
+    sources = [
+        [d for d in range(3) if torch.equal(row, taxonomy.prototypes[d])]
+        for row in found.prototypes
+    ]
+    assert sorted(own[0] for own in sources) == [0, 1, 2]
+    assert all(d not in own for d, own in enumerate(sources))

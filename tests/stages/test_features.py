@@ -20,7 +20,7 @@ from steerlora.lm.decoder import residual_streams
 from steerlora.lm.pretrained import open_model, open_tokenizer
 from steerlora.saes.saelens import load_sae, sae_metadata
 from steerlora.stages import activations, base, features, sae_training
-from steerlora.stages.common import load_base, read_rows
+from steerlora.stages.common import general_text, load_base, read_rows
 
 MONITORED = "method.monitor=2"  # the stream that leaves the last of the smoke model's two layers
 
@@ -194,6 +194,53 @@ def test_drift_is_the_change_of_the_mean_activation(smoke, store, built, instruc
     dropped = plain["general"] & ~stored["general"]
     assert dropped.any()
     assert stored["drift"][dropped].min() > stored["drift"].quantile(0.2)
+
+
+@torch.no_grad()
+def test_published_features_are_frequent_on_general_text_and_drift_by_the_token(
+    smoke, store, instruct
+):
+    options = ("features.frequency=general_text", "features.drift=token")
+    config = smoke.config(
+        f"features.instruct_model={instruct}", *options, "features.control=shuffled_prototypes"
+    )
+    (step,) = features.steps(config)
+    artifact, upstream = build(step, store)
+    stored = load_file(artifact / features.WEIGHTS)
+    sae, source = load_sae(upstream["sae"] / "sae"), upstream["domains"]
+    base_model, tokenizer = load_base(upstream["base"])
+    moved = open_model(str(instruct))
+    names = source.json("domains.json")["names"]
+    drift = torch.zeros(sae.latents, dtype=torch.float64)
+    for name in names:
+        total, tokens = torch.zeros(sae.latents), 0
+        for row in encode_chats(tokenizer, read_rows(source / f"train/{name}.jsonl"), 128):
+            ids = torch.tensor([row.input_ids])
+            found = []
+            for model in (base_model, moved):
+                x = residual_streams(model, ids, torch.ones_like(ids), [1])[1][0, 1:]
+                values, indices = sae.encode(x)
+                found.append(torch.zeros(len(x), sae.latents).scatter(1, indices, values))
+            total += (found[1] - found[0]).abs().sum(0)
+            tokens += len(x)
+        drift += (total / tokens).double() / len(names)
+    torch.testing.assert_close(stored["drift"], drift, atol=1e-5, rtol=1e-3)
+    path = source / "pretrain.jsonl"
+    most = max(len(read_rows(source / f"train/{name}.jsonl")) for name in names)
+    rows = general_text(source, tokenizer, 128, most)[:most]
+    assert 0 < len(rows) < len(read_rows(path))
+    active, tokens = torch.zeros(sae.latents), 0
+    for row in rows:
+        ids = torch.tensor([row.input_ids])
+        values, indices = sae.encode(
+            residual_streams(base_model, ids, torch.ones_like(ids), [1])[1][0, 1:]
+        )
+        active.index_add_(0, indices.flatten(), (values > 0).float().flatten())
+        tokens += len(values)
+    frequency = (active / tokens).double()
+    torch.testing.assert_close(stored["general_frequency"], frequency, atol=2e-3, rtol=0)
+    shuffled = [d for d in range(5) if (stored["prototypes"][d] * ~stored["domain"][d]).any()]
+    assert len(shuffled) == 5
 
 
 def test_other_weights_in_the_folder_are_another_artifact(smoke, instruct):
