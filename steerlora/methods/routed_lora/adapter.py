@@ -49,7 +49,8 @@ class Adapter(Method):
       ``rank_bias`` (shapes in ``routers.py``); prototype: ``prototypes``, ``known``. With
       ``per_module`` the dimension M runs over :meth:`modules_of` the site, in that order;
     - ``scales.<site>``: mean feature norm, by which features are divided before routing;
-    - ``active`` [E] bool: specialists that learnt routers may use.
+    - ``active`` [E] bool: specialists that learnt routers may use; with ``memory.per_module``
+      [modules, E], in the order of ``layers``.
 
     Args:
         model: the base model; it is frozen here, and attached to by :meth:`attach`.
@@ -91,7 +92,10 @@ class Adapter(Method):
             }
         )
         at_first = config.specialists if config.active is None else config.active
-        self.register_buffer("active", torch.arange(config.specialists) < at_first)
+        active = torch.arange(config.specialists) < at_first
+        if config.memory.per_module:
+            active = active.repeat(len(self.layers), 1)
+        self.register_buffer("active", active)
         self.routers, self.scales = nn.ModuleDict(), _Scales()
         self.sites: dict[int, Site] = {}
         for site in config.sites if config.routed else ():
@@ -239,11 +243,21 @@ class Adapter(Method):
     def available(self) -> Tensor:
         """[E] bool: specialists that routing may choose as things stand.
 
-        For learnt routers the active ones; for prototypes those whose domain has come.
+        For learnt routers the active ones (of any module); for prototypes those whose domain has
+        come.
         """
         first = self.routers[str(min(self.sites))] if self.sites else None
         found = None if first is None else first.available()
-        return self.active if found is None else found
+        if found is None:
+            found = self.active if self.active.dim() == 1 else self.active.any(0)
+        return found
+
+    def active_at(self, site: int) -> Tensor:
+        """Active specialists of a site's modules: [E] bool, or [M, E] where each has its own."""
+        if self.active.dim() == 1:
+            return self.active
+        names = list(self.layers)
+        return self.active[[names.index(name) for name in self.modules_of(site)]]
 
     def real_tokens(self, stream: Tensor) -> Tensor:
         """True on real tokens of the last forward, [B, S]; with a KV cache, the mask's end."""

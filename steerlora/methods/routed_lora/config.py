@@ -56,8 +56,14 @@ class MemoryConfig:
 
     enabled: bool = False
     """Whether it acts; it needs a learnt router of SAE features."""
+    per_module: bool = False
+    """Whether each adapted module decides for itself, by its own routing, as published; otherwise
+    one decision is for all. Needs ``method.per_module``."""
     every: int = 50
     """Steps between its decisions, from 1."""
+    warmup: int = 0
+    """Steps of the training, over all domains of a sequence, before its first decision, from 0;
+    what is seen in them counts. Published: 400."""
     spawn_confidence: float = 0.5
     """A specialist is spawned where the gate's mean confidence (0: even over those kept, 1:
     one-hot) is below this, from 0 to 1,"""
@@ -71,6 +77,7 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         positive("method.memory", self, "every")
+        not_negative("method.memory", self, "warmup")
         share(
             "method.memory", self, "spawn_confidence spawn_similarity merge_similarity prune_usage"
         )
@@ -320,6 +327,11 @@ class RoutedLoRAConfig(MethodConfig):
             raise UserError(
                 "method.memory.enabled=true needs a learnt router of SAE features: set "
                 "method.signal=sae and method.router=linear or mlp"
+            )
+        if self.memory.per_module and not self.per_module:
+            raise UserError(
+                "method.memory.per_module=true decides by each module's own routing: set "
+                "method.per_module=true"
             )
         if self.losses.orthogonality and self.isolation != "own":
             raise UserError(

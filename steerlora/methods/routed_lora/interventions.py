@@ -31,7 +31,7 @@ class SiteFacts:
     specialist_of_domain: dict[str, int]
     """The specialist that each domain used most when training ended."""
     active: Tensor | None = None
-    """[E], True on the specialists in use; None: all."""
+    """[E], or [M, E] where every module has its own, True on the specialists in use; None: all."""
 
 
 @dataclass

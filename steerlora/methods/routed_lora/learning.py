@@ -25,6 +25,7 @@ from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.isolation import train_only
 from steerlora.methods.routed_lora.memory import MemoryPolicy
 from steerlora.methods.routed_lora.signals import prompt_signals
+from steerlora.methods.routed_lora.site import Site
 from steerlora.methods.routed_lora.train_under import TrainUnder
 from steerlora.methods.routed_lora.watch import RoutingWatch
 from steerlora.training.language import next_token_loss
@@ -44,15 +45,13 @@ class RoutedLoRALearner(Learner):
     method: Adapter
     frozen: list[int] = field(default_factory=list)
     """Specialists that train no more, in the order in which they were frozen."""
-    memory: MemoryPolicy | None = None
-    """The memory policy of the task in training; None where it is off."""
+    memories: list[MemoryPolicy] = field(default_factory=list)
+    """The memory policies of the task in training, one or one a module; none where they are off."""
     watch: RoutingWatch | None = None
     """Over the routing of the task in training."""
     _task: Task | None = None
     _sites: ComparedSites | None = None
-    _memory_state: dict[str, Any] = field(
-        default_factory=lambda: {"domain": "", "events": [], "tensors": {}}
-    )
+    _memory_states: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.config.compares_with_base and self.monitor is None:
@@ -123,33 +122,38 @@ class RoutedLoRALearner(Learner):
 
     def _on_routing(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
         weights, sites = self.config.losses, list(self.method.sites.values())
-        real, active, share = batch.attention_mask.bool(), self.method.active, batch.shares.real
+        real, share = batch.attention_mask.bool(), batch.shares.real
         terms: dict[str, tuple[float, Tensor]] = {}
         if sites and weights.gate_sparsity:
-            values = [self._gate_sparsity(site.routing.gate[real]) for site in sites]
+            values = [self._gate_sparsity(site, real) for site in sites]
             terms["gate_sparsity"] = (weights.gate_sparsity, torch.stack(values).mean() * share)
         if sites and weights.load_balance:
             usages = [site.routing.gate[real].mean(0) for site in sites]
             if world() > 1:
                 usages = [mean_over_ranks(usage * share) for usage in usages]
             form = published_losses if self.config.published_losses else losses
-            values = [form.load_balance(usage, active) for usage in usages]
+            values = [
+                form.load_balance(usage, self.method.active_at(site.layer))
+                for usage, site in zip(usages, sites, strict=True)
+            ]
             terms["load_balance"] = (weights.load_balance, torch.stack(values).mean())
         if sites and weights.rank_budget and self.config.dynamic_rank:
             values = [losses.rank_budget(site.routing.mask[real]) for site in sites]
             terms["rank_budget"] = (weights.rank_budget, torch.stack(values).mean() * share)
         return terms
 
-    def _gate_sparsity(self, gate: Tensor) -> Tensor:
+    def _gate_sparsity(self, site: Site, real: Tensor) -> Tensor:
+        gate = site.routing.gate[real]
         if self.config.published_losses:
-            return published_losses.gate_sparsity(gate, self.method.active)
+            return published_losses.gate_sparsity(gate, self.method.active_at(site.layer))
         return losses.gate_sparsity(gate)
 
     def _diversity(self) -> Tensor:
         layers, count = self.method.layers.values(), self.config.specialists
         if self.config.published_losses:
-            active = ((layer, self.method.active) for layer in layers)
-            return published_losses.specialist_diversity(active, count)
+            active = self.method.active.expand(len(layers), count)
+            pairs = zip(layers, active, strict=True)
+            return published_losses.specialist_diversity(pairs, count)
         return losses.specialist_diversity(layers, count)
 
     def _on_weights(self) -> dict[str, tuple[float, Tensor]]:
@@ -182,15 +186,26 @@ class RoutedLoRALearner(Learner):
         found: list[Callback] = [self.watch]
         if self.intervention.retrained:
             found.append(TrainUnder(self.method, self.intervention, self.domains))
-        self.memory = None
-        if config.memory.enabled:
-            self.memory = MemoryPolicy(
-                self.method, config.memory, domain=task.name, protected=self.frozen, seed=self.seed
+        self.memories = self._new_memories(task) if config.memory.enabled else []
+        if task.position is not None and self._memory_states:
+            for memory, state in zip(self.memories, self._memory_states, strict=True):
+                memory.load_state_dict(state)
+        return [*found, *self.memories]
+
+    def _new_memories(self, task: Task) -> list[MemoryPolicy]:
+        config = self.config.memory
+        return [
+            MemoryPolicy(
+                self.method,
+                config,
+                domain=task.name,
+                module=module,
+                position=task.position or 0,
+                protected=self.frozen,
+                seed=self.seed,
             )
-            if task.position is not None:
-                self.memory.load_state_dict(self._memory_state)
-            found.append(self.memory)
-        return found
+            for module in (self.method.layers if config.per_module else [None])
+        ]
 
     def training(self, task: Task) -> AbstractContextManager[None]:
         self._task = task
@@ -274,18 +289,20 @@ class RoutedLoRALearner(Learner):
     # From one task to the next
 
     def state(self) -> dict[str, Any]:
-        # Of the policy that has just trained; before the first task, nothing.
-        memory = self.memory.state_dict() if self.memory else self._memory_state
-        return {"frozen": list(self.frozen), "memory": memory}
+        return {"frozen": list(self.frozen), "memory": self._states_of_memories()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.frozen, self._memory_state = list(state["frozen"]), state["memory"]
+        self.frozen, self._memory_states = list(state["frozen"]), list(state["memory"])
+
+    def _states_of_memories(self) -> list[dict[str, Any]]:
+        """Of the policies that have just trained; before the first task, of none."""
+        if not self.memories:
+            return self._memory_states
+        return [memory.state_dict() for memory in self.memories]
 
     def history(self) -> dict[str, Any]:
-        return {
-            "routing": self.watch.history if self.watch else [],
-            "events": self.memory.events if self.memory else self._memory_state["events"],
-        }
+        events = [event for state in self._states_of_memories() for event in state["events"]]
+        return {"routing": self.watch.history if self.watch else [], "events": events}
 
 
 def _owners(batch: ChatBatch) -> Tensor:

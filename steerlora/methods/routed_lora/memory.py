@@ -69,6 +69,9 @@ class MemoryPolicy(Callback):
         adapter: routed by SAE features, through a learnt router.
         policy: steps between looks, and the thresholds above.
         domain: what trains, for the record.
+        module: name in ``adapter.layers`` of the only module that it looks at and changes; None:
+            one policy for all.
+        position: of the domain in its sequence, from 0: steps of a warm-up count from the first.
         protected: specialists that are neither merged nor pruned.
         seed: of fresh weights.
 
@@ -86,6 +89,8 @@ class MemoryPolicy(Callback):
         policy: MemoryConfig,
         *,
         domain: str,
+        module: str | None = None,
+        position: int = 0,
         protected: Collection[int] = (),
         seed: int = 0,
     ) -> None:
@@ -96,7 +101,17 @@ class MemoryPolicy(Callback):
                 f"{config.signal!r}, router {config.router!r}"
             )
         self.adapter, self.policy, self.domain = adapter, policy, domain
+        self.module, self.position = module, position
         self.protected, self.seed = frozenset(protected), seed
+        names = list(adapter.layers)
+        # Its row of `adapter.active`; its layers; where their routing is found.
+        self._row: Any = ... if module is None else names.index(module)
+        self._layers = list(adapter.layers.values()) if module is None else [adapter.layers[module]]
+        self._sites = {
+            layer: site
+            for layer, site in adapter.sites.items()
+            if module is None or module in adapter.modules_of(layer)
+        }
         self.events: list[dict[str, Any]] = []
         # Sums over tokens by name: since the last look, and by specialist over everything so far.
         self._window: dict[str, Tensor] = {}
@@ -111,18 +126,28 @@ class MemoryPolicy(Callback):
     def on_before_backward(
         self, trainer: L.Trainer, module: L.LightningModule, loss: Tensor
     ) -> None:
-        for layer, site in self.adapter.sites.items():
+        for layer, site in self._sites.items():
             self._count(layer, site)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         due = trainer.global_step % self.policy.every == 0 and begins_step(trainer, batch_idx)
-        if due and self._window:
+        if due and self._window and self._warm(trainer):
             self._window = self._whole_window()
-            layers = [p for layer in self.adapter.layers.values() for p in (layer.A, layer.B)]
+            layers = [p for layer in self._layers for p in (layer.A, layer.B)]
             with editable(trainer, layers, moments=True) as states:
                 self._decide(trainer.global_step, states)
+
+    def _warm(self, trainer: L.Trainer) -> bool:
+        """Whether the warm-up is over; every domain of a sequence has as many steps."""
+        earlier = self.position * trainer.max_steps if self.position else 0
+        return earlier + trainer.global_step >= self.policy.warmup
+
+    @property
+    def state_key(self) -> str:
+        """Under which a checkpoint has it: each module's policy has its own."""
+        return f"{type(self).__name__} {self.module}" if self.module else super().state_key
 
     def state_dict(self) -> dict[str, Any]:
         """The domain, the events (plain JSON), and the sums as a flat {name: tensor}.
@@ -150,6 +175,11 @@ class MemoryPolicy(Callback):
 
     # What is seen
 
+    @property
+    def active(self) -> Tensor:
+        """[E] bool, a view: what it changes."""
+        return self.adapter.active[self._row]
+
     @torch.no_grad()
     def _count(self, layer: int, site: Site) -> None:
         """Add the forward that has just been; nothing here waits for an accelerator."""
@@ -157,6 +187,8 @@ class MemoryPolicy(Callback):
         real = self.adapter.real_tokens(gate).flatten()
         gate = gate.flatten(0, 1)
         gate = gate.unsqueeze(1) if gate.dim() == 2 else gate  # [T, M, E]
+        if self.module is not None:
+            gate = gate[:, [self.adapter.modules_of(layer).index(self.module)]]
         gate = gate.float() * real[:, None, None]
         self._add("usage", gate.mean(1).sum(0))
         self._add("entropy", torch.special.entr(gate).sum(-1).mean(1).sum())
@@ -204,7 +236,7 @@ class MemoryPolicy(Callback):
     @torch.no_grad()
     def _decide(self, step: int, states: Mapping[Parameter, dict[str, Tensor]]) -> None:
         window, self._window = self._window, {}
-        settled = self.adapter.active.nonzero().flatten().tolist()
+        settled = self.active.nonzero().flatten().tolist()
         usage = (window["usage"] / window["tokens"]).tolist()
         nearest = self._nearest(window, settled)
         self._remember(window)
@@ -215,7 +247,8 @@ class MemoryPolicy(Callback):
             usage[first] += usage[second]
         left = [e for e in settled if e not in merged[1:]]
         pruned = self._prune(step, left, usage, self.policy.prune_usage / len(settled))
-        settle_moments(self.adapter, states, {*spawned, *merged, *pruned}, settled)
+        changed = {*spawned, *merged, *pruned}
+        settle_moments(self.adapter, states, changed, settled, self._layers)
 
     def _confidence(self, window: dict[str, Tensor], active: int) -> float:
         choices = min(self.adapter.config.top_k, active)
@@ -224,13 +257,13 @@ class MemoryPolicy(Callback):
         return max(0.0, 1 - float(window["entropy"] / window["tokens"]) / math.log(choices))
 
     def _spawn(self, step: int, confidence: float, nearest: float | None) -> list[int]:
-        inactive = (~self.adapter.active).nonzero().flatten().tolist()
+        inactive = (~self.active).nonzero().flatten().tolist()
         if nearest is None or not inactive:
             return []
         if confidence >= self.policy.spawn_confidence or nearest >= self.policy.spawn_similarity:
             return []
         new = inactive[0]
-        self.adapter.active[new] = True
+        self.active[new] = True
         self._record(
             step,
             "spawn",
@@ -252,7 +285,8 @@ class MemoryPolicy(Callback):
         first, second = free[i], free[j]
         masses = self._lasting["usage"][[first, second]]
         shares = (masses / masses.sum()).tolist()
-        merge_specialists(self.adapter, first, second, shares, self._generator(step, first))
+        generator = self._generator(step, first)
+        merge_specialists(self.adapter, first, second, shares, generator, self._layers)
         for held in self._lasting.values():
             held[..., first] += held[..., second]
         self._retire(step, second)
@@ -265,7 +299,7 @@ class MemoryPolicy(Callback):
         for specialist in sorted(settled, key=usage.__getitem__):
             if usage[specialist] >= least or specialist in self.protected:
                 continue
-            if int(self.adapter.active.sum()) <= self.adapter.config.top_k:
+            if int(self.active.sum()) <= self.adapter.config.top_k:
                 break
             self._retire(step, specialist)
             why = f"usage {usage[specialist]:.3f} < {least:.3f}"
@@ -274,18 +308,21 @@ class MemoryPolicy(Callback):
         return pruned
 
     def _retire(self, step: int, specialist: int) -> None:
-        self.adapter.active[specialist] = False
-        clear_specialist(self.adapter, specialist, self._generator(step, specialist))
+        self.active[specialist] = False
+        generator = self._generator(step, specialist)
+        clear_specialist(self.adapter, specialist, generator, self._layers)
         for held in self._lasting.values():
             held[..., specialist] = 0
 
     def _generator(self, step: int, specialist: int) -> torch.Generator:
         """A function of when and for which specialist, so that a resumed training draws alike."""
         words = f"{self.seed} {self.domain} {step} {specialist}"
+        words += f" {self.module}" if self.module else ""
         return torch.Generator().manual_seed(zlib.crc32(words.encode()))
 
     def _record(self, step: int, event: str, specialists: list[int], why: str) -> None:
         where = {"step": step, "domain": self.domain}
+        why = f"{self.module}: {why}" if self.module else why
         self.events.append({**where, "event": event, "specialists": specialists, "why": why})
 
 

@@ -38,7 +38,7 @@ def top_k_gate(
         logits: [..., E].
         top_k: specialists kept; E keeps all.
         temperature: tau.
-        active: [E] bool; the softmax is over these specialists alone. None: all.
+        active: [E] or [M, E] bool; the softmax is over these specialists alone. None: all.
         similarity: [..., E] in [-1, 1]; every probability is multiplied by (1 + similarity) / 2
             before the best are chosen.
     """
@@ -123,7 +123,8 @@ class Router(nn.Module):
         Args:
             signal: features, values and indices [B, S, K], or a dense signal [B, S, width].
             real: [B, S], True on real tokens.
-            active: [E], True on the specialists that may be used.
+            active: [E], True on the specialists that may be used; [M, E] where every module has its
+                own.
             state: of the same sequences, where these tokens continue them.
             restarts: [B, S], True where another sample begins in the same row (packing).
         """

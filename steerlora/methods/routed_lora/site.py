@@ -152,8 +152,9 @@ class Site:
         real = forward.real_tokens(read)
         signal = self.signal(read, real)
         before = self._state_so_far(forward, len(stream))
+        active = self.adapter.active_at(self.layer)
         routing, found.state = self.router(
-            signal, real, self.adapter.active, before, forward.restarts(real)
+            signal, real, active, before, forward.restarts(real)
         )
         found.seen = SeenTokens(signal, real)
         if not is_empty(found.state):
@@ -201,14 +202,15 @@ class Site:
         if len(real) != batch:
             return None
         if layer.together is None:  # some tokens were taken back
-            _, layer.together = self.router(signal, real, self.adapter.active)
+            active = self.adapter.active_at(self.layer)
+            _, layer.together = self.router(signal, real, active)
         return layer.together
 
     def _controlled(self, routing: Routing) -> Routing:
         intervention = self.adapter.running.intervention
         if intervention is None:
             return routing
-        self.facts.active = self.adapter.active
+        self.facts.active = self.adapter.active_at(self.layer)
         return intervention.apply_routing(routing, self.facts, self.layer)
 
     def _use(self, routing: Routing, stream: Tensor) -> None:

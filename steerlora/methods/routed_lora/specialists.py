@@ -22,10 +22,15 @@ def rows_of(adapter: Adapter, specialist: int) -> slice:
 
 
 @torch.no_grad()
-def clear_specialist(adapter: Adapter, specialist: int, generator: torch.Generator) -> None:
-    """As at the beginning: a random A, and B zero."""
+def clear_specialist(
+    adapter: Adapter,
+    specialist: int,
+    generator: torch.Generator,
+    layers: Collection[LowRank] | None = None,
+) -> None:
+    """As at the beginning, a random A, and B zero; in these adapted layers, None: in all."""
     rows = rows_of(adapter, specialist)
-    for layer in adapter.layers.values():
+    for layer in adapter.layers.values() if layers is None else layers:
         fresh = _fresh(layer, adapter.config.rank, generator)
         layer.A[rows] = fresh.A.to(layer.A)
         layer.B[:, rows] = 0
@@ -33,14 +38,19 @@ def clear_specialist(adapter: Adapter, specialist: int, generator: torch.Generat
 
 @torch.no_grad()
 def merge_specialists(
-    adapter: Adapter, first: int, second: int, shares: Sequence[float], generator: torch.Generator
+    adapter: Adapter,
+    first: int,
+    second: int,
+    shares: Sequence[float],
+    generator: torch.Generator,
+    layers: Collection[LowRank] | None = None,
 ) -> None:
     """Put shares[0] * first + shares[1] * second, approximated to rank R, into ``first``.
 
-    Rank components that the two together do not fill start afresh.
+    Rank components that the two together do not fill start afresh. ``layers`` as above.
     """
     rows, others, rank = rows_of(adapter, first), rows_of(adapter, second), adapter.config.rank
-    for layer in adapter.layers.values():
+    for layer in adapter.layers.values() if layers is None else layers:
         A, B = layer.A, layer.B
         merged_A, merged_B = merge_low_rank(
             [A[rows], A[others]], [B[:, rows], B[:, others]], shares, rank
@@ -56,6 +66,7 @@ def settle_moments(
     states: Mapping[nn.Parameter, dict[str, Tensor]],
     changed: Collection[int],
     typical: Sequence[int],
+    layers: Collection[LowRank] | None = None,
 ) -> None:
     """Make the Adam state of changed specialists that of a calm beginning.
 
@@ -63,7 +74,8 @@ def settle_moments(
     young moments, is the whole parameter's and is old by now, so zeros would give steps several
     times the learning rate. It becomes the mean of the ``typical`` specialists' in its place.
     """
-    for layer in adapter.layers.values() if changed else ():
+    layers = adapter.layers.values() if layers is None else layers
+    for layer in layers if changed else ():
         for parameter, along in ((layer.A, 0), (layer.B, 1)):
             state = states.get(parameter, {})
             if "exp_avg" not in state:

@@ -80,7 +80,7 @@ class TrainUnder(Callback):
         self._context.__exit__(type(exception), exception, exception.__traceback__)
 
     def _deal_domains(self) -> None:
-        active = self.adapter.active.nonzero().flatten().tolist()
+        active = self.adapter.available().nonzero().flatten().tolist()
         dealt = {d: active[i % len(active)] for i, d in enumerate(self.domain_names)}
         for site in self.adapter.sites.values():
             if site.facts is not None and not site.facts.specialist_of_domain:

@@ -85,16 +85,14 @@ def test_an_intervention_is_held_open_only_where_it_is_trained_under(make, phase
 
 def test_the_memory_policy_goes_on_from_domain_to_domain_and_not_in_joint_training(make):
     learner = make(memory=MemoryConfig(enabled=True, every=3))
-    assert learner.state() == {
-        "frozen": [],
-        "memory": {"domain": "", "events": [], "tensors": {}},
-    }
+    assert learner.state() == {"frozen": [], "memory": []}
     policy = learner.callbacks(in_sequence(0))[-1]
     assert isinstance(policy, MemoryPolicy)
     assert (policy.domain, policy.policy.every, policy.events) == ("law", 3, [])
     policy.events.append({"event": "spawn"})
     state = learner.state()
-    assert state["memory"]["events"] == learner.history()["events"] == [{"event": "spawn"}]
+    (of_policy,) = state["memory"]
+    assert of_policy["events"] == learner.history()["events"] == [{"event": "spawn"}]
 
     other = make(memory=MemoryConfig(enabled=True))
     other.load_state({"frozen": [2], "memory": state["memory"]})
@@ -105,6 +103,21 @@ def test_the_memory_policy_goes_on_from_domain_to_domain_and_not_in_joint_traini
     assert other.state()["frozen"] == [2]
     alone = other.callbacks(JOINT)[-1]
     assert (alone.domain, alone.events) == ("all", [])
+
+
+def test_every_module_may_have_a_memory_of_its_own(make):
+    config = MemoryConfig(enabled=True, per_module=True, warmup=9)
+    learner = make(memory=config, per_module=True)
+    policies = learner.callbacks(in_sequence(2))[1:]
+    assert [policy.module for policy in policies] == list(learner.method.layers)
+    assert {policy.position for policy in policies} == {2}
+    assert len({policy.state_key for policy in policies}) == len(policies)
+    policies[1].events.append({"event": "spawn"})
+    other = make(memory=config, per_module=True)
+    other.load_state(learner.state())
+    after = other.callbacks(in_sequence(0))[1:]
+    assert [len(policy.events) for policy in after[:3]] == [0, 1, 0]
+    assert other.history()["events"] == [{"event": "spawn"}]
 
 
 # Before the first step

@@ -45,9 +45,13 @@ def adapter(make_model, make_adapter):
     return make_adapter(make_model(), active=2)
 
 
-def policy_of(adapter, domain: str = "law", protected=(), **changes) -> MemoryPolicy:
+def policy_of(
+    adapter, domain: str = "law", protected=(), module=None, position: int = 0, **changes
+) -> MemoryPolicy:
     config = MemoryConfig(**{"every": EVERY, **NEVER, **changes})
-    return MemoryPolicy(adapter, config, domain=domain, protected=protected)
+    return MemoryPolicy(
+        adapter, config, domain=domain, module=module, position=position, protected=protected
+    )
 
 
 def topic(number: int, scale: float = 1.0) -> SparseFeatures:
@@ -75,6 +79,7 @@ def look(policy: MemoryPolicy, step: int = EVERY, optimizers=()) -> list[dict]:
     before = len(policy.events)
     trainer = SimpleNamespace(
         global_step=step,
+        max_steps=5 * EVERY,
         accumulate_grad_batches=1,
         strategy=None,
         optimizers=optimizers or [SimpleNamespace(state={})],
@@ -84,7 +89,7 @@ def look(policy: MemoryPolicy, step: int = EVERY, optimizers=()) -> list[dict]:
 
 
 def active(policy: MemoryPolicy) -> list[int]:
-    return policy.adapter.active.nonzero().flatten().tolist()
+    return policy.active.nonzero().flatten().tolist()
 
 
 EVEN, SURE = gates(0.5, 0.5, 0, 0), gates(0.98, 0.02, 0, 0)
@@ -382,6 +387,75 @@ def test_similarity_is_the_mean_over_sites(make_model, make_adapter):
     assert look(policy, 2 * EVERY)[0]["why"] == "confidence 0.000 < 0.5, similarity 0.500 < 0.8"
 
 
+# One policy a module
+
+
+EACH = {"per_module": True, "memory": MemoryConfig(enabled=True, per_module=True)}
+
+
+def test_a_policy_of_a_module_sees_and_changes_that_module_alone(make_model, make_adapter):
+    adapter = make_adapter(make_model(), active=3, **EACH)
+    names = adapter.modules_of(1)
+    assert adapter.active.shape == (len(names), E)
+    own, other = (
+        policy_of(adapter, module=name, prune_usage=0.5, protected=[0, 1]) for name in names[1:3]
+    )
+    before = {name: layer.B.clone() for name, layer in adapter.layers.items()}
+    gate = gates(0.4, 0.3, 0.3, 0).unsqueeze(2).repeat(1, 1, len(names), 1)
+    gate[:, :, 1] = torch.tensor([0.6, 0.39, 0.01, 0.0])
+    for policy in (own, other):
+        see(policy, gate, topic(0))
+    assert look(other) == []
+    (event,) = look(own)
+    assert (event["event"], event["specialists"]) == ("prune", [2])
+    assert event["why"].startswith(f"{names[1]}: usage 0.010")
+    assert active(own) == [0, 1]
+    assert active(other) == [0, 1, 2]
+    for name, layer in adapter.layers.items():
+        cleared = ~layer.B.view(-1, E, R).permute(1, 0, 2).flatten(1).any(1)
+        assert cleared.tolist() == [False, False, name == names[1], False]
+        assert name == names[1] or layer.B.equal(before[name])
+
+
+def test_routing_keeps_to_each_module_s_active_specialists(make_model, make_adapter, tokens):
+    model = make_model()
+    adapter = make_adapter(model, **EACH)
+    adapter.active[2, :2] = False
+    ids, mask = tokens([6, 4])
+    model(input_ids=ids, attention_mask=mask)
+    gate = adapter.sites[1].routing.gate
+    assert not gate[:, :, 2, :2].any()
+    assert gate[:, :, 2, 2:].any()
+    assert gate[:, :, 1, :2].any()
+    assert adapter.available().all()
+    with adapter.intervention("uniform_gate"):
+        model(input_ids=ids, attention_mask=mask)
+    assert adapter.sites[1].routing.gate[0, 0, 2].tolist() == [0, 0, 0.5, 0.5]
+
+
+# Warm-up
+
+
+def test_nothing_is_decided_in_the_warm_up_and_what_was_seen_counts(adapter):
+    policy = policy_of(adapter, warmup=2 * EVERY, prune_usage=0.9)
+    see(policy, SURE, topic(0))
+    adapter.active[2] = True
+    assert look(policy, EVERY) == []
+    see(policy, gates(0.5, 0.5, 0, 0), topic(0))
+    (event,) = look(policy, 2 * EVERY)
+    assert event["specialists"] == [2]
+    assert policy.state_dict()["tensors"]["lasting.usage"].sum() == pytest.approx(2 * B * S)
+
+
+def test_a_sequence_has_one_warm_up(adapter):
+    """The third domain begins after two times fifty steps."""
+    adapter.active[2] = True
+    early = policy_of(adapter, warmup=111, prune_usage=0.9, position=2)
+    see(early, EVEN, topic(0))
+    assert look(early, EVERY) == []
+    assert look(early, 2 * EVERY)
+
+
 # State
 
 
@@ -468,15 +542,21 @@ def batch(step: int) -> ChatBatch:
 def run(make_model, make_adapter):
     """``run(directory, *callbacks)``: the adapter and its policy, trained where all can fire."""
 
-    def train(directory: Path, *before: Callback) -> tuple[MethodModule, MemoryPolicy]:
+    def train(
+        directory: Path, *before: Callback, each: bool = False
+    ) -> tuple[MethodModule, MemoryPolicy]:
         model = make_model()
-        adapter = make_adapter(model, active=2)
+        adapter = make_adapter(model, active=2, **(EACH if each else {}))
         settings = TrainerConfig(batch_size=4, learning_rate=1e-2, checkpoint_seconds=1e-9)
         made = method_module(model, adapter, trainer=settings, steps=STEPS)
         thresholds = {"spawn_confidence": 1.0, "spawn_similarity": 1.0, "merge_similarity": 0.7}
-        policy = policy_of(adapter, every=4, prune_usage=0.8, **thresholds)
+        policies = [
+            policy_of(adapter, module=module, every=4, prune_usage=0.8, **thresholds)
+            for module in (adapter.layers if each else [None])
+        ]
+        policy = policies[-1]
         try:
-            train_module(made, batch, directory, STEPS, [*before, policy])
+            train_module(made, batch, directory, STEPS, [*before, *policies])
         except Stopped:
             return made, policy
         assert not any(isinstance(callback, StopAt) for callback in before)
@@ -485,15 +565,17 @@ def run(make_model, make_adapter):
     return train
 
 
-@pytest.mark.parametrize("stop", [4, 5, 8, 11])
-def test_a_resumed_training_decides_as_an_unbroken_one(run, tmp_path, stop):
-    """Stopped before a look that was due, and between two."""
-    unbroken, policy = run(tmp_path / "a")
+@pytest.mark.parametrize(
+    ("stop", "each"), [(4, False), (5, False), (8, False), (11, False), (5, True)]
+)
+def test_a_resumed_training_decides_as_an_unbroken_one(run, tmp_path, stop, each):
+    """Stopped before a look that was due, and between two; one policy, or one a module."""
+    unbroken, policy = run(tmp_path / "a", each=each)
     assert {event["event"] for event in policy.events} >= {"spawn", "merge"}
     assert {event["step"] for event in policy.events} <= {4, 8, 12}
-    _, stopped = run(tmp_path / "b", StopAt(stop))
+    _, stopped = run(tmp_path / "b", StopAt(stop), each=each)
     assert len(stopped.events) < len(policy.events)
-    resumed, again = run(tmp_path / "b")
+    resumed, again = run(tmp_path / "b", each=each)
     assert again.events == policy.events
     for name, value in unbroken.method.state_dict().items():
         assert torch.equal(value, resumed.method.state_dict()[name]), name
