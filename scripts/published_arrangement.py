@@ -160,7 +160,7 @@ def dense_features(sae: SparseAutoencoder, stream: Tensor) -> Tensor:
 
     A layer norm of x comes first where the SAE has one.
     """
-    if sae.normalize == "layer_norm":
+    if sae.normalize != "none":
         stream = stream - stream.mean(-1, keepdim=True)
         stream = stream / (stream.std(-1, keepdim=True) + 1e-5)
     shift = sae.b_dec if sae.apply_b_dec_to_input else 0

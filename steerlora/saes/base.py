@@ -59,7 +59,10 @@ class SparseAutoencoder(nn.Module):
     Args:
         width: D.
         latents: N.
-        normalize: ``none``, or ``layer_norm``: zero mean and unit (unbiased) deviation per token.
+        normalize: ``none``; ``layer_norm``: zero mean and unit (unbiased) deviation per token, of
+            what is encoded and reconstructed; ``layer_norm_input``: of what is encoded alone. The
+            activations themselves are then reconstructed, and ``b_dec``, which is one of them, is
+            not subtracted before encoding.
         apply_b_dec_to_input: subtract ``b_dec`` before encoding.
         unit_norm: in training, rows of ``W_dec`` are held at unit length and their gradients
             orthogonal to them. It decides no feature.
@@ -104,6 +107,8 @@ class SparseAutoencoder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(latents))
         self.W_dec = nn.Parameter(directions)
         self.b_dec = nn.Parameter(torch.zeros(width))
+        if normalize == "layer_norm_input":
+            self.apply_b_dec_to_input = False
 
     # What an architecture defines
 
@@ -197,12 +202,13 @@ class SparseAutoencoder(nn.Module):
     def normalized(self, x: Tensor) -> NormalizedInput:
         """x [..., D] of any floating type, in float32 and in the SAE's own units."""
         x = x.to(_at_least_float32(self.W_dec.dtype))
-        if self.normalize == "none":
+        if self.normalize != "layer_norm":
             return NormalizedInput(x, x.new_zeros(()), x.new_ones(()))
-        mean = x.mean(-1, keepdim=True)
-        # SAELens divides by the deviation plus epsilon and multiplies back by the deviation.
-        scale = x.std(-1, keepdim=True)
-        return NormalizedInput((x - mean) / (scale + _LAYER_NORM_EPSILON), mean, scale)
+        return _layer_normed(x)
+
+    def encoder_input(self, x: Tensor) -> Tensor:
+        """What is encoded of x [..., D], which is in the SAE's units: x, or its layer norm."""
+        return _layer_normed(x).x if self.normalize == "layer_norm_input" else x
 
     def encode(self, x: Tensor) -> SparseFeatures:
         """Features of every token, differentiable in x and in the parameters.
@@ -234,6 +240,7 @@ class SparseAutoencoder(nn.Module):
             bias: [N], in place of ``b_enc``.
         """
         bias = self.b_enc if bias is None else bias
+        x = self.encoder_input(x)
         shift = self.b_dec if self.apply_b_dec_to_input else torch.zeros_like(self.b_dec)
         W_enc, bias, shift = full(self.W_enc), full(bias), full(shift)
         with torch.autocast(x.device.type, enabled=False):
@@ -329,6 +336,13 @@ def squared_deviation(x: Tensor) -> Tensor:
     total, count = sum_over_ranks([x.sum(0), x.new_tensor(float(len(x)))])
     (squares,) = sum_over_ranks([(x - total / count).square().sum()])
     return squares / world()
+
+
+def _layer_normed(x: Tensor) -> NormalizedInput:
+    mean = x.mean(-1, keepdim=True)
+    # SAELens divides by the deviation plus epsilon and multiplies back by the deviation.
+    scale = x.std(-1, keepdim=True)
+    return NormalizedInput((x - mean) / (scale + _LAYER_NORM_EPSILON), mean, scale)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -21,7 +21,7 @@ SAES: Registry[type[SAEConfig]] = Registry(
 )
 sae = SAES.register
 
-NORMALIZATIONS = ("none", "layer_norm")
+NORMALIZATIONS = ("none", "layer_norm", "layer_norm_input")
 JUMP_PENALTIES = ("l0", "tanh")
 
 
@@ -43,8 +43,9 @@ class SAEConfig:
     latents: int = 512
     """N, from 1."""
     normalize: str = "none"
-    """What is done to every activation before it is encoded, and undone after decoding: "none", or
-    "layer_norm" (zero mean, unit deviation)."""
+    """What is done to every activation before it is encoded: "none", "layer_norm" (zero mean, unit
+    deviation; undone after decoding), or "layer_norm_input" (likewise, but the decoder reconstructs
+    the activation as it was; SAELens has no such SAE)."""
     max_tokens: int = 200_000
     """Tokens of activations that are harvested, over all domains."""
     steps: int | None = 1000

@@ -41,7 +41,7 @@ class ReLU(SparseAutoencoder):
         """Dense: early in training about half of all latents are active."""
         shift = self.b_dec if self.apply_b_dec_to_input else 0
         with torch.autocast(x.device.type, enabled=False):
-            latents = torch.relu((x - shift) @ self.W_enc + self.b_enc)
+            latents = torch.relu((self.encoder_input(x) - shift) @ self.W_enc + self.b_enc)
             residual = x - self.b_dec - latents @ F.normalize(self.W_dec, dim=1)
         penalty = self.l1 * latents.sum() / len(x)
         return TrainingErrors(residual.square().sum(), penalty, (latents > 0).sum(0).to(x.dtype))

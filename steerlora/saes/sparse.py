@@ -24,9 +24,9 @@ from torch.autograd.function import once_differentiable
 # matrix product); large enough on an accelerator to keep it busy.
 _CPU_BLOCK, _ACCELERATOR_BLOCK = 2**21, 2**27
 
-DENSE_FROM = 1 / 4
-"""Features without a k are dense where the busiest token has more than this share of all latents:
-on a CPU, bags and matrix products take alike from about there on."""
+DENSE_FROM, PROBED = 1 / 4, 128
+"""Features without a k are dense where one of the first so many tokens has more than this share of
+all latents: on a CPU, bags and matrix products take alike from about there on."""
 
 
 class SparseFeatures(NamedTuple):
@@ -146,9 +146,6 @@ class _Encode(torch.autograd.Function):
                     floor = torch.nextafter(largest.min(), largest.new_zeros(()))
             # Without a k every latent above the floor is kept, up to the block's busiest token.
             width = k or (max(1, int((scores > floor).sum(1).max())) if len(scores) else 1)
-            bounded = k or budget or extra_latents is not None
-            if not bounded and width > DENSE_FROM * len(table):
-                return _Encode._dense(ctx, x, W_enc, b_enc, shift)
             parts.append(top_k(scores, width))
             if extra_latents is not None:
                 extra = scores[:, extra_latents].topk(extra_k, dim=1, sorted=False)
@@ -162,15 +159,6 @@ class _Encode(torch.autograd.Function):
             values = torch.cat([values, torch.cat([extra.values for extra in extras])], 1)
             indices = torch.cat([indices, torch.cat([extra.indices for extra in extras])], 1)
         values = values.relu_()
-        ctx.save_for_backward(x, W_enc, shift, values, indices)
-        ctx.mark_non_differentiable(indices)
-        return values, indices
-
-    @staticmethod
-    def _dense(ctx, x, W_enc, b_enc, shift):
-        """Every latent of every token, in order."""
-        values = torch.addmm(b_enc, x - shift, W_enc).relu_()
-        indices = torch.arange(W_enc.shape[1], device=x.device).expand_as(values)
         ctx.save_for_backward(x, W_enc, shift, values, indices)
         ctx.mark_non_differentiable(indices)
         return values, indices
@@ -240,8 +228,8 @@ def sparse_encode(
         W_enc: [D, N], quickest when its transpose is contiguous.
         b_enc: [N].
         shift: [D], subtracted from every row of x.
-        k: active latents kept per token; None keeps every positive one, and all N entries where a
-            token has more than ``DENSE_FROM`` of them.
+        k: active latents kept per token; None keeps every positive one, and where these are many
+            (``DENSE_FROM``), all N entries.
         extra_latents: [n] latents of which the ``extra_k`` best are appended to every token's
             features (the auxiliary loss on dead latents); they may repeat the first k.
         extra_k: how many, at most n.
@@ -252,7 +240,19 @@ def sparse_encode(
         values and indices, [T, K + extra_k]; with no k, K is the largest number of active latents,
         or N.
     """
+    unbounded = k is None and budget is None and extra_latents is None
+    if unbounded and _many_active(x, W_enc, b_enc, shift):
+        values = torch.addmm(b_enc, x - shift, W_enc).relu()
+        indices = torch.arange(W_enc.shape[1], device=x.device)
+        return SparseFeatures(values, indices.expand_as(values))
     return SparseFeatures(*_Encode.apply(x, W_enc, b_enc, shift, k, budget, extra_latents, extra_k))
+
+
+@torch.no_grad()
+def _many_active(x: Tensor, W_enc: Tensor, b_enc: Tensor, shift: Tensor) -> bool:
+    scores = torch.addmm(b_enc, x[:PROBED] - shift, W_enc)
+    busiest = int((scores > 0).sum(1).max()) if len(scores) else 0
+    return busiest > DENSE_FROM * W_enc.shape[1]
 
 
 def sparse_decode(features: SparseFeatures, W_dec: Tensor, unit_rows: bool = False) -> Tensor:

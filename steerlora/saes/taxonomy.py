@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steerlora.saes.sparse import SparseFeatures, densified
+from steerlora.saes.sparse import SparseFeatures
 
 TOKENS = 1024
 """Tokens whose features are compared at once, densely."""
@@ -134,7 +134,7 @@ def absolute_change(before: SparseFeatures, after: SparseFeatures, latents: int)
     total = torch.zeros(latents, dtype=torch.float64)
     for start in range(0, len(before.values), TOKENS):
         one, other = (
-            densified(SparseFeatures(*(part[start : start + TOKENS] for part in given)), latents)
+            SparseFeatures(*(part[start : start + TOKENS] for part in given)).dense(latents)
             for given in (before, after)
         )
         total += (other - one).abs().sum(0).double().cpu()

@@ -19,7 +19,7 @@ FEW = -6.0
 
 def reference_latents(sae: SparseAutoencoder, x: torch.Tensor) -> torch.Tensor:
     """Dense ReLU(TopK(.)), in SAELens's words."""
-    if sae.normalize == "layer_norm":
+    if sae.normalize != "none":
         x = x - x.mean(-1, keepdim=True)
         x = x / (x.std(-1, keepdim=True) + 1e-5)
     x = x - sae.b_dec * sae.apply_b_dec_to_input
@@ -61,6 +61,8 @@ SETTINGS = [
     {"normalize": "layer_norm"},
     {"architecture": ReLU},
     {"architecture": ReLU, "bias": FEW},
+    {"architecture": ReLU, "normalize": "layer_norm_input"},
+    {"normalize": "layer_norm_input"},
     {"architecture": ReLU, "normalize": "layer_norm", "apply_b_dec_to_input": False},
 ]
 
@@ -275,7 +277,7 @@ def test_untrained_twin_has_the_shape_and_bias_but_other_directions(architecture
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"normalize": "batch"}, "choose from layer_norm, none"),
+        ({"normalize": "batch"}, "choose from layer_norm, layer_norm_input, none"),
         ({"normalize": "layernorm"}, "did you mean 'layer_norm'"),
         ({"k": LATENTS + 1}, f"1 <= k <= {LATENTS}"),
         ({"k": 0}, f"1 <= k <= {LATENTS}"),

@@ -39,7 +39,11 @@ def test_every_architecture_ships_a_file_and_knows_its_name():
 def test_the_published_recipe_can_be_chosen():
     config = compose.load(["model=micro_s", "sae=relu"])
     sae = config.sae
-    assert (sae.normalize, sae.l1, sae.latents) == ("layer_norm", 1e-3, 4 * config.model.width)
+    assert (sae.normalize, sae.l1, sae.latents) == (
+        "layer_norm_input",
+        1e-3,
+        4 * config.model.width,
+    )
     assert (sae.batch_size, sae.learning_rate, sae.epochs, sae.steps) == (1024, 1e-3, 5, None)
     assert sae.path is None
     assert compose.load(["sae=relu", "sae.latents=100"]).sae.latents == 100

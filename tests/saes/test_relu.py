@@ -17,9 +17,18 @@ def x() -> torch.Tensor:
     return torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
-def test_errors_are_those_of_the_sparse_features(apply_b_dec_to_input, x):
-    sae = ReLU(WIDTH, LATENTS, l1=0.3, apply_b_dec_to_input=apply_b_dec_to_input)
+@pytest.mark.parametrize(
+    ("normalize", "apply_b_dec_to_input"),
+    [("none", True), ("none", False), ("layer_norm_input", True)],
+)
+def test_errors_are_those_of_the_sparse_features(normalize, apply_b_dec_to_input, x):
+    sae = ReLU(
+        WIDTH,
+        LATENTS,
+        l1=0.3,
+        normalize=normalize,
+        apply_b_dec_to_input=apply_b_dec_to_input,
+    )
     with torch.no_grad():
         sae.b_dec += 0.5
     features = sae.encode(x)

@@ -206,8 +206,8 @@ class LinearRouter(Router):
         if not isinstance(signal, SparseFeatures):
             return signal.to(self.weight.dtype) @ self.weight + self.bias
         if is_dense(signal, len(self.weight)):
-            signal = signal.dense(len(self.weight))
-            return signal.to(self.weight.dtype) @ self.weight + self.bias
+            dense = signal.dense(len(self.weight))
+            return dense.to(self.weight.dtype) @ self.weight + self.bias
         active = signal.values.shape[-1]
         flat = F.embedding_bag(
             signal.indices.reshape(-1, active),

@@ -84,7 +84,7 @@ def make_pair(make_model, make_sae) -> Callable[..., Pair]:
         ours, slow = make_model(torch.float64), make_model(torch.float64)
         saes = {layer: make_sae(seed=layer).double() for layer in range(LAYERS)}
         if relu:
-            norm = {"normalize": "layer_norm", "apply_b_dec_to_input": False}
+            norm = {"normalize": "layer_norm_input"}
             saes = {layer: ReLU(32, 64, seed=layer, **norm).double() for layer in range(LAYERS)}
         config = RoutedLoRAConfig(
             signal="sae",
