@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import psutil
 import torch
-from bench_contenders import CONTENDERS, SLOW, Contender, make_batch
+from bench_contenders import CONTENDERS, SLOW, Contender, make_batch, said_of
 from rich.console import Console
 from rich.table import Table
 
@@ -61,6 +61,7 @@ TARGETS = (
     Target("sc_lora", "peft_all_layers", most=0.95),
     Target("sc_lora_all_losses", "sc_lora", most=2.2),
     Target("published", "sc_lora_reference", least=1.5),
+    Target("published_relu", "sc_lora_reference_relu", least=1),
     Target("published", "sc_lora", least=6),
     Target("published", "sc_lora", least=15, of="parameters"),
 )
@@ -82,6 +83,7 @@ def main() -> None:
         "targets": {target.name: str(target) for target in targets},
         "contenders": {
             name: {
+                "what": said_of(name),
                 "step_seconds": _spread(list(seconds[name].values())),
                 "steps": len(seconds[name]),
                 "tokens_per_second": tokens / statistics.median(seconds[name].values()),
@@ -169,11 +171,14 @@ def _spread(values: list[float]) -> dict[str, float]:
 def _print(result: dict) -> None:
     console = Console()
     table = Table(title="one training step")
-    for column in ("contender", "ms (median)", "tokens/s", "memory of training, MiB", "parameters"):
+    for column in ("contender", "SAE, losses"):
+        table.add_column(column, no_wrap=True)
+    for column in ("ms (median)", "tokens/s", "memory of training, MiB", "parameters"):
         table.add_column(column, justify="right")
     for name, figures in result["contenders"].items():
         table.add_row(
             name,
+            figures["what"],
             f"{1000 * figures['step_seconds']['median']:.1f}",
             f"{figures['tokens_per_second']:,.0f}",
             f"{figures['peak_memory_bytes'] / 2**20:.0f}",

@@ -1,4 +1,7 @@
-"""Who runs in ``bench_adapter.py``: every arrangement on a Qwen3 of the same size and weights."""
+"""Who runs in ``bench_adapter.py``: every arrangement on a Qwen3 of the same size and weights.
+
+The first line of each one's docstring is what its row says: the SAE, and which losses are on.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from steerlora.methods.monitor import Monitor
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.config import LossWeights, RoutedLoRAConfig
 from steerlora.saes.base import SparseAutoencoder
+from steerlora.saes.relu import ReLU
 from steerlora.saes.taxonomy import Taxonomy
 from steerlora.saes.topk import TopK
 from steerlora.training.language import next_token_loss
@@ -53,28 +57,60 @@ def make_batch(options: Namespace) -> ChatBatch:
 
 
 def sc_lora(options: Namespace, batch: ChatBatch) -> Contender:
-    """One site at 3/8 of the depth, a sparse linear router; no loss but the task's."""
+    """TopK, task loss
+
+    One site at 3/8 of the depth, a sparse linear router.
+    """
     return _ours(options, batch, sites=[_site(options)])
 
 
 def sc_lora_all_losses(options: Namespace, batch: ChatBatch) -> Contender:
-    """All seven losses at their published weights, with the monitor above the last layer."""
+    """TopK, all seven losses in our form
+
+    At their published weights, with the monitor above the last layer.
+    """
     return _ours(
         options, batch, sites=[_site(options)], monitor=options.layers, losses=PUBLISHED_WEIGHTS
     )
 
 
 def sc_lora_reference(options: Namespace, batch: ChatBatch) -> Contender:
-    """The published equations: a site at every layer, a perceptron router for every module."""
-    sites = list(range(options.layers))
-    return _ours(options, batch, sites=sites, source="base", router="mlp", per_module=True)
+    """TopK, task loss
+
+    The published equations: every layer steered by what it gives out, a perceptron router for every
+    module.
+    """
+    return _reference(options, batch, "topk")
+
+
+def sc_lora_reference_relu(options: Namespace, batch: ChatBatch) -> Contender:
+    """ReLU, task loss"""
+    return _reference(options, batch, "relu")
+
+
+def sc_lora_reference_losses(options: Namespace, batch: ChatBatch) -> Contender:
+    """ReLU, all seven losses as published"""
+    return _reference(options, batch, "relu", published_losses=True, losses=PUBLISHED_WEIGHTS)
 
 
 def published(options: Namespace, batch: ChatBatch) -> Contender:
-    """The published equations in the published arrangement."""
+    """TopK, task loss
+
+    The published equations in the published arrangement; without its budget controllers, which
+    nothing reads.
+    """
+    return _published(options, batch, "topk")
+
+
+def published_relu(options: Namespace, batch: ChatBatch) -> Contender:
+    """ReLU, task loss"""
+    return _published(options, batch, "relu")
+
+
+def _published(options: Namespace, batch: ChatBatch, sae: str) -> Contender:
     model = _model(options)
     setting = Setting(specialists=options.specialists, rank=options.rank, alpha=float(options.rank))
-    arrangement = PublishedArrangement(model, _saes(options, range(options.layers)), setting)
+    arrangement = PublishedArrangement(model, _saes(options, range(options.layers), sae), setting)
 
     def loss() -> Tensor:
         arrangement.observe(batch.input_ids, batch.attention_mask)
@@ -84,10 +120,12 @@ def published(options: Namespace, batch: ChatBatch) -> Contender:
 
 
 def peft_same_layers(options: Namespace, batch: ChatBatch) -> Contender:
+    """no SAE, task loss"""
     return _peft(options, batch, range(_site(options), options.layers))
 
 
 def peft_all_layers(options: Namespace, batch: ChatBatch) -> Contender:
+    """no SAE, task loss"""
     return _peft(options, batch, range(options.layers))
 
 
@@ -101,12 +139,34 @@ CONTENDERS: dict[str, Build] = {
         sc_lora_all_losses,
         sc_lora_reference,
         published,
+        sc_lora_reference_relu,
+        published_relu,
+        sc_lora_reference_losses,
     )
 }
-SLOW = {"sc_lora_reference", "published"}
+SLOW = {name for name in CONTENDERS if "reference" in name or "published" in name}
 
 
-def _ours(options: Namespace, batch: ChatBatch, **settings: Any) -> Contender:
+def said_of(name: str) -> str:
+    """What a contender's row says of it."""
+    return CONTENDERS[name].__doc__.splitlines()[0]
+
+
+def _reference(options: Namespace, batch: ChatBatch, sae: str, **settings: Any) -> Contender:
+    return _ours(
+        options,
+        batch,
+        sae,
+        sites=list(range(options.layers)),
+        source="base",
+        reads="output",
+        router="mlp",
+        per_module=True,
+        **settings,
+    )
+
+
+def _ours(options: Namespace, batch: ChatBatch, sae: str = "topk", **settings: Any) -> Contender:
     """Specialists that SAE features route, with these settings of the method."""
     model = _model(options)
     config = RoutedLoRAConfig(
@@ -115,7 +175,8 @@ def _ours(options: Namespace, batch: ChatBatch, **settings: Any) -> Contender:
         alpha=float(options.rank),
         **settings,
     )
-    adapter = Adapter(model, config, _saes(options, config.sites)).attach(model)
+    adapter = Adapter(model, config, _saes(options, config.sites, sae)).attach(model)
+    adapter.taxonomies = dict.fromkeys(config.sites, _taxonomy(options))
     learner = config.learner(
         adapter,
         model=model,
@@ -132,14 +193,18 @@ def _ours(options: Namespace, batch: ChatBatch, **settings: Any) -> Contender:
 
 
 def _monitor(model: nn.Module, adapter: Adapter, options: Namespace) -> Monitor:
-    """At the stream leaving the last layer, with as many features of each sort as is usual."""
+    """At the stream leaving the last layer."""
+    sae = _saes(options, [options.layers])[options.layers]
+    return Monitor(model, adapter, sae, options.layers, _taxonomy(options))
+
+
+def _taxonomy(options: Namespace) -> Taxonomy:
+    """As many features of each sort as is usual."""
     generator = torch.Generator().manual_seed(0)
     draws = torch.rand(1 + DOMAINS, options.latents, generator=generator)
     general, domain = draws[0] < 0.3, draws[1:] < 0.2
     unused = torch.zeros(options.latents)
-    taxonomy = Taxonomy(general, domain, draws[1:] * domain, draws[1:], unused)
-    sae = _saes(options, [options.layers])[options.layers]
-    return Monitor(model, adapter, sae, options.layers, taxonomy)
+    return Taxonomy(general, domain, draws[1:] * domain, draws[1:], unused)
 
 
 def _peft(options: Namespace, batch: ChatBatch, layers: Sequence[int]) -> Contender:
@@ -198,5 +263,11 @@ def _site(options: Namespace) -> int:
     return round(options.layers * 3 / 8)
 
 
-def _saes(options: Namespace, sites: Sequence[int]) -> dict[int, SparseAutoencoder]:
-    return {site: TopK(options.width, options.latents, k=options.k, seed=site) for site in sites}
+def _saes(
+    options: Namespace, sites: Sequence[int], sae: str = "topk"
+) -> dict[int, SparseAutoencoder]:
+    """{site: an untrained SAE}; of a ReLU one half of the latents are active."""
+    shape = (options.width, options.latents)
+    if sae == "relu":
+        return {site: ReLU(*shape, normalize="layer_norm_input", seed=site) for site in sites}
+    return {site: TopK(*shape, k=options.k, seed=site) for site in sites}

@@ -77,6 +77,8 @@ def shrunk(command: str, text_folder: Path, root: Path, pretrained: Path) -> lis
         tiny |= {"model.path": pretrained, "model.thinking": "null", "sae.path": "null"}
     if "experiment=continual" in words:
         tiny |= {"study.sequential_methods": "[lora,sc_lora_context]"}
+    if "experiment=published" in words:
+        tiny |= {"sae.epochs": "null"}
     if "experiment=calibration" in words:
         tiny |= {"study.seeds": "[0,1,2]", "study.scale_seeds": "[0,1,2]", "study.calibrate": "[2]"}
         tiny |= {"study.models": "[micro_m]", "study.interventions": "[shuffle]"}

@@ -48,6 +48,7 @@ def test_json_has_every_ratio_and_every_figure_of_every_contender(bench):
         "sc_lora_over_peft_all_layers": "at most 0.95",
         "sc_lora_all_losses_over_sc_lora": "at most 2.2",
         "published_over_sc_lora_reference": "at least 1.5",
+        "published_relu_over_sc_lora_reference_relu": "at least 1",
         "published_over_sc_lora": "at least 6",
         "published_over_sc_lora_parameters": "at least 15",
     }
@@ -62,14 +63,22 @@ def test_json_has_every_ratio_and_every_figure_of_every_contender(bench):
         "sc_lora_all_losses",
         "sc_lora_reference",
         "published",
+        "sc_lora_reference_relu",
+        "published_relu",
+        "sc_lora_reference_losses",
         "peft_same_layers",
         "peft_all_layers",
     }
     for name, figures in contenders.items():
-        assert figures["steps"] == (2 if name in ("published", "sc_lora_reference") else 4)
+        assert figures["steps"] == (2 if "published" in name or "reference" in name else 4)
         assert figures["tokens_per_second"] > 0
         assert isinstance(figures["peak_memory_bytes"], int)  # too little to be told from zero
         assert figures["step_seconds"]["min"] > 0
+    said = {name: figures["what"] for name, figures in contenders.items()}
+    assert said["sc_lora"] == said["sc_lora_reference"] == said["published"] == "TopK, task loss"
+    assert said["sc_lora_reference_relu"] == said["published_relu"] == "ReLU, task loss"
+    assert said["sc_lora_reference_losses"] == "ReLU, all seven losses as published"
+    assert said["sc_lora_all_losses"] == "TopK, all seven losses in our form"
     # The same equations in two arrangements, and the same adapter under two losses.
     assert contenders["published"]["parameters"] == contenders["sc_lora_reference"]["parameters"]
     assert contenders["sc_lora"]["parameters"] == contenders["sc_lora_all_losses"]["parameters"]
@@ -84,4 +93,6 @@ def test_the_table_shows_what_was_chosen_and_whether_the_target_is_met(bench, mo
     assert "published" not in shown
     row = next(line for line in shown.splitlines() if "sc_lora_over_peft_all_layers" in line)
     assert "at most 0.95" in row
+    contender = next(line for line in shown.splitlines() if "│ sc_lora " in line)
+    assert "TopK, task loss" in contender
     assert row.rstrip(" │").endswith(("yes", "no"))
