@@ -18,10 +18,9 @@ from steerlora.stages.common import WHERE, general_text, load_base, training_row
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationSettings:
-    """Attributes: sites: streams that control sites read, and what their SAEs are trained on beside;
-    monitor: a site beside them, None where there is no other; max_tokens: over all text;
-    max_length: of a row; seed: of the order of rows; accelerator and spread: where the model runs.
-    """
+    """Attributes: sites: streams that control sites read, and those that their SAEs write; monitor:
+    a site beside them, None where there is no other; max_tokens: over all text; max_length: of a
+    row; seed: of the order of rows; accelerator and spread: where the model runs."""
 
     sites: tuple[int, ...]
     monitor: int | None

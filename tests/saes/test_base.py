@@ -183,7 +183,7 @@ def test_relu_features_cover_every_active_latent_whatever_their_number(bias, rng
     features = sae.encode(x)
     busiest = (reference_latents(sae, x) > 0).sum(1).max()
     assert features.values.shape[1] == (LATENTS if bias == 0 else busiest)
-    torch.testing.assert_close(dense(features, LATENTS), reference_latents(sae, x))
+    torch.testing.assert_close(features.dense(LATENTS), reference_latents(sae, x))
 
 
 @pytest.mark.parametrize("part", [slice(0, 1), slice(K, K + 1), slice(1, 3)], ids=str)

@@ -18,7 +18,7 @@ from steerlora.distributed.reductions import mean_over_ranks, world
 from steerlora.lm.decoder import decoder_of
 from steerlora.methods.base import Learner, Task
 from steerlora.methods.interventions import INTERVENTIONS
-from steerlora.methods.routed_lora import losses, published_losses
+from steerlora.methods.routed_lora import losses, published_losses, published_metrics
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.compared_sites import ComparedSites
 from steerlora.methods.routed_lora.config import RoutedLoRAConfig
@@ -51,6 +51,7 @@ class RoutedLoRALearner(Learner):
     """Over the routing of the task in training."""
     _task: Task | None = None
     _sites: ComparedSites | None = None
+    _metrics: dict[str, float] = field(default_factory=dict)
     _memory_states: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -236,6 +237,10 @@ class RoutedLoRALearner(Learner):
         """Joint training: record what interventions need. In a sequence: freeze a specialist."""
         if task.position is None:
             self._record_facts(task)
+            if self._sites:
+                rows = {name: own[:FACT_ROWS] for name, own in task.rows.items()}
+                given = (self.model, self.method, self._sites, rows, self.pad_token_id)
+                self._metrics = published_metrics.measure(*given)
         elif self.config.isolation == "frozen":
             self._freeze_most_used(task)
 
@@ -302,7 +307,8 @@ class RoutedLoRALearner(Learner):
 
     def history(self) -> dict[str, Any]:
         events = [event for state in self._states_of_memories() for event in state["events"]]
-        return {"routing": self.watch.history if self.watch else [], "events": events}
+        found = {"routing": self.watch.history if self.watch else [], "events": events}
+        return found | ({"metrics": self._metrics} if self._metrics else {})
 
 
 def _owners(batch: ChatBatch) -> Tensor:

@@ -153,9 +153,7 @@ class Site:
         signal = self.signal(read, real)
         before = self._state_so_far(forward, len(stream))
         active = self.adapter.active_at(self.layer)
-        routing, found.state = self.router(
-            signal, real, active, before, forward.restarts(real)
-        )
+        routing, found.state = self.router(signal, real, active, before, forward.restarts(real))
         found.seen = SeenTokens(signal, real)
         if not is_empty(found.state):
             _refuse_unknown(forward, before)
