@@ -251,8 +251,7 @@ def sparse_encode(
 @torch.no_grad()
 def _many_active(x: Tensor, W_enc: Tensor, b_enc: Tensor, shift: Tensor) -> bool:
     scores = torch.addmm(b_enc, x[:PROBED] - shift, W_enc)
-    busiest = int((scores > 0).sum(1).max()) if len(scores) else 0
-    return busiest > DENSE_FROM * W_enc.shape[1]
+    return bool(((scores > 0).sum(1) > DENSE_FROM * scores.shape[1]).any())
 
 
 def sparse_decode(features: SparseFeatures, W_dec: Tensor, unit_rows: bool = False) -> Tensor:

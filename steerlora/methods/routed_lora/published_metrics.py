@@ -104,9 +104,9 @@ def measure(
 
 
 def _accuracy(seen: Sequence[Seen]) -> float:
-    counts = torch.stack(
-        [one.gates.argmax(-1).bincount(minlength=one.gates.shape[1]) for one in seen]
-    ).cpu()
+    numbers = torch.arange(seen[0].gates.shape[1], device=seen[0].gates.device)
+    counts = [(one.gates.argmax(-1, keepdim=True) == numbers).sum(0) for one in seen]
+    counts = torch.stack(counts).cpu()  # [D, E]
     domains, specialists = linear_sum_assignment(counts.numpy(), maximize=True)
     return float(counts[domains, specialists].sum() / counts.sum())
 
