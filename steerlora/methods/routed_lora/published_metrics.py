@@ -18,6 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from steerlora.data.chat import EncodedChat, collate
+from steerlora.distributed.shards import sharded, whole_weights
 from steerlora.lm.decoder import decoder_of
 from steerlora.methods.monitor import squared_change
 from steerlora.methods.routed_lora.adapter import Adapter
@@ -135,13 +136,17 @@ def _strongest(features: SparseFeatures) -> Tensor:
 def interference(adapter: Adapter) -> float:
     """Mean cosine of the updates of two active specialists; 0 where there are no two.
 
-    <B_i A_i, B_j A_j> = sum((B_i^T B_j) * (A_i A_j^T)): no [D_out, D_in] matrix.
+    <B_i A_i, B_j A_j> = sum((B_i^T B_j) * (A_i A_j^T)): no [D_out, D_in] matrix. Collective where
+    ranks share the weights.
     """
     count, cosines = adapter.config.specialists, []
+    weights = {p: p for p in adapter.layers.parameters()}
+    if any(map(sharded, weights)):
+        weights = whole_weights(adapter.layers)
     active = adapter.active.expand(len(adapter.layers), count)
     for layer, own in zip(adapter.layers.values(), active, strict=True):
-        A = layer.A.unflatten(0, (count, -1))  # [E, R, D_in]
-        B = layer.B.t().unflatten(0, (count, -1))  # [E, R, D_out]
+        A = weights[layer.A].unflatten(0, (count, -1))  # [E, R, D_in]
+        B = weights[layer.B].t().unflatten(0, (count, -1))  # [E, R, D_out]
         products = torch.einsum("ird,jsd->ijrs", A, A) * torch.einsum("ird,jsd->ijrs", B, B)
         gram = products.sum((-2, -1))
         norms = gram.diagonal().clamp_min(1e-12).sqrt()

@@ -90,3 +90,22 @@ def test_it_passes_for_the_layer_it_replaces():
     assert layer.weight is layer.base.weight
     with pytest.raises(AttributeError):
         _ = layer.no_such_thing
+
+
+def test_dropout_drops_the_specialists_inputs_and_only_where_a_gradient_is_recorded():
+    scale = random(50, E * R, seed=2)
+    layer = adapted(SimpleNamespace(scale=scale, columns=None, disabled=False))
+    layer.low_rank.A.data = random(E * R, D_IN, seed=6)
+    x = random(50, D_IN, seed=1)
+    with torch.no_grad():
+        intact = layer(x)
+    layer.dropout = 0.25
+    with torch.no_grad():
+        assert layer(x).equal(intact)
+    torch.manual_seed(0)
+    found = layer(x)
+    torch.manual_seed(0)
+    dropped = torch.nn.functional.dropout(x, 0.25)
+    assert 0.15 < (dropped == 0).double().mean() < 0.35
+    update = slow(layer, dropped, scale) - layer.base(dropped)
+    torch.testing.assert_close(found, layer.base(x) + update, atol=1e-10, rtol=0)
