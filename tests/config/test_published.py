@@ -6,7 +6,10 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 from steerlora.cli import compose
+from steerlora.errors import UserError
 
 PAGE = (Path(__file__).parents[2] / "docs/published.md").read_text(encoding="utf-8")
 
@@ -58,3 +61,25 @@ def test_the_reference_has_every_published_choice():
     assert (ours.reads, ours.published_losses, ours.replay.ratio) == ("input", False, 0)
     assert (ours.optimizer.constant_rate, ours.optimizer.over_domains) == (False, False)
     assert ours.dropout == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("trainer=zero2", "under trainer.strategy=zero2 no rank has the whole optimizer"),
+        ("method.isolation=frozen", "set method.optimizer.over_domains=false"),
+        ("method.per_module=false", "set method.per_module=true"),
+        ("method.source=inline", "set method.source=base"),
+        ("method.reads=input", "set method.signal=sae and method.reads=output"),
+        ("method.replay.how=batches", "method.replay.how=batches: choose from rows, steps"),
+        ("method.dropout=1", "method.dropout=1.0: must be from 0 and below 1"),
+        ("method.memory.warmup=-1", "method.memory.warmup=-1: must not be negative"),
+        ("method.rank_hidden=0", "method.rank_hidden=0: must be greater than 0"),
+        ("features.frequency=text", "features.frequency=text: choose from domains, general_text"),
+        ("features.control=shuffled", "features.control=shuffled: choose from dense, none, random"),
+        ("features.drift=tokens", "features.drift=tokens: did you mean 'token'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_what_would(changes, message):
+    with pytest.raises(UserError, match=message):
+        compose.load(["method=sc_lora_reference", *changes.split()])

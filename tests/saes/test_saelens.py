@@ -44,6 +44,7 @@ def write(directory: Path, config: dict, sae: SparseAutoencoder | None = None) -
         {},
         {"normalize": "layer_norm", "apply_b_dec_to_input": False},
         {"architecture": ReLU},
+        {"architecture": ReLU, "normalize": "layer_norm_input"},
     ],
     ids=str,
 )
