@@ -43,8 +43,8 @@ class SourceConfig:
     """Template of the answer. Needs ``prompt``, and excludes ``messages``."""
 
     messages: str | None = None
-    """Column with a list of turns {role, content}. The first turn of the user and the answer to it
-    are read. Excludes ``prompt`` and ``response``."""
+    """Column with a list of turns {role, content}, of a system, a user and an assistant. All turns
+    up to the last answer are read. Excludes ``prompt`` and ``response``."""
 
     @property
     def local(self) -> bool:
@@ -64,8 +64,8 @@ class DomainsConfig:
     "hub" (the datasets in ``sources``)."""
 
     dir: str | None = None
-    """Folder of a ``<domain>_train.jsonl`` for each domain, with the columns prompt and response.
-    Required by kind "text"."""
+    """Folder of a ``<domain>_train.jsonl`` for each domain, with the columns prompt and response,
+    or messages. Required by kind "text"."""
 
     # Mappings until they are checked below: the command line cannot add to a typed dictionary.
     sources: dict[str, Any] = field(default_factory=dict)
@@ -91,12 +91,16 @@ class DomainsConfig:
     evaluation_items: int = 200
     """Items of each evaluation set. At least 1. Kinds "text" and "hub" may have fewer."""
 
+    prompt_characters: int | None = None
+    """Characters of a prompt at most, for kind "text": a longer prompt loses its middle, and is
+    counted. At least 1; null keeps prompts whole."""
+
     seed: int = 0
     """Seed of the generated world, or of the split of the text. At least 0."""
 
     def __post_init__(self) -> None:
         one_of("domains.kind", self.kind, ("micro", "text", "hub"))
-        positive("domains", self, "train_items pretrain_items evaluation_items")
+        positive("domains", self, "train_items pretrain_items evaluation_items prompt_characters")
         if len(set(self.names)) != len(self.names) or not self.names:
             raise UserError(f"domains.names={self.names}: name each domain once")
         one_of("domains.broad", self.broad, self.names)

@@ -13,7 +13,7 @@ class EvaluationConfig:
     """Which tasks lm-eval scores, and how."""
 
     batch_size: int = 128
-    """Sequences in one batch. At least 1."""
+    """Sequences in one batch at most. At least 1."""
 
     limit: int | None = None
     """Items of each task at most, or of each task in a group of lm-eval's. At least 1; null takes
@@ -26,8 +26,10 @@ class EvaluationConfig:
     tasks: list[str] | None = None
     """Names of the tasks to score. Null scores every task of ``groups`` and of the domains."""
 
-    max_length: int | None = 256
-    """Tokens of context at most. At least 1; null takes the model's own limit."""
+    max_length: int | None = None
+    """Tokens of context at most. At least 1; null takes the model's own limit. A prompt that does
+    not fit beside its answer loses its beginning; a warning says how many do, and so does each
+    score."""
 
     max_generated_tokens: int | None = None
     """Tokens of a written answer at most. At least 1; null takes what the task says. Either way,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass, field
 
 from steerlora.config.checks import positive
 from steerlora.errors import UserError
+
+DATE = "2024-07-26"
+"""What Llama 3.2's chat template prints where it is told of no clock."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,10 @@ class ModelConfig:
     and everything else. False asks for the answer at once; null leaves it to the template. Must be
     null for a model that is pretrained here."""
 
+    date: str = DATE
+    """The day that a chat template is told is today, where it prints it (Llama 3.2's does), in
+    training, evaluation and everything else: year-month-day."""
+
     control_sites: list[int] = field(default_factory=lambda: [1])
     """Control sites that suit this model, for the sections that ask for a default: layer numbers,
     about 3/8 of the depth."""
@@ -106,6 +114,12 @@ class ModelConfig:
             "layers width heads kv_heads head_width ffn_width vocabulary steps batch_size "
             "target_loss tolerance learning_rate matrix_learning_rate prompt_weight",
         )
+        try:
+            datetime.date.fromisoformat(self.date)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"model.date={self.date}: give a day as year-month-day, such as {DATE}"
+            ) from None
         if self.thinking is not None and self.path is None:
             raise UserError(
                 f"model.thinking={str(self.thinking).lower()}: models pretrained here do not "

@@ -25,7 +25,16 @@ class TrainerConfig:
     ``accumulate``."""
 
     max_length: int = 128
-    """Tokens of a conversation at most. A longer prompt loses its beginning. At least 1."""
+    """Tokens of a conversation at most. Of a longer one the last answer loses its tail, its end of
+    turn included, and then what comes before it its beginning; a warning says of how many. At least
+    1."""
+
+    drop_cut: bool = False
+    """Whether conversations of which the last answer lost its tail are left out of adapter
+    training."""
+
+    last_turn_only: bool = False
+    """Whether the loss counts the last answer of a conversation only, and not every answer."""
 
     packing: bool = False
     """Whether a row of ``max_length`` tokens is filled with several conversations of one domain,

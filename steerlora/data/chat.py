@@ -1,76 +1,126 @@
-"""Prompts and responses as token ids: chat template, masks of the loss, batches.
+"""Conversations as token ids: what fits, masks of the loss, batches.
 
 B batch, S sequence.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from steerlora.data.conversations import Conversation, exchange
+from steerlora.data.templates import render
 from steerlora.errors import UserError
 
 IGNORED = -100
 """Label of a token that does not enter the loss (torch's cross_entropy convention)."""
 
 
+MOST_TOKENS = 2**15
+"""Tokens of a batch that is only read, padding included: rows may be as long as the model's
+context."""
+
+
 class EncodedChat(NamedTuple):
-    """One conversation turn as token ids; the response is ``input_ids[response_start:]``."""
+    """A conversation as token ids; its last answer is ``input_ids[response_start:]``.
+
+    Attributes:
+        input_ids: all of it, or as much as fits.
+        response_start: number of tokens before the last answer.
+        earlier: the answers before the last that the loss counts, as (first token, one after the
+            last).
+        prompt_cut: whether what comes before the last answer lost its beginning.
+        response_cut: whether the last answer lost its tail, and with it its end of turn.
+    """
 
     input_ids: list[int]
     response_start: int
+    earlier: tuple[tuple[int, int], ...] = ()
+    prompt_cut: bool = False
+    response_cut: bool = False
+
+    @property
+    def answers(self) -> tuple[tuple[int, int], ...]:
+        """Everything that the loss counts, as (first token, one after the last)."""
+        return (*self.earlier, (self.response_start, len(self.input_ids)))
 
 
 def encode_chat(tokenizer, prompt: str, response: str, max_length: int) -> EncodedChat:
-    """One row of :func:`encode_chats`."""
-    return encode_chats(tokenizer, [(prompt, response)], max_length)[0]
+    """One question and its answer, by :func:`encode_chats`."""
+    return encode_chats(tokenizer, [exchange(prompt, response)], max_length)[0]
 
 
-def encode_chats(tokenizer, rows: Sequence[tuple[str, str]], max_length: int) -> list[EncodedChat]:
-    """Render prompts and responses through the tokenizer's chat template.
+def encode_chats(
+    tokenizer, rows: Sequence[Conversation], max_length: int, *, last_only: bool = False
+) -> list[EncodedChat]:
+    """Render conversations through the tokenizer's chat template.
 
-    A prompt is tokenized exactly as at generation time (with the generation prompt) and the
-    response after it, up to its end of turn. Where both exceed ``max_length`` tokens, the response
-    loses its tail (not its end of turn) until half is left to the prompt, and the prompt its
-    beginning.
+    What comes before the last answer is tokenized exactly as at generation time (with the
+    generation prompt) and the answer after it, up to its end of turn. Where both exceed
+    ``max_length`` tokens, the answer loses its tail, its end of turn included, until half is left
+    to what comes before; and that loses its beginning, and with it the loss of earlier answers.
 
     Args:
         tokenizer: with a chat template.
-        rows: (prompt, response) pairs.
+        rows: the conversations.
         max_length: tokens of a conversation at most.
+        last_only: only the last answer of a conversation is to be learnt.
+
+    Raises:
+        UserError: as :func:`steerlora.data.templates.render`.
     """
     if not rows:
         return []
-    render = partial(tokenizer.apply_chat_template, tokenize=False)
-    asked = [[{"role": "user", "content": prompt}] for prompt, _ in rows]
-    answered = [
-        [*turns, {"role": "assistant", "content": response}]
-        for turns, (_, response) in zip(asked, rows, strict=True)
-    ]
-    openings, closings = render(asked, add_generation_prompt=True), []
-    for opening, whole, (_, response) in zip(openings, render(answered), rows, strict=True):
-        # Templates that open the answer differently in training and generation: trust generation.
-        end_of_turn = tokenizer.eos_token or ""
-        closing = whole[len(opening) :] if whole.startswith(opening) else response + end_of_turn
-        if end_of_turn and end_of_turn in closing:  # templates may go on after it, with a newline
-            closing = closing[: closing.rindex(end_of_turn) + len(end_of_turn)]
-        closings.append(closing)
-    prompts = tokenizer(openings, add_special_tokens=False)["input_ids"]
-    responses = tokenizer(closings, add_special_tokens=False)["input_ids"]
+    rendered = render(tokenizer, rows, last_only=last_only)
+    prompts = tokenizer(
+        [row.opening for row in rendered],
+        add_special_tokens=False,
+        return_offsets_mapping=any(row.earlier for row in rendered),
+    )
+    responses = tokenizer([row.closing for row in rendered], add_special_tokens=False)["input_ids"]
     encoded = []
-    for prompt_ids, response_ids in zip(prompts, responses, strict=True):
-        room = max_length - min(len(prompt_ids), max_length // 2)
-        if len(response_ids) > room:
-            response_ids = [*response_ids[: room - 1], response_ids[-1]]
-        prompt_ids = prompt_ids[max(0, len(prompt_ids) + len(response_ids) - max_length) :]
-        encoded.append(EncodedChat([*prompt_ids, *response_ids], len(prompt_ids)))
+    for index, (row, response_ids) in enumerate(zip(rendered, responses, strict=True)):
+        earlier = []
+        if row.earlier:
+            earlier = _tokens_of(row.earlier, prompts["offset_mapping"][index])
+        encoded.append(_fitted(prompts["input_ids"][index], response_ids, earlier, max_length))
     return encoded
+
+
+def _tokens_of(
+    spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Spans of characters as spans of the tokens that end in them.
+
+    Args:
+        spans: (first character, one after the last), in order.
+        offsets: the same of every token.
+    """
+    ends = [end for _, end in offsets]
+    found = ((bisect_right(ends, first), bisect_right(ends, stop)) for first, stop in spans)
+    return [(first, stop) for first, stop in found if first < stop]
+
+
+def _fitted(
+    prompt: list[int], response: list[int], earlier: list[tuple[int, int]], max_length: int
+) -> EncodedChat:
+    room = max_length - min(len(prompt), max_length // 2)
+    kept = response[:room]
+    lost = max(0, len(prompt) + len(kept) - max_length)
+    return EncodedChat(
+        [*prompt[lost:], *kept],
+        len(prompt) - lost,
+        # A token without one before it is not predicted.
+        tuple((first - lost, stop - lost) for first, stop in earlier if first > lost),
+        prompt_cut=lost > 0,
+        response_cut=len(kept) < len(response),
+    )
 
 
 class Shares(NamedTuple):
@@ -197,7 +247,7 @@ def collate(
 ) -> ChatBatch:
     """Pad ``rows`` on the right to the longest and mark where the loss counts.
 
-    Responses always do; prompts with ``prompt_weight``, not at all where it is zero.
+    Answers always do; what is between them with ``prompt_weight``, not at all where it is zero.
     """
     width = max(len(row.input_ids) for row in rows)
     input_ids = torch.full((len(rows), width), pad_token_id)
@@ -205,18 +255,35 @@ def collate(
     labels = torch.full((len(rows), width), IGNORED)
     for index, row in enumerate(rows):
         ids = torch.tensor(row.input_ids)
-        start = 0 if prompt_weight else row.response_start
         input_ids[index, : len(ids)] = ids
         attention_mask[index, : len(ids)] = 1
-        labels[index, start : len(ids)] = ids[start:]
+        for start, stop in [(0, len(ids))] if prompt_weight else row.answers:
+            labels[index, start:stop] = ids[start:stop]
     weights = None
     if prompt_weight:
-        starts = torch.tensor([row.response_start for row in rows])[:, None]
-        in_prompt = torch.arange(width) < starts
-        weights = torch.where(in_prompt, prompt_weight, 1.0)
+        weights = torch.full((len(rows), width), prompt_weight)
+        for index, row in enumerate(rows):
+            for start, stop in row.answers:
+                weights[index, start:stop] = 1.0
     tokens = sum(len(row.input_ids) for row in rows)
     owners = torch.tensor(list(domains))
     return ChatBatch(input_ids, attention_mask, labels, owners, tokens, weights)
+
+
+def by_length(rows: Sequence[EncodedChat], size: int) -> Iterator[list[int]]:
+    """Indices of every row once, the shortest first, in groups of a batch.
+
+    A group has at most ``size`` rows, and `MOST_TOKENS` tokens where it has more than one row.
+    """
+    group: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids)):
+        full = (len(group) + 1) * len(rows[index].input_ids) > MOST_TOKENS
+        if group and (full or len(group) == size):
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
 
 
 def batches_by_length(
@@ -226,14 +293,12 @@ def batches_by_length(
 
     Args:
         rows: the conversations.
-        size: B, of all but the last batch.
+        size: B at most.
         pad_token_id: fills the right.
         domain: of all rows; -1: none.
     """
-    rows = sorted(rows, key=lambda row: len(row.input_ids))
-    for start in range(0, len(rows), size):
-        chosen = rows[start : start + size]
-        yield collate(chosen, [domain] * len(chosen), pad_token_id)
+    for group in by_length(rows, size):
+        yield collate([rows[index] for index in group], [domain] * len(group), pad_token_id)
 
 
 class ChatBatches:
@@ -248,7 +313,7 @@ class ChatBatches:
         batch_size: B.
         pad_token_id: fills the right.
         seed: of every order.
-        prompt_weight: weight of prompt tokens in the loss; responses weigh 1.
+        prompt_weight: weight of prompt tokens in the loss; answers weigh 1.
     """
 
     WINDOW = 16

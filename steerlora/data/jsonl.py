@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from steerlora.data.conversations import Conversation, from_row
 from steerlora.engine.content import open_file
 from steerlora.errors import UserError
 
@@ -48,9 +49,9 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict]]:
             yield place, row
 
 
-def read_rows(path: Path) -> list[tuple[str, str]]:
-    """(prompt, response) of every row of a file of a domains artifact."""
-    return [(row["prompt"], row["response"]) for _, row in read_objects(path)]
+def read_rows(path: Path) -> list[Conversation]:
+    """The conversation of every row of a file of a domains artifact."""
+    return [from_row(row) for _, row in read_objects(path)]
 
 
 def write_objects(path: Path, rows: Iterable[Mapping]) -> None:
@@ -64,5 +65,5 @@ def write_objects(path: Path, rows: Iterable[Mapping]) -> None:
 
 
 def type_name(value: object) -> str:
-    """What a message calls the type of one of JSON's values."""
-    return _TYPE_NAMES[type(value)]
+    """What a message calls the type of a value, JSON's or another."""
+    return _TYPE_NAMES.get(type(value), type(value).__name__)

@@ -113,7 +113,7 @@ class PackedBatches:
 def collate_packed(
     rows: Sequence[Sequence[EncodedChat]], domains: Sequence[int], pad_token_id: int, length: int
 ) -> ChatBatch:
-    """Rows of several conversations each, padded on the right to ``length``; responses count.
+    """Rows of several conversations each, padded on the right to ``length``; answers count.
 
     A conversation's first token is never a label: what stands before it is another's last.
     """
@@ -124,9 +124,11 @@ def collate_packed(
         start = 0
         for chat in row:
             ids = torch.tensor(chat.input_ids)
-            end, response = start + len(ids), max(chat.response_start, 1)
+            end = start + len(ids)
             input_ids[index, start:end] = ids
-            labels[index, start + response : end] = ids[response:]
+            for first, stop in chat.answers:
+                first = max(first, 1)
+                labels[index, start + first : start + stop] = ids[first:stop]
             position_ids[index, start:end] = torch.arange(len(ids))
             start = end
     real = position_ids >= 0

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from steerlora.data.chat import EncodedChat, collate, encode_chats
+from steerlora.data.chat import EncodedChat, by_length, collate, encode_chats
+from steerlora.data.conversations import Conversation
 
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Config fields of models whose logits are more than the output embedding of the hidden state."""
@@ -29,28 +30,31 @@ class CrossEntropy(NamedTuple):
     stderr: float
     """Standard error of ``value`` over rows, as the ratio of two sums (Cochran 1977, *Sampling
     Techniques*, section 6.4); NaN for a single row."""
+    cut: int = 0
+    """Rows that did not fit, of which the prompt or the response lost a part."""
 
 
 @torch.no_grad()
 def heldout_cross_entropy(
     model: nn.Module,
     tokenizer,
-    rows: Sequence[tuple[str, str]],
+    rows: Sequence[Conversation],
     *,
     batch_size: int,
     max_length: int,
 ) -> CrossEntropy:
-    """Score the responses of ``rows``, end of turn included and prompt excluded.
+    """Score the answers of ``rows``, ends of turn included and all that is asked excluded.
 
     Rows are sorted by length before batching, so that little of a batch is padding; a batch is
-    padded on the right. Where the model lets us, only response positions reach the output
-    embedding: with a large vocabulary the logits of the prompt would be most of the work.
+    padded on the right, and of long rows it has fewer. Where the model lets us, only positions of
+    answers reach the output embedding: with a large vocabulary the logits of the prompt would be
+    most of the work.
 
     Args:
         model: a causal language model of transformers, adapted or not; left in the mode it was in.
         tokenizer: its tokenizer, with a chat template and a padding token.
-        rows: held-out (prompt, response) pairs.
-        batch_size: rows a batch.
+        rows: held-out conversations.
+        batch_size: rows a batch at most.
         max_length: most tokens of a row; see :func:`steerlora.data.chat.encode_chats`.
 
     Returns:
@@ -58,19 +62,18 @@ def heldout_cross_entropy(
     """
     assert rows, "no rows to score"
     encoded = encode_chats(tokenizer, rows, max_length)
-    by_length = sorted(range(len(rows)), key=lambda index: len(encoded[index].input_ids))
     per_item: dict[int, tuple[float, int]] = {}
     training = model.training
     model.eval()
     try:
-        for start in range(0, len(rows), batch_size):
-            indices = by_length[start : start + batch_size]
+        for indices in by_length(encoded, batch_size):
             batch = [encoded[index] for index in indices]
             losses = _response_losses(model, batch, tokenizer.pad_token_id)
             per_item |= zip(indices, losses, strict=True)
     finally:
         model.train(training)
-    return summarise([per_item[index] for index in range(len(rows))])
+    found = summarise([per_item[index] for index in range(len(rows))])
+    return found._replace(cut=sum(row.prompt_cut or row.response_cut for row in encoded))
 
 
 def summarise(per_item: list[tuple[float, int]]) -> CrossEntropy:
@@ -85,7 +88,7 @@ def summarise(per_item: list[tuple[float, int]]) -> CrossEntropy:
 def _response_losses(
     model: nn.Module, rows: Sequence[EncodedChat], pad_token_id: int
 ) -> list[tuple[float, int]]:
-    """Summed loss in nats and number of tokens of each row's response."""
+    """Summed loss in nats and number of tokens of each row's answers."""
     device = next(model.parameters()).device
     batch = collate(rows, [-1] * len(rows), pad_token_id).to(device)
     labels = batch.labels[:, 1:]  # position s predicts token s + 1; token 0 has no predictor

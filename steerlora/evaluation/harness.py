@@ -20,12 +20,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from steerlora.config.model import DATE
 from steerlora.errors import UserError, nearest
 from steerlora.evaluation import registered
 from steerlora.evaluation.registered import Loaded
 from steerlora.evaluation.scores import Score
 from steerlora.evaluation.statistics import standard_error
 from steerlora.evaluation.suite import OWN, Suite
+from steerlora.lm.dates import pin_date
 from steerlora.methods.saving import load_adapter, trained_under
 
 TASKS = Path(__file__).parent / "tasks"
@@ -53,7 +55,12 @@ class SteerLoRALM(HFLM):
             trained under one must be told which.
         intervention_seed, intervention_domain, intervention_strength: its seed, the true domain for
             ``oracle_domain``, and how much of the changed signal is mixed in, from 0 to 1.
+        date: what the chat template of a directory or hub id prints as today, where it does.
         kwargs: HFLM's own.
+
+    Attributes:
+        cut: (task, number of the item) of the prompts that lost their beginning, as they did not
+            fit into the context beside the answer.
     """
 
     def __init__(
@@ -65,9 +72,14 @@ class SteerLoRALM(HFLM):
         intervention_seed: int = 0,
         intervention_domain: str | None = None,
         intervention_strength: float = 1.0,
+        date: str = DATE,
         **kwargs: Any,
     ) -> None:
         super().__init__(pretrained=pretrained, **kwargs)
+        if isinstance(pretrained, str):  # the tokenizer of a live model has been told
+            pin_date(self.tokenizer, date)
+        self.cut: set[tuple[str, int]] = set()
+        self._cut_texts: set[str] = set()
         self.adapter = load_adapter(self.model, adapter, sae=sae) if adapter else None
         if intervention and self.adapter is None:
             raise UserError(f"intervention={intervention} needs adapter=<folder>")
@@ -90,6 +102,7 @@ class SteerLoRALM(HFLM):
     def generate_until(self, requests, disable_tqdm: bool = True):
         with self._control():
             answers = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        self._count_cut(requests)
         if self.think_end_token is None:
             return answers
         # lm-eval drops thoughts up to their end; those that were cut off before it answer nothing.
@@ -97,7 +110,37 @@ class SteerLoRALM(HFLM):
 
     def loglikelihood(self, requests, disable_tqdm: bool = True):
         with self._control():
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+            answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        self._count_cut(requests)
+        return answers
+
+    def tok_batch_encode(
+        self, strings, padding_side="left", left_truncate_len=None, truncation=False
+    ):
+        """As lm-eval's, which cuts prompts here without saying which."""
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        if left_truncate_len:
+            lengths = mask.sum(1).tolist()
+            self._cut_texts |= {
+                text
+                for text, length in zip(strings, lengths, strict=True)
+                if length > left_truncate_len
+            }
+            ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+        return ids, mask
+
+    def _loglikelihood_tokens(self, requests, *args, **kwargs):
+        """As lm-eval's, which cuts what is longer than this without saying which."""
+        self._cut_texts |= {
+            texts[0]
+            for texts, context, continuation in requests
+            if texts and len(context) + len(continuation) > self.max_length + 1
+        }
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def _count_cut(self, requests) -> None:
+        self.cut |= {(r.task_name, r.doc_id) for r in requests if r.args[0] in self._cut_texts}
+        self._cut_texts.clear()
 
 
 class Harness:
@@ -163,7 +206,10 @@ class Harness:
                 think_end_token=tokenizer.added_tokens_encoder.get(THOUGHT),
             )
             results = self._evaluate(lm, batch, generative)
-            scores |= {name: self._score(name, one, results) for name, one in batch.items()}
+            scores |= {
+                name: self._score(name, one, results, cut=sum(t in one.tasks for t, _ in lm.cut))
+                for name, one in batch.items()
+            }
         return {name: scores[name] for name in tasks}
 
     def _together(self, loaded: dict[str, Loaded]) -> Iterator[list[str]]:
@@ -205,7 +251,7 @@ class Harness:
                 fewshot_as_multiturn=True,
             )
 
-    def _score(self, name: str, loaded: Loaded, results: dict) -> Score:
+    def _score(self, name: str, loaded: Loaded, results: dict, *, cut: int) -> Score:
         figures = {
             key: value
             for key, value in results["results"][name].items()
@@ -233,6 +279,7 @@ class Harness:
             per_item=per_item,
             others={key: value for key, value in figures.items() if key != chosen},
             shots=results["n-shot"].get(name),
+            cut=cut,
         )
 
 

@@ -36,6 +36,9 @@ class Score:
     """The task's other metrics."""
     shots: int | None = 0
     """Solved examples before each item; None where a group's tasks differ."""
+    cut: int = 0
+    """Items that did not fit into the context, of which the beginning of the prompt, or the end of
+    a held-out response, was lost."""
 
 
 def averages(

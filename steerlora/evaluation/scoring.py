@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lm_eval.models.utils import resolve_max_length
 
 from steerlora.config import EvaluationConfig
+from steerlora.data.conversations import Conversation
+from steerlora.data.domains.text.tasks import LIKELIHOOD
 from steerlora.data.jsonl import read_rows
 from steerlora.engine.artifacts import Artifact
 from steerlora.evaluation.cross_entropy import heldout_cross_entropy
@@ -20,10 +23,10 @@ from steerlora.evaluation.statistics import standard_error
 from steerlora.evaluation.suite import Domains, Suite
 from steerlora.evaluation.tasks.text.local import local_task_yamls
 
-LIKELIHOOD = "likelihood"
-"""Score of domains of real text: the mean over items of exp(-nats per response token)."""
 SPLITS_SENTENCES = ("ifeval", "text_ifeval")
 """Tasks that need NLTK's sentence splitter."""
+
+_log = logging.getLogger(__name__)
 
 
 class Scorer:
@@ -46,6 +49,7 @@ class Scorer:
         self.max_length = config.max_length or resolve_max_length(model.config, tokenizer)
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self._scratch = tempfile.TemporaryDirectory(prefix="steerlora-tasks-")
+        self._warned: set[str] = set()
         self.stand_ins: list[str] = []
         extra = []
         if self.domains.kind == "text":
@@ -58,7 +62,7 @@ class Scorer:
         for name in SPLITS_SENTENCES:
             if name in names:
                 self._find_sentence_splitter(name)
-        by_likelihood = [n for n in names if self.domains.metrics.get(n) == "cross_entropy"]
+        by_likelihood = [n for n in names if self.domains.metrics.get(n) == LIKELIHOOD]
         scores = self.harness.run(
             self.model,
             self.tokenizer,
@@ -67,6 +71,7 @@ class Scorer:
             max_length=self.max_length,
         )
         scores |= {name: self._likelihood(self.suite.owners[name]) for name in by_likelihood}
+        self._warn_of_cuts(scores)
         return {name: scores[name] for name in names}
 
     def targets(self, names: Sequence[str] | None = None) -> dict[str, Score]:
@@ -76,6 +81,7 @@ class Scorer:
         return {name: scores[task] for name, task in own.items()}
 
     def _likelihood(self, domain: str) -> Score:
+        """The mean over held-out rows of exp(-nats a response token)."""
         rows = self._heldout(domain)[: self.config.limit]
         result = heldout_cross_entropy(
             self.model,
@@ -93,15 +99,31 @@ class Scorer:
             version=str(self.domains.version),
             per_item=per_item,
             others={"cross_entropy": result.value, "cross_entropy_stderr": result.stderr},
+            cut=result.cut,
         )
+
+    def _warn_of_cuts(self, scores: Mapping[str, Score]) -> None:
+        """A warning for each task, once, of which some items do not fit."""
+        for name, score in scores.items():
+            if score.cut and name not in self._warned:
+                self._warned.add(name)
+                _log.warning(
+                    "%s: %d of %d items do not fit into %d tokens beside the answer, and lost a "
+                    "part; evaluation.max_length sets the limit, null is the model's own",
+                    name,
+                    score.cut,
+                    score.items,
+                    self.max_length,
+                )
 
     def _find_sentence_splitter(self, task: str) -> None:
         """Before the task is loaded: its import would download what is not there."""
-        texts = [prompt for name in self.domains.names for prompt, _ in self._heldout(name)]
+        rows = (turns for name in self.domains.names for turns in self._heldout(name))
+        texts = [turn.content for turns in rows for turn in turns if turn.role == "user"]
         note = f"{task}: sentence splitter trained on local text"
         stands_in = ensure_punkt(Path(self._scratch.name) / "nltk", texts)
         if stands_in and note not in self.stand_ins:
             self.stand_ins.append(note)
 
-    def _heldout(self, domain: str) -> list[tuple[str, str]]:
+    def _heldout(self, domain: str) -> list[Conversation]:
         return read_rows(self.domains.directory / f"heldout/{domain}.jsonl")

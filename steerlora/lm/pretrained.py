@@ -23,7 +23,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from steerlora.config.model import DATE
 from steerlora.errors import UserError
+from steerlora.lm.dates import pin_date
 from steerlora.lm.identity import fingerprint_of
 from steerlora.lm.weight_files import (
     local_folder,
@@ -43,7 +45,9 @@ THINKING = "enable_thinking"
 """The variable by which Qwen3's chat template turns thinking on and off."""
 
 
-def open_tokenizer(path: str, revision: str | None = None, *, thinking: bool | None = None) -> Any:
+def open_tokenizer(
+    path: str, revision: str | None = None, *, thinking: bool | None = None, date: str = DATE
+) -> Any:
     """A tokenizer with a chat template and a padding token.
 
     Args:
@@ -68,6 +72,7 @@ def open_tokenizer(path: str, revision: str | None = None, *, thinking: bool | N
         raise UserError(f"the tokenizer of {path} has no chat template: use a chat model")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    pin_date(tokenizer, date)
     if thinking is not None:
         if THINKING not in str(tokenizer.chat_template):
             raise UserError(

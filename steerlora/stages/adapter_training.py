@@ -13,14 +13,7 @@ from steerlora.engine.steps import Context, Step, stage
 from steerlora.methods.base import Task
 from steerlora.methods.saving import export_peft, save_adapter
 from steerlora.stages import method_training
-from steerlora.stages.common import (
-    BASE,
-    NOT_IDENTITY,
-    POINTER,
-    domain_names,
-    run_log,
-    training_rows,
-)
+from steerlora.stages.common import BASE, NOT_IDENTITY, POINTER, domain_names, run_log
 
 FOLDER = "adapter"
 """Folder of the artifact that holds the trained method."""
@@ -72,7 +65,9 @@ def build(context: Context) -> dict:
     model, tokenizer = method_training.load_to_train(base_artifact, settings.trainer)
     attached = method_training.attach(context, model, tokenizer, domains=settings.domains)
     learner, method = attached.learner, attached.method
-    rows = training_rows(source, settings.domains, tokenizer, settings.trainer.max_length)
+    rows, cuts = method_training.rows_to_learn(
+        source, settings.domains, tokenizer, settings.trainer
+    )
     order = domain_names(source)
     batches = training_batches(
         list(chain.from_iterable(rows.values())),
@@ -85,7 +80,7 @@ def build(context: Context) -> dict:
         figures = method_training.train_task(
             context, learner, Task(rows), batches, settings.trainer.max_steps, log
         )
-        figures |= {"parameters": method.parameter_count()}
+        figures |= {"parameters": method.parameter_count(), **cuts}
         log.results(figures)
     if not ranks.is_main():
         return {}

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from steerlora.config import Config, LoggerConfig, ModelConfig, TrainerConfig
 from steerlora.data.chat import ChatBatches, batches_by_length, encode_chats
+from steerlora.data.cuts import warn_of_cuts
 from steerlora.data.domains.micro import build_tokenizer as build_micro_tokenizer
 from steerlora.data.domains.text.tokenizer import build_tokenizer as build_text_tokenizer
 from steerlora.distributed import ranks
@@ -106,7 +107,7 @@ def build(context: Context) -> dict:
     if given.path:
         if not ranks.is_main():
             return {}
-        open_tokenizer(given.path, given.revision, thinking=given.thinking)
+        open_tokenizer(given.path, given.revision, thinking=given.thinking, date=given.date)
         facts = describe(given.path, given.revision)
         _refuse_other_shape(given, facts.shape)
     else:
@@ -122,6 +123,7 @@ def build(context: Context) -> dict:
             # The commit, so that all that follows reads what is described here.
             "revision": given.path and commit_of(given.path, given.revision),
             "thinking": given.thinking,
+            "date": given.date,
             "fingerprint": facts.fingerprint,
             "layers": facts.shape["layers"],
             "width": facts.shape["width"],
@@ -161,6 +163,8 @@ def _pretrain(context: Context, settings: BaseSettings) -> tuple[Qwen3ForCausalL
         )
     )
     rows = encode_chats(tokenizer, read_rows(source / "pretrain.jsonl"), settings.max_length)
+    if ranks.is_main():
+        warn_of_cuts({"pretraining": rows}, settings.max_length)
     held_out = rows[::HELD_OUT_EVERY]
     rows = [row for index, row in enumerate(rows) if index % HELD_OUT_EVERY]
     batches = ChatBatches(

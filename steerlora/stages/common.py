@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from steerlora.config import LoggerConfig
 from steerlora.data.chat import EncodedChat, encode_chats
+from steerlora.data.cuts import warn_of_cuts
 from steerlora.data.jsonl import read_rows
 from steerlora.distributed import ranks
 from steerlora.engine.artifacts import Artifact
@@ -43,8 +44,8 @@ NOT_IDENTITY = frozenset({"logger"}) | _of_trainer(
 WHERE = frozenset({"accelerator", "spread", "evaluation.spread"})
 """Keys that say on what hardware a model runs that does not train."""
 ADAPTER_ONLY = _of_trainer(
-    "max_steps batch_size max_length packing learning_rate weight_decay adam_epsilon "
-    "warmup_fraction decay_fraction"
+    "max_steps batch_size max_length last_turn_only drop_cut packing learning_rate weight_decay "
+    "adam_epsilon warmup_fraction decay_fraction"
 )
 """Trainer keys that base and SAE training have in their own sections."""
 
@@ -55,7 +56,7 @@ POINTER = "base.json"
 
 
 class BasePlace(NamedTuple):
-    """Where a base model lies, and how its chat template is told to treat thinking.
+    """Where a base model lies, and what its chat template is told of thinking and the date.
 
     The arguments of :func:`open_tokenizer`; the first two are also :func:`open_model`'s.
     """
@@ -63,13 +64,14 @@ class BasePlace(NamedTuple):
     path: str
     revision: str | None
     thinking: bool | None
+    date: str
 
 
 def place_of(artifact: Artifact) -> BasePlace:
     """Where the model of a base artifact lies: in it, or at the user's own place."""
     pointer = artifact.json(POINTER)
     path = pointer["path"] or str(artifact / BASE)
-    return BasePlace(path, pointer["revision"], pointer.get("thinking"))
+    return BasePlace(path, pointer["revision"], pointer["thinking"], pointer["date"])
 
 
 def load_base(
@@ -87,7 +89,7 @@ def load_base(
     """
     place = place_of(artifact)
     device = device_of(accelerator, spread=spread)
-    tokenizer = open_tokenizer(place.path, place.revision, thinking=place.thinking)
+    tokenizer = open_tokenizer(place.path, place.revision, thinking=place.thinking, date=place.date)
     return open_model(place.path, place.revision, device=device), tokenizer
 
 
@@ -132,13 +134,27 @@ def domain_names(source: Artifact) -> list[str]:
 
 
 def training_rows(
-    domains: Artifact, names: Sequence[str], tokenizer, max_length: int
+    domains: Artifact,
+    names: Sequence[str],
+    tokenizer,
+    max_length: int,
+    *,
+    last_only: bool = False,
 ) -> dict[str, list[EncodedChat]]:
-    """{domain: its conversations for adapter training}."""
-    return {
-        name: encode_chats(tokenizer, read_rows(domains / f"train/{name}.jsonl"), max_length)
-        for name in names
-    }
+    """{domain: its conversations for adapter training}; a warning says how many do not fit.
+
+    Args:
+        domains: of stage ``domains``.
+        names: of the domains to read.
+        tokenizer, max_length, last_only: as for :func:`steerlora.data.chat.encode_chats`.
+    """
+    rows = {}
+    for name in names:
+        turns = read_rows(domains / f"train/{name}.jsonl")
+        rows[name] = encode_chats(tokenizer, turns, max_length, last_only=last_only)
+    if ranks.is_main():
+        warn_of_cuts(rows, max_length)
+    return rows
 
 
 def general_text(domains: Artifact, tokenizer, max_length: int, most: int) -> list[EncodedChat]:

@@ -51,7 +51,7 @@ def _digest(folder: Path) -> str:
 # Places do not matter, content does: it is in the version, as is the broad domain where it counts.
 @stage(
     "domains",
-    1,
+    2,
     step=step,
     skip=frozenset({"domains.dir", "domains.sources", "domains.name", "domains.broad"}),
 )
@@ -78,5 +78,6 @@ def build(context: Context) -> dict:
             pretrain_items=domains.pretrain_items,
             train_items=domains.train_items,
             evaluation_items=domains.evaluation_items,
+            prompt_characters=domains.prompt_characters,
         )
     return {"kind": domains.kind, "domains": list(domains.names)}

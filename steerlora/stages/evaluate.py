@@ -205,5 +205,5 @@ def _health(context: Context, method: Method | None, scorer: Scorer) -> dict[int
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             )
             health.update(batch, first)
-            first += size
+            first += len(batch.input_ids)
     return {int(site): Routing(**measured) for site, measured in health.result().items()}

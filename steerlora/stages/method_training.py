@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple, Self
 
 import lightning as L
@@ -13,7 +14,8 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch import Tensor, nn
 
 from steerlora.config import Config, InterventionConfig, LoggerConfig, TrainerConfig
-from steerlora.data.chat import ChatBatch
+from steerlora.data.chat import ChatBatch, EncodedChat
+from steerlora.data.cuts import cuts_of
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
 from steerlora.distributed.zero import sharding_settings
@@ -29,7 +31,7 @@ from steerlora.methods.monitor import Monitor
 from steerlora.reporting.runs import RunLog
 from steerlora.saes.saelens import load_sae, sae_metadata
 from steerlora.stages import base, features, sae_training
-from steerlora.stages.common import device_of, general_text, place_of, train
+from steerlora.stages.common import device_of, general_text, place_of, train, training_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,9 @@ def load_to_train(artifact: Artifact, trainer: TrainerConfig) -> tuple[nn.Module
     """The base model as this rank holds it in training, and its tokenizer."""
     place = place_of(artifact)
     model = open_to_train(place.path, place.revision, trainer)
-    return model, open_tokenizer(place.path, place.revision, thinking=place.thinking)
+    return model, open_tokenizer(
+        place.path, place.revision, thinking=place.thinking, date=place.date
+    )
 
 
 def open_to_train(path: str, revision: str | None, trainer: TrainerConfig) -> nn.Module:
@@ -140,6 +144,35 @@ def open_to_train(path: str, revision: str | None, trainer: TrainerConfig) -> nn
     if trainer.strategy == "zero3":
         return open_model(path, revision, dtype=dtype, sharding=sharding_settings(trainer))
     return open_model(path, revision, device=device, dtype=dtype)
+
+
+def rows_to_learn(
+    domains: Artifact, names: Sequence[str], tokenizer: Any, trainer: TrainerConfig
+) -> tuple[dict[str, list[EncodedChat]], dict[str, int]]:
+    """The conversations that a method trains on, and how many of them did not fit.
+
+    Returns:
+        {domain: its conversations}, and the figures ``cut_prompts`` and ``cut_responses``. Where
+        ``trainer.drop_cut`` says so, the conversations of the latter are left out.
+
+    Raises:
+        UserError: none is left of a domain.
+    """
+    found = training_rows(
+        domains, names, tokenizer, trainer.max_length, last_only=trainer.last_turn_only
+    )
+    cuts = cuts_of(list(chain.from_iterable(found.values())))
+    if trainer.drop_cut:
+        found = {
+            name: [row for row in rows if not row.response_cut] for name, rows in found.items()
+        }
+        for name, rows in found.items():
+            if not rows:
+                raise UserError(
+                    f"trainer.drop_cut=true leaves nothing of {name}: no answer of it fits in "
+                    f"trainer.max_length={trainer.max_length}; set a larger one"
+                )
+    return found, {f"cut_{what}": count for what, count in cuts._asdict().items()}
 
 
 class Attached(NamedTuple):

@@ -19,7 +19,7 @@ from steerlora.evaluation.scoring import Scorer
 from steerlora.methods.base import Task
 from steerlora.reporting.runs import RunLog
 from steerlora.stages import evaluate, method_training
-from steerlora.stages.common import domain_names, load_base, read_rows, training_rows
+from steerlora.stages.common import domain_names, load_base, read_rows
 from steerlora.stages.method_training import Attached
 from steerlora.stages.sequence_state import SequenceState
 
@@ -126,8 +126,11 @@ class SequenceTrainer:
         """A domain's own batches, a function of the step; replay asks for earlier ones again."""
         if position not in self._batches:
             settings = self.settings
-            domain, length = settings.sequence[position], settings.trainer.max_length
-            rows = training_rows(self.source, [domain], tokenizer, length)[domain]
+            domain = settings.sequence[position]
+            found, _ = method_training.rows_to_learn(
+                self.source, [domain], tokenizer, settings.trainer
+            )
+            rows = found[domain]
             self._batches[position] = training_batches(
                 rows,
                 [self.names.index(domain)] * len(rows),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from steerlora.data.conversations import exchange
 from steerlora.data.jsonl import read_objects, read_rows, write_objects
 from steerlora.errors import UserError
 
@@ -11,7 +12,7 @@ def test_rows_are_read_as_they_were_written(tmp_path):
     rows = [{"prompt": "a\u2028b\r", "response": "é"}, {"prompt": "", "response": "\n", "more": 1}]
     write_objects(path, rows)
     assert [row for _, row in read_objects(path)] == rows
-    assert read_rows(path) == [("a\u2028b\r", "é"), ("", "\n")]
+    assert read_rows(path) == [exchange("a\u2028b\r", "é"), exchange("", "\n")]
     assert [place for place, _ in read_objects(path)] == [f"{path}:1", f"{path}:2"]
 
 

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from steerlora.data.chat import encode_chat
+from steerlora.data.chat import encode_chats
+from steerlora.data.conversations import exchange
 from steerlora.evaluation.cross_entropy import heldout_cross_entropy, summarise
 
 TEMPLATE = (
@@ -19,11 +20,11 @@ TEMPLATE = (
 )
 WORDS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", *"abcdefghij"]
 ROWS = [
-    ("a b c d e f g", "h"),
-    ("a", "b c d e f g h i j"),
-    ("j i h", "g f"),
-    ("c c", "d d d d"),
-    ("b", "a"),
+    exchange("a b c d e f g", "h"),
+    exchange("a", "b c d e f g h i j"),
+    exchange("j i h", "g f"),
+    exchange("c c", "d d d d"),
+    exchange("b", "a"),
 ]
 
 
@@ -66,8 +67,7 @@ def one_by_one(model: nn.Module, tokenizer, max_length: int) -> list[tuple[float
     """The definition: minus the log-probability of every response token after the first."""
     items = []
     model.eval()
-    for prompt, response in ROWS:
-        chat = encode_chat(tokenizer, prompt, response, max_length)
+    for chat in encode_chats(tokenizer, ROWS, max_length):
         with torch.no_grad():
             logits = model(torch.tensor([chat.input_ids])).logits[0]
         chances = logits.log_softmax(-1)
@@ -92,6 +92,7 @@ def test_equals_one_by_one(model, tokenizer, batch_size: int) -> None:
 
 def test_cut_rows_equal_one_by_one(model, tokenizer) -> None:
     got = heldout_cross_entropy(model, tokenizer, ROWS, batch_size=3, max_length=6)
+    assert got.cut == 4  # the last row has five tokens with its roles and ends of turns
     want = one_by_one(model, tokenizer, 6)
     assert got.per_item == [(pytest.approx(n, rel=1e-6), count) for n, count in want]
     assert all(count <= 6 for _, count in got.per_item)

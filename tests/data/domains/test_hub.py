@@ -30,6 +30,12 @@ def load(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def first_of(row: dict) -> str:
+    """The user's first turn of a row of the artifact."""
+    turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    return next(turn["content"] for turn in turns if turn["role"] == "user")
+
+
 def config(sources: dict[str, dict], **changes) -> DomainsConfig:
     made = {
         "evaluation_items": 10,
@@ -86,9 +92,10 @@ def test_the_artifact_is_that_of_real_text(talk, sums, tmp_path):
     assert said["kind"] == "text"
     assert said["names"] == ["talk", "sums"]
     assert said["metrics"] == {
-        "text_talk_cross_entropy": "cross_entropy",
-        "text_sums_cross_entropy": "cross_entropy",
+        "text_talk_likelihood": "likelihood",
+        "text_sums_likelihood": "likelihood",
     }
+    assert set(said["higher_is_better"].values()) == {True}
     assert set(said["target_tasks"].values()) == set(said["metrics"])
     counts = said["counts"]
     assert counts["talk"]["heldout_from"] == "train"
@@ -98,12 +105,16 @@ def test_the_artifact_is_that_of_real_text(talk, sums, tmp_path):
         train = load(tmp_path / f"out/train/{name}.jsonl")
         assert (len(heldout), len(train)) == (10, 30)
         assert (counts[name]["heldout"], counts[name]["adaptation"]) == (10, 30)
-        assert all(set(row) == {"prompt", "response"} for row in heldout + train)
+        form = {"messages"} if name == "talk" else {"prompt", "response"}
+        assert all(set(row) == form for row in heldout + train)
     assert len(load(tmp_path / "out/pretrain.jsonl")) == 30
     assert (counts["talk"]["pretraining"], counts["sums"]["pretraining"]) == (30, 0)
-    for row in load(tmp_path / "out/train/talk.jsonl"):
-        number = row["prompt"].removeprefix("Do ")
-        assert row["response"] == f"Done {number}"  # the first pair of turns
+    for row in load(tmp_path / "out/train/talk.jsonl"):  # every turn, the system's too
+        number = first_of(row)[3:-1]
+        asked, *_ = [turn["content"] for turn in row["messages"] if turn["role"] == "system"] or [0]
+        assert asked == (0 if int(number) % 2 else "Obey.")
+        said = [turn["content"] for turn in row["messages"] if turn["role"] != "system"]
+        assert said == [f"Do {number}.", f"Done {number}.", "More?", "No."]
     for row in load(tmp_path / "out/train/sums.jsonl"):
         assert row["prompt"].removeprefix("Sum ") == f"{row['response'][11:-1]}?"
 
@@ -119,7 +130,7 @@ def test_no_prompt_is_in_two_sets(talk, sums, tmp_path):
     everything = config({"talk": talk, "sums": sums}, **sizes)
     counts = write(everything, tmp_path / "out")["counts"]
     sets = [
-        {" ".join(row["prompt"].split()).casefold() for row in load(path)}
+        {" ".join(first_of(row).split()).casefold() for row in load(path)}
         for path in sorted((tmp_path / "out").rglob("*.jsonl"))
     ]
     assert sum(map(len, sets)) == len(set().union(*sets)) == 200 + 60 + 20
@@ -132,7 +143,7 @@ def test_a_test_prompt_of_one_domain_is_trained_on_in_none(talk, sums, tmp_path)
     leaky = save(tmp_path / "leaky.jsonl", [*load(Path(talk["path"])), *[leak] * 3])
     write(config({"talk": talk | {"path": leaky}, "sums": sums}, train_items=999), tmp_path / "out")
     seen = load(tmp_path / "out/train/talk.jsonl") + load(tmp_path / "out/pretrain.jsonl")
-    assert "Sum 1007?" not in {row["prompt"] for row in seen}
+    assert "Sum 1007?" not in {first_of(row) for row in seen}
 
 
 def test_the_seed_and_nothing_else_decides(talk, sums, tmp_path):
@@ -149,7 +160,7 @@ def test_the_seed_and_nothing_else_decides(talk, sums, tmp_path):
 
 def test_rows_come_from_all_over_the_source(talk, tmp_path):
     write(config({"talk": talk}), tmp_path / "out")
-    numbers = [int(row["prompt"][3:-1]) for row in load(tmp_path / "out/train/talk.jsonl")]
+    numbers = [int(first_of(row)[3:-1]) for row in load(tmp_path / "out/train/talk.jsonl")]
     assert max(numbers) > 150
     assert min(numbers) < 50
 

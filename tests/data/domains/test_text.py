@@ -11,6 +11,7 @@ import pytest
 from helpers.files import NO_FILES
 from transformers import AutoTokenizer
 
+from steerlora.cli import compose
 from steerlora.data.chat import encode_chat
 from steerlora.data.domains.text import writer
 from steerlora.data.domains.text.tokenizer import build_tokenizer
@@ -102,7 +103,9 @@ def test_writes_the_artifact(source: Path, tmp_path: Path) -> None:
     assert description["groups"]["instruction_following"] == ["text_ifeval"]
     scored = {*description["target_tasks"].values(), *description["extra_tasks"]}
     assert scored | {"text_gsm8k", "text_ifeval"} == set(description["metrics"])
-    assert not description["higher_is_better"]["text_law_cross_entropy"]
+    assert description["target_tasks"]["law"] == "text_law_likelihood"
+    assert description["metrics"]["text_law_likelihood"] == "likelihood"
+    assert description["higher_is_better"] == dict.fromkeys(description["metrics"], True)
     for name, count in description["counts"].items():
         rows = load(tmp_path / "domains" / "heldout" / f"{name}.jsonl")
         assert len(rows) == count["heldout"] == 12
@@ -179,11 +182,21 @@ def test_fractions(source: Path, tmp_path: Path, monkeypatch) -> None:
     assert len(load(tmp_path / "tenth" / "heldout" / "math.jsonl")) == 20
 
 
-def test_long_prompts_keep_both_ends(source: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(writer, "PROMPT_CHARACTERS", 100)
+def test_long_prompts_keep_both_ends_where_a_limit_is_asked_for(
+    source: Path, tmp_path: Path, caplog
+) -> None:
     row = {"prompt": "START " + "filler " * 500 + "Question: THE END?", "response": "yes"}
     save(source / "medicine_test.jsonl", [row])
     writer.write(tmp_path, source=source, seed=0)
+    assert load(tmp_path / "heldout" / "medicine.jsonl") == [row]
+    assert not caplog.records
+    writer.write(tmp_path, source=source, seed=0, prompt_characters=100)
+    assert "domains.prompt_characters=100 lost their middle: 1 medicine rows" in caplog.text
+    counts = json.loads((tmp_path / "domains.json").read_text())["counts"]
+    assert {name: count["shortened"] for name, count in counts.items()} == {
+        **dict.fromkeys(writer.DOMAINS, 0),
+        "medicine": 1,
+    }
     prompt = load(tmp_path / "heldout" / "medicine.jsonl")[0]["prompt"]
     assert len(prompt) == 100
     assert prompt.startswith("START")
@@ -322,7 +335,8 @@ def test_tokenizer_is_deterministic_and_checks_its_size(domains: Path) -> None:
 
 def test_real_folder(tmp_path: Path) -> None:
     source = real_folder()
-    writer.write(tmp_path, source=source, seed=0)
+    most = compose.load(["experiment=text", f"domains.dir={source}"]).domains.prompt_characters
+    writer.write(tmp_path, source=source, seed=0, prompt_characters=most)
     description = json.loads((tmp_path / "domains.json").read_text())
     assert description["counts"]["law"]["held_out_prompt"] > 0  # the source does repeat prompts
     training = keys(load(tmp_path / "pretrain.jsonl"))

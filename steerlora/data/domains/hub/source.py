@@ -1,11 +1,10 @@
-"""One dataset of the hub, or local files with its columns, as prompts and responses."""
+"""One dataset of the hub, or local files with its columns, as conversations."""
 
 from __future__ import annotations
 
 import re
 import string
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import torch
 from huggingface_hub.errors import HTTPError
 
 from steerlora.config import SourceConfig
-from steerlora.data.domains.text.rows import SourceRow
+from steerlora.data.conversations import exchange
+from steerlora.data.domains.text.rows import SourceRow, turns_of
 from steerlora.engine.content import sha256
 from steerlora.errors import UserError, nearest
 
@@ -63,7 +63,7 @@ def open_split(
 def rows_of(
     domain: str, source: SourceConfig, rows: datasets.Dataset, *, seed: int
 ) -> Iterator[SourceRow]:
-    """The prompts and responses of a split in a shuffled order; blank ones are left out.
+    """The conversations of a split in a shuffled order; those with a blank turn are empty.
 
     Large mixtures are sorted by origin: their first rows are not what they are.
 
@@ -74,7 +74,7 @@ def rows_of(
         seed: of the order.
 
     Raises:
-        UserError: a column that is not there, or that holds no text.
+        UserError: a column that is not there, or that holds no text; whatever `turns_of` refuses.
     """
     key = f"domains.sources.{domain}"
     if source.messages:
@@ -85,14 +85,14 @@ def rows_of(
         *(_columns(f"{key}.{name}", text, rows.column_names) for name, text in named.items())
     )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    for row in rows.select_columns(sorted(needed)).select(order.numpy()):
+    shuffled = rows.select_columns(sorted(needed)).select(order.numpy())
+    for index, row in zip(order.tolist(), shuffled, strict=True):
         if source.messages:
-            pair = _first_pair(f"{key}.messages", row[source.messages])
+            place = f"{key}.messages: row {index + 1}"
+            yield SourceRow(turns_of(row[source.messages] or [], place))
         else:
-            pair = tuple(_filled(f"{key}.{name}", text, row) for name, text in named.items())
-        prompt, response = (text.strip() for text in pair)
-        if prompt and response:
-            yield SourceRow(prompt, response, "")
+            pair = [_filled(f"{key}.{name}", text, row).strip() for name, text in named.items()]
+            yield SourceRow(exchange(*pair) if all(pair) else ())
 
 
 def identity_of(domain: str, source: SourceConfig) -> list[str | None]:
@@ -165,18 +165,6 @@ def _filled(key: str, template: str, row: Mapping[str, Any]) -> str:
         return template.format_map(blank)
     except (LookupError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{key}={template!r} does not fit a row: {_first_line(error)}") from error
-
-
-def _first_pair(key: str, turns: Any) -> tuple[str, str]:
-    """The first user's turn that is answered, and the answer; blank where there is none."""
-    if not isinstance(turns, list) or not all(
-        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns
-    ):
-        raise UserError(f"{key}: the column does not hold turns with role and content")
-    for turn, answer in pairwise(turns):
-        if (turn["role"], answer["role"]) == ("user", "assistant"):
-            return turn["content"] or "", answer["content"] or ""
-    return "", ""
 
 
 def _cause(error: Exception) -> str:

@@ -20,6 +20,7 @@ from typing import IO
 import datasets
 
 from steerlora.config import DomainsConfig, SourceConfig
+from steerlora.data.conversations import to_row
 from steerlora.data.domains.hub.source import heldout_split_of, identity_of, open_split, rows_of
 from steerlora.data.domains.text.rows import SourceRow
 from steerlora.data.domains.text.splits import (
@@ -81,7 +82,8 @@ def write(directory: Path, config: DomainsConfig, progress: Progress, descriptio
         reserved = set().union(*(held.keys for held in heldout.values()))
         counts = {name: DomainCounts(held.origin, len(held.rows)) for name, held in heldout.items()}
         for name, held in heldout.items():
-            write_objects(directory / f"heldout/{name}.jsonl", map(_chat, held.rows))
+            chats = (to_row(row.turns) for row in held.rows)
+            write_objects(directory / f"heldout/{name}.jsonl", chats)
         with (directory / "pretrain.jsonl").open("w", encoding="ascii") as pretrain:
             for one in opened:
                 general = pretrain if one.name == config.broad else None
@@ -94,7 +96,7 @@ def write(directory: Path, config: DomainsConfig, progress: Progress, descriptio
                     (directory / f"train/{one.name}.jsonl").open("w", encoding="ascii") as own,
                 ):
                     for file, row in _dealt(rows, own, general, config, counts[one.name]):
-                        file.write(json.dumps(_chat(row)) + "\n")
+                        file.write(json.dumps(to_row(row.turns)) + "\n")
                         task.advance()
                 _check_filled(one, counts[one.name], general is not None)
     said = describe(tuple(config.names), [])
@@ -153,9 +155,6 @@ def _check_filled(one: _Opened, counts: DomainCounts, broad: bool) -> None:
         raise UserError(
             f"{one.source.path} leaves too few rows for '{one.name}' ({counts.adaptation} to train "
             f"on, {counts.heldout} held out, {counts.held_out_prompt} with a held-out prompt, "
-            f"{counts.repeated} repeated, {counts.pretraining} of general text): give it more rows"
+            f"{counts.repeated} repeated, {counts.blank} with a blank turn or no answer, "
+            f"{counts.pretraining} of general text): give it more rows"
         )
-
-
-def _chat(row: SourceRow) -> dict[str, str]:
-    return {"prompt": row.prompt, "response": row.response}

@@ -27,8 +27,11 @@ class DomainCounts:
         heldout: held-out rows written.
         pretraining: rows written to ``pretrain.jsonl``.
         adaptation: rows written to ``train/<domain>.jsonl``.
-        held_out_prompt: training rows left out because their prompt is a held-out or test prompt.
-        repeated: training rows left out because an earlier row has the same prompt.
+        held_out_prompt: training rows left out because a prompt of theirs is a held-out or test
+            prompt.
+        repeated: training rows left out because an earlier row asks the same.
+        blank: training rows left out because a turn of theirs is blank, or none is answered.
+        shortened: of the rows written, those of which a prompt lost its middle.
     """
 
     heldout_from: str
@@ -37,11 +40,15 @@ class DomainCounts:
     adaptation: int = 0
     held_out_prompt: int = 0
     repeated: int = 0
+    blank: int = 0
+    shortened: int = 0
 
 
 def first_of_each(rows: Iterable[SourceRow], keys: set[bytes]) -> Iterator[SourceRow]:
-    """``rows`` without repeated prompts; ``keys`` fills up with the prompts seen."""
+    """Usable ``rows`` without repeated prompts; ``keys`` fills up with the prompts seen."""
     for row in rows:
+        if not row.turns:
+            continue
         key = prompt_key(row.prompt)
         if key not in keys:
             keys.add(key)
@@ -54,7 +61,7 @@ def training_rows(
     counts: DomainCounts,
     shown: Callable[[str], str] = str,
 ) -> Iterator[SourceRow]:
-    """The rows that are neither held out nor repeated; the others are counted.
+    """The usable rows that are neither held out nor repeated; the others are counted.
 
     Args:
         rows: of a training file or split.
@@ -64,8 +71,12 @@ def training_rows(
     """
     seen: set[bytes] = set()
     for row in rows:
-        question = prompt_key(f"{row.task}\n{row.prompt}")
-        if prompt_key(row.prompt) in reserved or prompt_key(shown(row.prompt)) in reserved:
+        if not row.turns:
+            counts.blank += 1
+            continue
+        question = prompt_key("\n".join([row.task, *(turn.content for turn in row.turns[:-1])]))
+        keys = {prompt_key(text) for prompt in row.prompts for text in (prompt, shown(prompt))}
+        if keys & reserved:
             counts.held_out_prompt += 1
         elif question in seen:
             counts.repeated += 1

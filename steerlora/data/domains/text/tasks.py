@@ -7,11 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from steerlora.data.domains.text.rows import SourceRow, is_listed
 from steerlora.data.jsonl import read_objects
 
-VERSION = 1
+VERSION = 2
+LIKELIHOOD = "likelihood"
+"""The metric of a domain's target score, and the end of its name."""
 SHORT_ANSWER_DOMAINS = ("medicine", "law")
 """Domains whose answers are short enough for multiple choice, each with a task file."""
 
@@ -39,8 +42,10 @@ class ShortAnswers:
         if len(answer) > _MAX_CHOICE_CHARACTERS or len(seen) > _MAX_CHOICES:
             self.by_task[row.task] = None
 
-    def items(self, rows: Iterable[SourceRow], chats: Iterable[dict[str, str]]) -> list[dict]:
+    def items(self, rows: Iterable[SourceRow], chats: Iterable[dict[str, Any]]) -> list[dict]:
         """Held-out rows as multiple-choice items, where the answer is one that training had.
+
+        A row of several turns is none: the task asks one question.
 
         Args:
             rows: held-out rows.
@@ -52,7 +57,7 @@ class ShortAnswers:
         items = []
         for row, chat in zip(rows, chats, strict=True):
             choices = sorted(self.by_task.get(row.task) or ())
-            if len(choices) > 1 and chat["response"] in choices:
+            if len(choices) > 1 and chat.get("response") in choices:
                 answer = choices.index(chat["response"])
                 items.append({"prompt": chat["prompt"], "choices": choices, "answer": answer})
         return items
@@ -71,10 +76,11 @@ def borrowed_items(source: Path, most: int) -> dict[str, list[dict]]:
 def describe(names: tuple[str, ...], tasks: list[str]) -> dict[str, object]:
     """The domains, the tasks there are items for, and how each task is scored.
 
-    The target score of a domain is the held-out cross-entropy of its responses (nats a token, lower
-    is better); ``extra_tasks`` are accuracies reported beside it.
+    The target score of a domain is the likelihood of its held-out responses, the mean over rows of
+    exp(-nats a token), from 0 to 1; ``extra_tasks`` are accuracies reported beside it. Of all of
+    them, higher is better.
     """
-    targets = {name: f"text_{name}_cross_entropy" for name in names}
+    targets = {name: f"text_{name}_{LIKELIHOOD}" for name in names}
     return {
         "kind": "text",
         "version": VERSION,
@@ -88,6 +94,6 @@ def describe(names: tuple[str, ...], tasks: list[str]) -> dict[str, object]:
             "gsm8k": [task for task in tasks if task == "text_gsm8k"],
         },
         "metrics": {task: _METRICS.get(task, "acc,none") for task in tasks}
-        | dict.fromkeys(targets.values(), "cross_entropy"),
-        "higher_is_better": dict.fromkeys(tasks, True) | dict.fromkeys(targets.values(), False),
+        | dict.fromkeys(targets.values(), LIKELIHOOD),
+        "higher_is_better": dict.fromkeys([*tasks, *targets.values()], True),
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from steerlora.data.conversations import from_row
 from steerlora.data.jsonl import read_objects
 from steerlora.errors import UserError
 
@@ -74,4 +75,4 @@ def build_tokenizer(directory: Path, *, vocabulary: int = 2048) -> PreTrainedTok
 
 def _texts(path: Path) -> Iterator[str]:
     for _, row in read_objects(path):
-        yield from row.values()
+        yield from (turn.content for turn in from_row(row))

@@ -1,8 +1,9 @@
 """Real text in several domains: a folder of JSON lines becomes a domains artifact.
 
-The source folder has ``<domain>_train.jsonl`` (rows with ``prompt`` and ``response``) for every
-domain and, where there is one, ``<domain>_test.jsonl`` of the same form. ``gsm8k_test.jsonl`` and
-``ifeval_test.jsonl``, with the columns of lm-eval's own tasks, are used when they are there.
+The source folder has ``<domain>_train.jsonl`` (rows with ``prompt`` and ``response``, or with
+``messages``) for every domain and, where there is one, ``<domain>_test.jsonl`` of the same form.
+``gsm8k_test.jsonl`` and ``ifeval_test.jsonl``, with the columns of lm-eval's own tasks, are used
+when they are there.
 
 Three disjoint sets leave it. *Held-out* rows come from the test file (for math without one, from
 ``gsm8k_test``), or are split from the training rows. Of the training rows that match no held-out or
@@ -17,17 +18,19 @@ import heapq
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from steerlora.data.conversations import Turn, to_row
 from steerlora.data.domains.text.rows import (
     SUFFIX,
     SourceRow,
     check_domains,
     is_listed,
+    source_rows,
     text_of,
-    usable_rows,
 )
 from steerlora.data.domains.text.splits import (
     DomainCounts,
@@ -52,12 +55,6 @@ PRETRAINING_SHARE = 0.5
 """Share of the training rows that goes to pretraining."""
 HELDOUT_SHARE = 0.2
 """Share of the training rows held out, at most, where a domain has no test file."""
-PROMPT_CHARACTERS = 480
-"""Prompts above it lose their middle: the first quarter and the last three quarters of the budget
-stay, joined by " ... ". Abstracts end in their question and instructions often begin with it, so
-both ends matter. 480 characters are some 170 tokens of a 2048-entry BPE, and leave room for the
-answer in a context of 256."""
-
 _CUT = " ... "
 _HEAD = 0.25
 
@@ -73,6 +70,7 @@ def write(
     pretrain_items: int | None = None,
     train_items: int | None = None,
     evaluation_items: int = 200,
+    prompt_characters: int | None = None,
 ) -> None:
     """Write the domains artifact of ``source`` into ``directory``: same arguments, same bytes.
 
@@ -84,9 +82,10 @@ def write(
         pretrain_items: most rows to pretrain on, as many of each domain; None: all.
         train_items: most rows of a domain to adapt to, the first ones; None: all.
         evaluation_items: most held-out rows of a domain and most items of an evaluation task.
+        prompt_characters: longer prompts lose their middle, and are counted; None: none does.
 
-    A row's ``task``, where it has one, is put before its prompt in words: without it LegalBench
-    clauses do not say what is asked of them. It does not count as `PROMPT_CHARACTERS`.
+    A row's ``task``, where it has one, is put before its first prompt in words: without it
+    LegalBench clauses do not say what is asked of them. It is not shortened.
 
     Raises:
         UserError: a file or key missing, a line that cannot be read (with its number), or a domain
@@ -96,35 +95,49 @@ def write(
     for folder in ("train", "heldout", "evaluation"):
         (directory / folder).mkdir(parents=True, exist_ok=True)
 
-    heldout, chats = {}, {}
+    def shorten(text: str) -> str:
+        return _without_middle(text.strip(), prompt_characters)
+
+    def written(row: SourceRow, count: DomainCounts) -> dict[str, Any]:
+        count.shortened += any(shorten(prompt) != prompt.strip() for prompt in row.prompts)
+        return _chat(row, shorten)
+
+    heldout, counts, chats = {}, {}, {}
     reserved = set(_borrowed_prompts(source))
     for name in names:
         heldout[name] = _hold_out(source, name, seed, evaluation_items)
-        chats[name] = [_chat(row) for row in heldout[name].rows]
+        counts[name] = DomainCounts(heldout[name].origin, len(heldout[name].rows))
+        chats[name] = [written(row, counts[name]) for row in heldout[name].rows]
         reserved |= heldout[name].keys
-        reserved |= {prompt_key(_shorten(row.prompt)) for row in heldout[name].rows}
+        reserved |= {prompt_key(shorten(row.prompt)) for row in heldout[name].rows}
         write_objects(directory / "heldout" / f"{name}.jsonl", chats[name])
 
-    counts = {name: DomainCounts(held.origin, len(held.rows)) for name, held in heldout.items()}
     answers = {name: ShortAnswers() for name in names if name in SHORT_ANSWER_DOMAINS}
     share = pretrain_items and math.ceil(pretrain_items / len(names))
     with (directory / "pretrain.jsonl").open("w", encoding="ascii") as pretrain:
         for name in names:
             path = source / (name + SUFFIX)
-            rows = training_rows(usable_rows(path), reserved, counts[name], _shorten)
+            rows = training_rows(source_rows(path), reserved, counts[name], shorten)
             with (directory / "train" / f"{name}.jsonl").open("w", encoding="ascii") as train:
                 for row in rows:
                     if name in answers:
                         answers[name].add(row)
-                    line = json.dumps(_chat(row)) + "\n"
+                    count = counts[name]
                     if uniform(row.prompt, seed, "pretraining") < PRETRAINING_SHARE:
-                        if share is None or counts[name].pretraining < share:
-                            pretrain.write(line)
-                            counts[name].pretraining += 1
-                    elif train_items is None or counts[name].adaptation < train_items:
-                        train.write(line)
-                        counts[name].adaptation += 1
+                        if share is None or count.pretraining < share:
+                            pretrain.write(json.dumps(written(row, count)) + "\n")
+                            count.pretraining += 1
+                    elif train_items is None or count.adaptation < train_items:
+                        train.write(json.dumps(written(row, count)) + "\n")
+                        count.adaptation += 1
             _check_filled(path, counts[name])
+    shortened = {name: count.shortened for name, count in counts.items() if count.shortened}
+    if shortened:
+        _log.warning(
+            "prompts of more than domains.prompt_characters=%d lost their middle: %s rows",
+            prompt_characters,
+            ", ".join(f"{number} {name}" for name, number in shortened.items()),
+        )
 
     items = {
         f"text_{name}": seen.items(heldout[name].rows, chats[name])
@@ -144,13 +157,13 @@ def _hold_out(source: Path, name: str, seed: int, most: int) -> HeldOut:
     path, gsm8k = source / f"{name}_test.jsonl", source / "gsm8k_test.jsonl"
     has_test = True
     if is_listed(path):
-        rows = usable_rows(path)
+        rows = source_rows(path)
     elif name == "math" and is_listed(gsm8k):
         path = gsm8k
-        rows = usable_rows(path, prompt_key="question", response_key="answer")
+        rows = source_rows(path, prompt_key="question", response_key="answer")
     else:
         path, has_test = source / (name + SUFFIX), False
-        rows = usable_rows(path)
+        rows = source_rows(path)
         _log.info("no %s_test.jsonl: rows of %s are held out instead", name, path.name)
 
     keys: set[bytes] = set()
@@ -181,21 +194,28 @@ def _check_filled(path: Path, counts: DomainCounts) -> None:
         raise UserError(
             f"{path} leaves no rows to adapt to ({counts.heldout} held out, "
             f"{counts.held_out_prompt} with a held-out prompt, {counts.repeated} repeated, "
-            f"{counts.pretraining} for pretraining); add rows"
+            f"{counts.blank} with a blank turn or no answer, {counts.pretraining} for "
+            "pretraining); add rows"
         )
 
 
-def _chat(row: SourceRow) -> dict[str, str]:
-    prompt = _shorten(row.prompt)
-    if row.task:
-        prompt = f"Task: {row.task.replace('_', ' ')}\n\n{prompt}"
-    return {"prompt": prompt, "response": row.response.strip()}
+def _chat(row: SourceRow, shorten: Callable[[str], str]) -> dict[str, Any]:
+    """A row of the artifact: prompts shortened, and the first with the row's task before it."""
+    turns, task = [], f"Task: {row.task.replace('_', ' ')}\n\n" if row.task else ""
+    for turn in row.turns:
+        content = turn.content.strip()
+        if turn.role == "user":
+            content, task = task + shorten(content), ""
+        turns.append(Turn(turn.role, content))
+    return to_row(tuple(turns))
 
 
-def _shorten(text: str) -> str:
-    """``text`` without its middle where it is longer than `PROMPT_CHARACTERS`."""
-    text, most = text.strip(), PROMPT_CHARACTERS
-    if len(text) <= most:
+def _without_middle(text: str, most: int | None) -> str:
+    """At most so many characters of a text: a quarter from its beginning, the rest from its end.
+
+    Abstracts end in their question and instructions often begin with it, so both ends matter.
+    """
+    if most is None or len(text) <= most:
         return text
     head = int(_HEAD * most)
     return text[:head] + _CUT + text[len(text) - (most - head - len(_CUT)) :]
