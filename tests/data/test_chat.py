@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from steerlora.data.chat import IGNORED, ChatBatches, EncodedChat, collate, encode_chat
+from steerlora.data.chat import IGNORED, ChatBatches, EncodedChat, by_length, collate, encode_chat
 
 PLAIN = (
     "{% for m in messages %}{{ '[' + m.role + ']' + m.content + '<end>' }}{% endfor %}"
@@ -104,6 +105,26 @@ def test_collate_weighs_prompts_and_never_padding():
     assert batch.weights[0].tolist() == [0.25, 0.25, 1, 1]
     assert batch.weights[1, :2].tolist() == [0.25, 1]
     assert batch.to("cpu").weights is not None
+
+
+def test_collate_labels_every_answer():
+    row = EncodedChat([5, 6, 7, 8, 9, 10], 5, earlier=((1, 2), (3, 4)))
+    no = IGNORED
+    assert collate([row], [0], 0).labels.tolist() == [[no, 6, no, 8, no, 10]]
+    weighed = collate([row, ROWS[1]], [0, 0], 0, prompt_weight=0.25)
+    assert weighed.labels[0].tolist() == row.input_ids
+    assert weighed.weights[0].tolist() == [0.25, 1, 0.25, 1, 0.25, 1]
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_batches_that_are_read_hold_every_row_once_and_few_long_ones(size, monkeypatch):
+    monkeypatch.setattr("steerlora.data.chat.MOST_TOKENS", 40)
+    rows = many(50)
+    groups = list(by_length(rows, size))
+    assert sorted(index for group in groups for index in group) == list(range(50))
+    lengths = [[len(rows[index].input_ids) for index in group] for group in groups]
+    assert all(len(group) <= size and len(group) * max(group) <= 40 for group in lengths)
+    assert list(chain.from_iterable(lengths)) == sorted(len(row.input_ids) for row in rows)
 
 
 def many(count: int = 203) -> list[EncodedChat]:

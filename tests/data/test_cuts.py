@@ -4,7 +4,11 @@ from steerlora.data.chat import EncodedChat
 from steerlora.data.cuts import Cuts, cuts_of, warn_of_cuts
 
 WHOLE = EncodedChat([1, 2, 3], 1)
-ROWS = [WHOLE, WHOLE._replace(response_cut=True), WHOLE._replace(prompt_cut=True, response_cut=True)]
+ROWS = [
+    WHOLE,
+    WHOLE._replace(response_cut=True),
+    WHOLE._replace(prompt_cut=True, response_cut=True),
+]
 
 
 def test_what_did_not_fit_is_counted():

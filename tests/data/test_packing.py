@@ -91,6 +91,13 @@ def test_a_part_of_a_batch_is_some_of_its_rows(mixed):
     assert sum(part.tokens for part in parts) == whole.tokens
 
 
+def test_every_answer_of_a_packed_conversation_is_a_label():
+    several = EncodedChat([5, 6, 7, 8, 9, 10], 5, earlier=((1, 2), (3, 4)))
+    batch = collate_packed([[EncodedChat([3, 4], 1), several]], [0], 0, 9)
+    no = IGNORED
+    assert batch.labels.tolist() == [[no, 4, no, 6, no, 8, no, 10, no]]
+
+
 def test_what_a_packed_batch_holds():
     rows = [
         [EncodedChat([5, 6, 7, 8], 2), EncodedChat([9, 10], 0)],

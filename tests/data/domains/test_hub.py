@@ -119,6 +119,37 @@ def test_the_artifact_is_that_of_real_text(talk, sums, tmp_path):
         assert row["prompt"].removeprefix("Sum ") == f"{row['response'][11:-1]}?"
 
 
+def parts(kind: str, number: int) -> list[dict]:
+    """Two turns of which the first is in parts, one of them of some kind."""
+    first = [{"type": "text", "text": f"Do {number}"}, {"type": kind, "text": "."}]
+    return [
+        {"role": "user", "content": first},
+        {"role": "assistant", "content": [{"type": "text", "text": "Done."}]},
+    ]
+
+
+def test_parts_of_a_turn_are_joined(tmp_path):
+    rows = [{"turns": parts("text", i)} for i in range(40)]
+    source = {"path": save(tmp_path / "talk.jsonl", rows), "messages": "turns"}
+    write(config({"talk": source}), tmp_path / "out")
+    for row in load(tmp_path / "out/train/talk.jsonl"):
+        assert row["prompt"] in {f"Do {i}." for i in range(40)}
+        assert row["response"] == "Done."
+
+
+def test_parts_that_are_no_text_are_named_by_their_row(tmp_path):
+    rows = [{"turns": parts("image" if i == 7 else "text", i)} for i in range(40)]
+    source = {"path": save(tmp_path / "talk.jsonl", rows), "messages": "turns"}
+    says = r"^domains\.sources\.talk\.messages: row 8: turn 1 has a part of type image; "
+    with pytest.raises(UserError, match=says):
+        write(config({"talk": source}), tmp_path / "out")
+
+
+def test_what_has_no_answer_is_counted(talk, tmp_path):
+    made = config({"talk": talk}, train_items=1000, pretrain_items=1000)
+    assert write(made, tmp_path / "out")["counts"]["talk"]["blank"] == 2
+
+
 def test_general_text_has_a_size_of_its_own(talk, tmp_path):
     made = config({"talk": talk}, train_items=20, pretrain_items=5)
     counts = write(made, tmp_path / "out")["counts"]["talk"]

@@ -268,6 +268,108 @@ def test_bad_lines_are_named(source: Path, tmp_path: Path, line: str | bytes, me
     assert "\n" not in str(raised.value)
 
 
+def talk(number: int, **changes) -> dict:
+    """A row of a conversation of four turns, with a system's and parts."""
+    parts = [{"type": "text", "text": "Talk "}, {"type": "text", "text": f"{number}?"}]
+    turns = [
+        {"role": "system", "content": "Obey."},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": f"Said {number}. "},
+        {"role": "user", "content": "More?"},
+        {"role": "assistant", "content": "No."},
+    ]
+    return {"messages": turns} | changes
+
+
+def test_conversations_are_read_whole(source: Path, tmp_path: Path) -> None:
+    rows = [talk(i, task="small_talk", prompt="unread") for i in range(40)]
+    last = {"role": "user", "content": "Are you there?"}
+    rows += [{"messages": [*talk(40)["messages"], last]}]
+    save(source / "math_train.jsonl", rows)
+    (source / "gsm8k_test.jsonl").unlink()
+    out = tmp_path / "out"
+    writer.write(out, source=source, seed=0, names=("math",), prompt_characters=12)
+    written = [load(path) for path in (*out.glob("*/math.jsonl"), out / "pretrain.jsonl")]
+    conversations = [row["messages"] for rows in written for row in rows]
+    assert len(conversations) == 41
+    for turns in conversations:
+        number = turns[2]["content"].removeprefix("Said ").removesuffix(".")
+        task = "" if number == "40" else "Task: small talk\n\n"
+        assert [(turn["role"], turn["content"]) for turn in turns] == [
+            ("system", "Obey."),
+            ("user", f"{task}Talk {number}?"),
+            ("assistant", f"Said {number}."),
+            ("user", "More?"),
+            ("assistant", "No."),
+        ]
+
+
+def test_what_has_no_answer_or_a_blank_turn_is_counted(source: Path, tmp_path: Path) -> None:
+    turns = talk(0)["messages"]
+    blank = {"role": "assistant", "content": None}
+    rows = [
+        {"messages": []},
+        {"messages": turns[:2]},
+        {"messages": [turns[0], turns[2]]},
+        {"messages": [*turns[:2], blank, *turns[3:]]},
+        {"prompt": " ", "response": "x"},
+    ]
+    save(source / "math_train.jsonl", [*chats("math", 60), *rows])
+    writer.write(tmp_path, source=source, seed=0, names=("math",))
+    assert json.loads((tmp_path / "domains.json").read_text())["counts"]["math"]["blank"] == 5
+
+
+def test_no_turn_of_a_training_conversation_is_a_held_out_prompt(
+    source: Path, tmp_path: Path
+) -> None:
+    turns = talk(0)["messages"]
+    turns[3] = {"role": "user", "content": "code QUESTION 105?"}  # in code_test
+    save(source / "math_train.jsonl", [*chats("math", 60), {"messages": turns}])
+    writer.write(tmp_path, source=source, seed=0)
+    count = json.loads((tmp_path / "domains.json").read_text())["counts"]["math"]
+    assert count["held_out_prompt"] == 1
+
+
+def with_turn(turn: object) -> str:
+    return json.dumps({"messages": [talk(0)["messages"][0], turn]})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            json.dumps({"messages": "hi"}),
+            "'messages' must be a list of turns with role and content",
+        ),
+        (with_turn({"role": "user"}), "'messages' must be a list of turns with role and content"),
+        (
+            with_turn({"role": "tool", "content": "3"}),
+            "turn 2 has the role 'tool'; roles are system, user, assistant",
+        ),
+        (
+            with_turn({"role": "user", "content": [{"type": "image", "url": "x"}]}),
+            "turn 2 has a part of type image; models here read parts of type text",
+        ),
+        (
+            with_turn({"role": "user", "content": ["x"]}),
+            "turn 2 has a part of type text; models here read parts of type text",
+        ),
+        (
+            with_turn({"role": "user", "content": 3}),
+            "turn 2: 'content' must be text, this is a num",
+        ),
+    ],
+)
+def test_turns_that_cannot_be_read_are_named_by_their_line(
+    source: Path, tmp_path: Path, row: str, message: str
+) -> None:
+    (source / "math_train.jsonl").write_text(f"{json.dumps(talk(0))}\n\n{row}\n")
+    with pytest.raises(UserError) as raised:
+        writer.write(tmp_path / "out", source=source, seed=0, names=("math",))
+    assert f"math_train.jsonl:3: {message}" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 def test_missing_and_empty_files_are_named(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (source / "law_train.jsonl").rename(source / "tort_train.jsonl")
