@@ -117,9 +117,9 @@ def _fitted(
         [*prompt[lost:], *kept],
         len(prompt) - lost,
         # A token without one before it is not predicted.
-        tuple((first - lost, stop - lost) for first, stop in earlier if first > lost),
-        prompt_cut=lost > 0,
-        response_cut=len(kept) < len(response),
+        tuple([(first - lost, stop - lost) for first, stop in earlier if first > lost]),
+        lost > 0,
+        len(kept) < len(response),
     )
 
 

@@ -54,7 +54,7 @@ def render(tokenizer, rows: Sequence[Conversation], *, last_only: bool = False) 
         tokenizer
     ):
         rows = [_folded(turns) for turns in rows]
-    whole = [[turn._asdict() for turn in turns] for turns in rows]
+    whole = [[{"role": role, "content": content} for role, content in turns] for turns in rows]
     asked = [messages[:-1] for messages in whole]
     openings = _apply(tokenizer, asked, add_generation_prompt=True)
     end = end_of_turn(tokenizer)
@@ -108,6 +108,7 @@ def _earlier(
     places = {
         index: [place for place, turn in enumerate(messages) if turn["role"] == "assistant"]
         for index, messages in enumerate(asked)
+        if len(messages) > 1
     }
     places = {index: own for index, own in places.items() if own}
     marked = [

@@ -24,6 +24,7 @@ CHANGES = {
     "model.vocabulary": 999,
     "model.tied": "false",
     "model.thinking": None,  # needs a model on disk: covered below
+    "model.date": "2021-02-03",
     "model.control_sites": "[0]",
     "model.sae_latents": 96,
     "model.sae_path": "elsewhere",
@@ -43,6 +44,7 @@ CHANGES = {
     "domains.train_items": 11,
     "domains.pretrain_items": 17,
     "domains.evaluation_items": 7,
+    "domains.prompt_characters": 99,
     "domains.seed": 4,
     "sae.architecture": None,  # a group of its own: sae=topk, relu, ...
     "sae.path": "elsewhere",
@@ -140,6 +142,8 @@ CHANGES = {
     "trainer.max_steps": 9,
     "trainer.batch_size": 9,
     "trainer.max_length": 99,
+    "trainer.drop_cut": "true",
+    "trainer.last_turn_only": "true",
     "trainer.packing": "true",
     "trainer.learning_rate": 0.9,
     "trainer.weight_decay": 0.1,
