@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from steerlora.data.chat import encode_chats
-from steerlora.data.conversations import exchange
+from steerlora.data.conversations import Conversation, exchange
 from steerlora.evaluation.cross_entropy import heldout_cross_entropy, summarise
 
 TEMPLATE = (
@@ -63,15 +63,17 @@ def model() -> Qwen3ForCausalLM:
     return model.train()
 
 
-def one_by_one(model: nn.Module, tokenizer, max_length: int) -> list[tuple[float, int]]:
-    """The definition: minus the log-probability of every response token after the first."""
+def one_by_one(
+    model: nn.Module, tokenizer, max_length: int, rows: list[Conversation] = ROWS
+) -> list[tuple[float, int]]:
+    """The definition: minus the log-probability of every token of an answer after the first."""
     items = []
     model.eval()
-    for chat in encode_chats(tokenizer, ROWS, max_length):
+    for chat in encode_chats(tokenizer, rows, max_length):
         with torch.no_grad():
             logits = model(torch.tensor([chat.input_ids])).logits[0]
         chances = logits.log_softmax(-1)
-        places = range(max(chat.response_start, 1), len(chat.input_ids))
+        places = [p for first, stop in chat.answers for p in range(max(first, 1), stop)]
         nats = -sum(chances[place - 1, chat.input_ids[place]].item() for place in places)
         items.append((nats, len(places)))
     return items
@@ -96,6 +98,15 @@ def test_cut_rows_equal_one_by_one(model, tokenizer) -> None:
     want = one_by_one(model, tokenizer, 6)
     assert got.per_item == [(pytest.approx(n, rel=1e-6), count) for n, count in want]
     assert all(count <= 6 for _, count in got.per_item)
+
+
+def test_every_answer_of_a_conversation_is_scored(model, tokenizer) -> None:
+    rows = [ROWS[0], (*exchange("a", "b c"), *exchange("d", "e"), *exchange("f g", "h i j"))]
+    got = heldout_cross_entropy(model, tokenizer, rows, batch_size=2, max_length=64)
+    assert [count for _, count in got.per_item] == [2, 3 + 2 + 4]
+    want = one_by_one(model, tokenizer, 64, rows)
+    assert got.per_item == [(pytest.approx(n, rel=1e-6), count) for n, count in want]
+    assert got.cut == 0
 
 
 def test_models_that_change_their_logits_are_asked_for_logits(model, tokenizer) -> None:

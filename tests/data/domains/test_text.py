@@ -12,9 +12,10 @@ from helpers.files import NO_FILES
 from transformers import AutoTokenizer
 
 from steerlora.cli import compose
-from steerlora.data.chat import encode_chat
+from steerlora.data.chat import encode_chat, encode_chats
 from steerlora.data.domains.text import writer
 from steerlora.data.domains.text.tokenizer import build_tokenizer
+from steerlora.data.jsonl import read_rows
 from steerlora.errors import UserError
 from steerlora.text import for_terminal
 
@@ -302,6 +303,11 @@ def test_conversations_are_read_whole(source: Path, tmp_path: Path) -> None:
             ("user", "More?"),
             ("assistant", "No."),
         ]
+    # A tokenizer is made of all that is said, and reads it.
+    tokenizer = build_tokenizer(out, vocabulary=300)
+    (chat,) = encode_chats(tokenizer, read_rows(out / "train/math.jsonl")[:1], 1000)
+    assert len(chat.answers) == 2
+    assert tokenizer.decode(chat.input_ids).startswith("<|system|>Obey.<|end|><|user|>")
 
 
 def test_what_has_no_answer_or_a_blank_turn_is_counted(source: Path, tmp_path: Path) -> None:
