@@ -121,8 +121,8 @@ def _earlier(
         spans = _between(openings[index], text, [_mark(place) for place in own], end)
         if spans is None:
             raise UserError(
-                f"the chat template does not show every answer of {_told(index, asked[index])} as "
-                "it is: trainer.last_turn_only=true learns the last answers alone"
+                "the model's chat template does not show every answer of "
+                f"{_told(index, asked[index])}: split it into conversations of one answer each"
             )
         found[index] = spans
     return found

@@ -190,6 +190,8 @@ def test_a_conversation_that_the_template_refuses_is_named(make_tokenizer):
 def test_a_template_that_hides_an_answer_is_refused(make_tokenizer):
     tokenizer = make_tokenizer(eos="<eos>")
     tokenizer.chat_template = CHATML.replace("for m in messages", "for m in messages[-2:]")
-    with pytest.raises(UserError, match=r"trainer\.last_turn_only=true"):
+    with pytest.raises(
+        UserError, match=r"not show every answer of conversation 1 .* of one answer each"
+    ):
         render(tokenizer, [conversation(3)])
     assert len(render(tokenizer, [conversation(3)], last_only=True)) == 1
