@@ -51,7 +51,7 @@ def test_domains_of_a_configuration_have_plain_names(name):
     assert "\n" not in str(error.value)
 
 
-LAW = {"law": "text_law_cross_entropy"}
+LAW = {"law": "text_law_likelihood"}
 
 
 @pytest.mark.parametrize(
