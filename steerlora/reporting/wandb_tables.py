@@ -23,9 +23,9 @@ def tables_of(record: Evaluation | Ablation | DomainSequence) -> dict[str, Rows]
 
 def _scores(record: Evaluation) -> Rows:
     owner = {task: domain for domain, task in record.target_tasks.items()}
-    columns = ["task", "domain", "metric", "value", "stderr", "items", "version", "shots"]
+    columns = ["task", "domain", "metric", "value", "stderr", "items", "cut", "version", "shots"]
     return columns, [
-        [name, owner.get(name), s.metric, s.value, s.stderr, s.items, s.version, s.shots]
+        [name, owner.get(name), s.metric, s.value, s.stderr, s.items, s.cut, s.version, s.shots]
         for name, s in record.tasks.items()
     ]
 
