@@ -188,6 +188,7 @@ def _build(config: Config, variant: compose.Compose) -> tuple[Path, ...]:
             workers=config.study.workers,
             progress=progress,
             plugins=config.plugins,
+            asked_for=None if planned else steps[0],
         )
     if not ranks.is_main():
         return ()
@@ -226,7 +227,9 @@ def _end(error: BaseException) -> NoReturn:
     line, code = {
         Preempted: (f"preempted: {error}; the same command goes on from there", 75),
         KeyboardInterrupt: (
-            "interrupted: run the same command again, and it goes on where it was",
+            f"interrupted: {error}; the same command goes on from there"
+            if str(error)
+            else "interrupted: the same command goes on from what was saved last",
             130,
         ),
         RankGone: (f"error: {error}", 1),

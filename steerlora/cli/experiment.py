@@ -160,9 +160,14 @@ def report(config: Config, planned: Plan, run: RunReport) -> Report:
             f"cannot write the report into {config.results.dir} ({error.strerror}): make room or "
             "give results.dir=<folder>; what was built is kept"
         ) from error
-    name = f"report {study.name}"
-    settings = flat(asdict(config))
-    with open_run(config.logger, job_type="report", name=name, config=settings) as log:
+    run_log = open_run(
+        config.logger,
+        job_type="report",
+        name=f"report {study.name}",
+        config=flat(asdict(config)),
+        asked_for=True,
+    )
+    with run_log as log:
         log.used(run[step] for step in planned.steps)
         for table, frame in tables.items():
             log.table(table, list(frame.columns), frame.astype(object).values.tolist())

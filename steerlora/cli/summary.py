@@ -56,7 +56,7 @@ def log_reused(steps: Sequence[Step], run: RunReport) -> None:
     for step in steps:
         logger = getattr(step.config, "logger", None)
         if logger is not None and (step.stage, step.label) in reused:
-            runs.log_reused(run[step], logger)
+            runs.log_reused(run[step], logger, asked_for=step is steps[0])
 
 
 def _print_times(console: Console, run: RunReport) -> None:

@@ -181,6 +181,8 @@ def run_job(work: Callable[[], Sequence[Path]]) -> None:
     if hydra.mode != RunMode.MULTIRUN:
         work()
         return
+    if int(hydra.job.num):
+        os.environ.pop("WANDB_RUN_ID", None)  # it belongs to one run, of the first job
     code, error = 0, ""
     began, found = time.monotonic(), ()
     try:

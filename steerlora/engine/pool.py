@@ -21,13 +21,13 @@ from typing import Any
 
 import psutil
 
+from steerlora.engine.preemption import ECHO
 from steerlora.engine.progress import Event, Progress
 from steerlora.engine.worker import Done, Failed, Interrupted, Work, interrupts_blocked, serve
 from steerlora.errors import Preempted, WorkerDied
 
-GRACE = 15.0  # seconds that an interrupted worker has to save its state
+GRACE = 60.0  # seconds that an interrupted worker has to end its step and save its state
 POLL_INTERVAL = 0.2  # seconds between two looks at the signals and at the workers' health
-ECHO = 0.3  # seconds in which a second SIGINT is the same Ctrl-C, passed on by a wrapper
 
 
 @dataclass(eq=False)

@@ -72,6 +72,7 @@ def run(
     workers: int = 1,
     progress: Progress | None = None,
     plugins: Sequence[str] = (),
+    asked_for: Step | None = None,
 ) -> RunReport:
     """Build what is missing of ``steps`` and of what they read; reuse the rest.
 
@@ -81,9 +82,11 @@ def run(
         workers: processes that build side by side; with 1, or a single step to build, the work is
             done in this process. Several ranks build one step after the other, together.
         plugins: modules that register stages, methods and so on; imported by each worker.
+        asked_for: the step that the command is about, if it is about one.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; the unfinished steps have saved what they save, and resume.
+        Preempted: another signal, or Ctrl-C, that a training in progress has saved for.
         Exception: the first error of a step, as it was raised.
     """
     progress = progress or SilentProgress()
@@ -100,7 +103,8 @@ def run(
         if missing:
             progress.message(f"{len(missing)} steps to build, {len(artifacts)} reused")
             with progress.task("all steps", len(missing)) as task:
-                for step, built in _build(missing, artifacts, store, workers, progress, plugins):
+                facts = _Facts(store, tuple(plugins), asked_for and asked_for.fingerprint)
+                for step, built in _build(missing, artifacts, facts, workers, progress):
                     artifacts[step.fingerprint] = built.artifact
                     times.append(StepTime(step.label, step.stage, built.seconds, built.reused))
                     progress.message(f"{step.label}: {built.seconds:.1f} s")
@@ -176,13 +180,22 @@ def _found(step: Step, store: ArtifactStore) -> Artifact:
 
 
 @dataclass(frozen=True)
+class _Facts:
+    """What all steps of a run have in common."""
+
+    store: ArtifactStore
+    plugins: tuple[str, ...]
+    asked_for: str | None
+    """Fingerprint of the step that the command is about."""
+
+
+@dataclass(frozen=True)
 class _Job:
     """A step with the artifacts it reads, ready to be sent to a worker."""
 
     step: Step
     inputs: dict[str, Artifact | tuple[Artifact, ...]]
-    store: ArtifactStore
-    plugins: tuple[str, ...]
+    facts: _Facts
 
 
 @dataclass(frozen=True)
@@ -195,21 +208,19 @@ class _Built:
 def _build(
     missing: Sequence[Step],
     artifacts: Mapping[str, Artifact],
-    store: ArtifactStore,
+    facts: _Facts,
     workers: int,
     progress: Progress,
-    plugins: Sequence[str],
 ) -> Iterator[tuple[Step, _Built]]:
     """Build every step; the caller adds each to ``artifacts`` before it asks for the next."""
 
     def job(step: Step) -> _Job:
-        return _Job(step, _inputs(step, artifacts), store, tuple(plugins))
+        return _Job(step, _inputs(step, artifacts), facts)
 
     workers = min(workers, len(missing)) if ranks.current().world == 1 else 1
     if workers <= 1:
         for step in missing:
-            if ranks.broadcast(preemption.requested()):  # in the last step of a training
-                preemption.stop("what was finished is stored")
+            preemption.stop_if_requested("what was finished is stored")  # after a training's end
             try:
                 built = _execute(job(step), progress)
             except Exception as error:
@@ -266,8 +277,8 @@ def _inputs(
 
 def _execute(job: _Job, progress: Progress) -> _Built:
     """Build the artifact of a step, or find that another process has."""
-    import_plugins(job.plugins)
-    step, store = job.step, job.store
+    import_plugins(job.facts.plugins)
+    step, store = job.step, job.facts.store
     stage, began, reused = STAGES[step.stage], time.monotonic(), True
 
     def fill(directory: Path) -> Mapping | None:
@@ -279,6 +290,8 @@ def _execute(job: _Job, progress: Progress) -> _Built:
             fingerprint=step.fingerprint,
             label=step.label,
             progress=progress,
+            asked_for=step.fingerprint == job.facts.asked_for,
+            earlier=_first_stored(step.earlier, store) if ranks.is_main() else None,
         )
         with shortage_explained(step.label):
             return stage.build(context)
@@ -290,7 +303,7 @@ def _execute(job: _Job, progress: Progress) -> _Built:
             ranks.broadcast(True)
         return fill(directory)
 
-    with _interruption_as_keyboard_interrupt():
+    with _interruption_as_keyboard_interrupt(), _nothing_unstored_after():
         if ranks.is_main():
             config = plain(step.config)
             record = {
@@ -310,6 +323,12 @@ def _execute(job: _Job, progress: Progress) -> _Built:
     return _Built(artifact, time.monotonic() - began, reused)
 
 
+def _first_stored(steps: Sequence[Step], store: ArtifactStore) -> Artifact | None:
+    """The artifact of the first of ``steps`` that has one."""
+    found = (store.find(step.stage, step.fingerprint) for step in steps)
+    return next((artifact for artifact in found if artifact), None)
+
+
 @contextmanager
 def _interruption_as_keyboard_interrupt() -> Iterator[None]:
     """Lightning answers Ctrl-C with ``sys.exit(1)`` and leaves Ctrl-C ignored; undo both."""
@@ -323,6 +342,15 @@ def _interruption_as_keyboard_interrupt() -> Iterator[None]:
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _nothing_unstored_after() -> Iterator[None]:
+    """What trains inside is stored at the end, or lost."""
+    try:
+        yield
+    finally:
+        preemption.stored()
 
 
 class _PeakMemory:

@@ -74,6 +74,12 @@ class Context:
     progress: Progress
     """Where the build reports its progress."""
 
+    asked_for: bool = False
+    """Whether the command is about this step, which others may be built for."""
+
+    earlier: Artifact | None = None
+    """The first of the step's ``earlier`` that is stored, on rank 0; None on other ranks."""
+
 
 STAGES: Registry[Stage] = Registry("stage", "steerlora.stages.*")
 """Every stage by its name."""
@@ -128,6 +134,11 @@ class Step:
     skip: frozenset[str] = frozenset()
     """Dotted keys of this step's configuration that are not part of its fingerprint, beside the
     stage's."""
+
+    earlier: tuple[Step, ...] = ()
+    """Steps of the same stage that do a part of this one's work, those that do most of it first.
+    None of them is built for it, but the first whose artifact is stored spares it that part. What
+    comes out is the same."""
 
     @cached_property
     def upstream(self) -> tuple[Step, ...]:

@@ -1,8 +1,8 @@
 """What runs in a worker process: one piece of work after another, until its parent ends.
 
-The signal handler raises `KeyboardInterrupt` in the work exactly once, whether the signal came from
-the terminal (to all processes at once), from the pool, or from both, so that work that saves its
-state is not interrupted in doing so.
+Ctrl-C counts once, whether the signal came from the terminal (to all processes at once), from the
+pool, or from both: a training saves at the end of its step, other work has a `KeyboardInterrupt`
+raised in it, and neither is interrupted in saving its state. The pool stops at once by killing.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def serve(connection: Connection, grace: float) -> None:
     def interrupt(*_: object) -> None:
         if not interrupted.is_set():
             interrupted.set()
-            raise KeyboardInterrupt
+            if not preemption.request(signal.SIGINT):
+                raise KeyboardInterrupt
 
     outbox = _Outbox(connection)
     progress = QueueProgress(outbox)

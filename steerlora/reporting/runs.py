@@ -7,6 +7,7 @@ No account and no network is needed: offline runs are files under ``logger.dir``
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -104,7 +105,7 @@ class RunLog:
 
 
 def follow(
-    artifact: Artifact, logger: LoggerConfig, *, reused: bool = False
+    artifact: Artifact, logger: LoggerConfig, *, reused: bool = False, asked_for: bool = False
 ) -> AbstractContextManager[RunLog]:
     """The run of a stage's artifact, with all its settings, what it reads and what it makes.
 
@@ -113,17 +114,20 @@ def follow(
             ``label``, ``config`` and ``inputs``.
         logger: where the run is written; or that there is none.
         reused: whether the artifact was there before, and the run only shows it.
+        asked_for: as for :func:`open_run`.
 
     Raises:
         UserError: ``logger.dir`` cannot be written to.
     """
     if logger.name == "none":
         return nullcontext(RunLog())
-    return _follow(artifact, logger, reused)
+    return _follow(artifact, logger, reused, asked_for)
 
 
 @contextmanager
-def _follow(artifact: Artifact, logger: LoggerConfig, reused: bool) -> Iterator[RunLog]:
+def _follow(
+    artifact: Artifact, logger: LoggerConfig, reused: bool, asked_for: bool
+) -> Iterator[RunLog]:
     library = Library(artifact.path.parents[1])
     settings = settings_of(library.ancestry(artifact))
     found = (library.find(name) for name in artifact.manifest["inputs"].values())
@@ -135,6 +139,7 @@ def _follow(artifact: Artifact, logger: LoggerConfig, reused: bool) -> Iterator[
         name=run_name(artifact.manifest.get("label", ""), settings, logger.varied),
         config={**settings, "reused": reused},
         tags=[*map(str, tags), *(["reused"] if reused else [])],
+        asked_for=asked_for,
     ) as log:
         log.used([*inputs, artifact] if reused else inputs)
         yield log
@@ -142,9 +147,9 @@ def _follow(artifact: Artifact, logger: LoggerConfig, reused: bool) -> Iterator[
             make(log.run, artifact, settings)
 
 
-def log_reused(artifact: Artifact, logger: LoggerConfig) -> None:
+def log_reused(artifact: Artifact, logger: LoggerConfig, *, asked_for: bool = False) -> None:
     """A light run for an artifact that was asked for and was there: settings, figures, tables."""
-    with follow(artifact, logger, reused=True) as log:
+    with follow(artifact, logger, reused=True, asked_for=asked_for) as log:
         if log.run is not None:
             log.results(artifact.manifest["summary"], find_record(artifact.path))
 
@@ -175,8 +180,15 @@ def open_run(
     name: str,
     config: Mapping[str, Any],
     tags: Sequence[str] = (),
+    asked_for: bool = False,
 ) -> Iterator[RunLog]:
     """A run with group, job type, tags and a flat configuration.
+
+    Args:
+        logger: where it goes; or that there is none.
+        job_type, name, config, tags: what W&B shows of it.
+        asked_for: whether the command is about it. Such a run has the id that the environment's
+            WANDB_RUN_ID gives, if it does; others, which would continue it, have ids of their own.
 
     Raises:
         UserError: ``logger.dir`` cannot be written to.
@@ -221,6 +233,7 @@ def open_run(
             disable_code=True,
         ),
         reinit="finish_previous",
+        id=None if asked_for else secrets.token_hex(4),
     )
     failed = 1
     try:

@@ -204,4 +204,5 @@ def run_log(context: Context, logger: LoggerConfig) -> AbstractContextManager[Ru
         several = value if isinstance(value, tuple) else (value,)
         inputs |= {f"{name}[{place}]": one.fingerprint for place, one in enumerate(several)}
     known = {"label": context.label, "config": plain(context.config), "inputs": inputs}
-    return follow(Artifact(stage, context.fingerprint, context.home, known), logger)
+    artifact = Artifact(stage, context.fingerprint, context.home, known)
+    return follow(artifact, logger, asked_for=context.asked_for)

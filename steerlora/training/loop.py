@@ -224,26 +224,27 @@ class Checkpoints(Callback):
         if not ends_step(trainer, batch_idx) or trainer.global_step >= trainer.max_steps:
             return
         due = time.monotonic() - self._saved >= self.seconds
-        preempted, due = _any_rank(preemption.requested(), due)
-        if not (preempted or due) or not _everywhere(finite(module)):
+        number, due = _largest(preemption.requested(), due)
+        if not (number or due) or not _everywhere(finite(module)):
             return
         trainer.save_checkpoint(place(self.directory, trainer.global_step))
         self._saved = time.monotonic()
-        if preempted:
-            preemption.stop(f"saved at step {trainer.global_step} of {trainer.max_steps}")
+        if number:
+            where = f"saved at step {trainer.global_step} of {trainer.max_steps}"
+            preemption.stop(number, where)
 
 
-def _any_rank(*flags: bool) -> tuple[bool, ...]:
-    """Each flag, true where it is on any rank."""
+def _largest(*values: int) -> tuple[int, ...]:
+    """Each value (below 256), as the rank has it where it is largest."""
     if world() == 1:
-        return flags
-    asked = torch.tensor(flags, dtype=torch.uint8)
+        return values
+    asked = torch.tensor(values, dtype=torch.uint8)
     dist.all_reduce(asked, dist.ReduceOp.MAX)
-    return tuple(map(bool, asked.tolist()))
+    return tuple(asked.tolist())
 
 
 def _everywhere(flag: bool) -> bool:
-    return not _any_rank(not flag)[0]
+    return not _largest(not flag)[0]
 
 
 def fit(
@@ -281,8 +282,9 @@ def fit(
     Raises:
         UserError: the loss is not finite, the ranks cannot share the batch, or the checkpoint is
             another training's.
-        KeyboardInterrupt: the user's; the training resumes from its last checkpoint.
-        Preempted: a signal asked for room, and the training has saved.
+        KeyboardInterrupt: the user's, who wanted to stop at once; the training resumes from its
+            last checkpoint.
+        Preempted: a signal asked for room, or Ctrl-C came, and the training has saved.
     """
     strategies.check_hardware(trainer)
     watch = Watch(progress, description, steps, trainer.precision)

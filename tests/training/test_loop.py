@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
+import signal
 from pathlib import Path
 
 import lightning
@@ -14,8 +16,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from steerlora.config import TrainerConfig
+from steerlora.engine import preemption
 from steerlora.engine.progress import Closed, Opened, Progress
-from steerlora.errors import UserError
+from steerlora.errors import Preempted, UserError
 from steerlora.training.checkpoints import newest
 from steerlora.training.loop import Watch, fit, rise_hold_fall
 
@@ -76,6 +79,22 @@ def run(module, directory: Path, *, seconds: float = 1e-9, progress=None) -> dic
 def raising(error: BaseException):
     def change(loss):
         raise error
+
+    return change
+
+
+@pytest.fixture
+def from_a_terminal():
+    """A background job of a shell ignores the interrupt, and so would its tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def sending(number: signal.Signals):
+    def change(loss):
+        os.kill(os.getpid(), number)
+        return loss
 
     return change
 
@@ -211,6 +230,57 @@ def test_ctrl_c_is_a_keyboard_interrupt_and_resumable(tmp_path, unbroken):
     run(resumed, tmp_path)
     assert min(resumed.losses) == 4
     assert_same_end(resumed, unbroken)
+
+
+@pytest.mark.usefixtures("from_a_terminal")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_has_the_step_finished_and_saved(tmp_path, unbroken, number):
+    module = Regression({4: sending(number)})
+    with (
+        pytest.raises((KeyboardInterrupt, Preempted), match="saved at step 5 of 12"),
+        preemption.signals_handled(),
+    ):
+        run(module, tmp_path, seconds=1000.0)
+    resumed = Regression()
+    run(resumed, tmp_path, seconds=1000.0)
+    assert sorted(module.losses) == list(range(5))
+    assert sorted(resumed.losses) == list(range(5, STEPS))
+    assert_same_end(resumed, unbroken)
+
+
+@pytest.mark.usefixtures("from_a_terminal")
+def test_a_second_interrupt_stops_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(preemption, "ECHO", -1.0)
+    twice = Regression({4: lambda loss: sending(signal.SIGINT)(sending(signal.SIGINT)(loss))})
+    with pytest.raises(KeyboardInterrupt) as caught, preemption.signals_handled():
+        run(twice, tmp_path, seconds=1000.0)
+    assert not str(caught.value)
+    assert newest(tmp_path) is None
+
+
+@pytest.mark.usefixtures("from_a_terminal")
+def test_an_echo_of_an_interrupt_is_not_a_second_one(tmp_path):
+    twice = Regression({4: lambda loss: sending(signal.SIGINT)(sending(signal.SIGINT)(loss))})
+    with pytest.raises(KeyboardInterrupt, match="saved"), preemption.signals_handled():
+        run(twice, tmp_path, seconds=1000.0)
+
+
+@pytest.mark.usefixtures("from_a_terminal")
+def test_what_has_trained_is_stored_before_a_signal_counts(tmp_path):
+    """In the last step, and after it until the result is stored; from then on it counts at once."""
+    with preemption.signals_handled():
+        last = Regression({STEPS - 1: sending(signal.SIGINT)})
+        run(last, tmp_path / "last", seconds=1000.0)
+        assert sorted(last.losses) == list(range(STEPS))
+        with pytest.raises(Preempted, match="all of it"):
+            preemption.stop_if_requested("all of it")
+    with preemption.signals_handled():
+        run(Regression(), tmp_path / "after", seconds=1000.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.requested() == signal.SIGTERM
+        preemption.stored()
+        with pytest.raises(Preempted, match="nothing was lost"):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_figures_count_tokens(tmp_path):
