@@ -85,9 +85,12 @@ class Config:
         method.check(self)
         if self.domains.kind == "text" and not self.domains.dir:
             raise UserError("domains.dir is not set: domains.dir=<folder of <domain>_train.jsonl>")
-        if self.order.kind == "given" and sorted(self.order.sequence) != sorted(self.domains.names):
+        given = self.order.sequence
+        if self.order.kind == "given" and (
+            not given or len(set(given)) < len(given) or set(given) - set(self.domains.names)
+        ):
             raise UserError(
-                f"order.sequence={self.order.sequence}: name each domain once, of "
+                f"order.sequence={given}: name each domain at most once, of "
                 f"{', '.join(self.domains.names)}"
             )
         orders = math.factorial(len(self.domains.names))

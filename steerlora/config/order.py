@@ -20,7 +20,8 @@ class OrderConfig:
     ``index`` of all orders, "given" takes ``sequence``."""
 
     sequence: list[str] = field(default_factory=list)
-    """The domains in order, each of ``domains.names`` once. Read by kind "given" only."""
+    """The domains in order, of ``domains.names``, each at most once and at least one. One that is
+    longer than a stored one by its last domains goes on from there. Read by kind "given" only."""
 
     seed: int = 0
     """Seed of kind "random". At least 0."""

@@ -101,6 +101,9 @@ class MethodConfig:
     """Text of earlier domains, in a sequence."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How AdamW goes through its training."""
+    bundle_sae: bool = False
+    """Whether the folder of a trained method holds its SAEs too: it then loads wherever it is
+    moved, without the artifacts of the SAEs."""
 
     # Capabilities: what stages ask in place of the kind
 

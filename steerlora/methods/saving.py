@@ -18,7 +18,7 @@ from steerlora.lm.identity import model_fingerprint
 from steerlora.methods.base import Method, SiteSAE, Sources
 from steerlora.methods.config import METHODS
 from steerlora.saes.base import SparseAutoencoder
-from steerlora.saes.saelens import load_sae, sae_fingerprint
+from steerlora.saes.saelens import load_sae, sae_fingerprint, sae_metadata, save_sae
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FORMAT = "steerlora"
@@ -71,7 +71,26 @@ def save_adapter(
     state = {name: tensor.detach().contiguous() for name, tensor in method.state_dict().items()}
     assert all(tensor.numel() for tensor in state.values()), "an adapter weight is empty"
     save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
-    (directory / CONFIG).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
+    _write_config(directory, stored)
+
+
+def bundle_sae(directory: Path, sae_paths: Mapping[int, Path]) -> None:
+    """Write the SAEs of a saved method into its folder, which then loads wherever it is moved.
+
+    Args:
+        directory: the method's folder, outside any artifact: those do not change.
+        sae_paths: {site: folder of its SAE}.
+
+    Raises:
+        UserError: no method there, or another SAE.
+    """
+    stored = _read_config(directory / CONFIG)
+    for entry in stored["saes"]:
+        given, own = sae_paths[entry["site"]], f"sae_{entry['site']}"
+        save_sae(_sae_for(entry, directory, given), directory / own, sae_metadata(given))
+        entry["path"] = own
+    stored["method"]["bundle_sae"] = True
+    _write_config(directory, stored)
 
 
 def load_adapter(
@@ -163,6 +182,10 @@ def _grown(schema: type, stored: Mapping[str, Any]) -> Any:
             for name, value in stored.items()
         }
     )
+
+
+def _write_config(directory: Path, stored: dict) -> None:
+    (directory / CONFIG).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
 
 
 def _read_config(path: Path) -> dict:

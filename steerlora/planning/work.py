@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from steerlora.config import Config
+from steerlora.data.orders import sequence_of
 from steerlora.distributed.devices import Gpu, rate
 from steerlora.lm import flops
 from steerlora.lm.shapes import DecoderShape
@@ -75,7 +76,8 @@ def works(config: Config, shape: DecoderShape, trials: Trials) -> tuple[Work, ..
         tokens = len(sites) * sae.steps_over(sae.max_tokens) * sae.batch_size
         found.append(Work(SAE, tokens, 0, 0, each))
     one = method_work(config, trials)
-    sequence = len(config.domains.names) * config.order.steps_per_domain
+    domains = sequence_of(config.order, config.domains)
+    sequence = len(domains) * config.order.steps_per_domain
     return (
         *found,
         one._replace(tokens=trainer.max_steps * trainer.batch_size * row),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from steerlora.config import Config, InterventionConfig
@@ -11,7 +12,7 @@ from steerlora.distributed import ranks
 from steerlora.engine.manifests import write_json
 from steerlora.engine.steps import Context, Step, stage
 from steerlora.methods.base import Task
-from steerlora.methods.saving import export_peft, save_adapter
+from steerlora.methods.saving import bundle_sae, export_peft
 from steerlora.stages import method_training
 from steerlora.stages.common import BASE, NOT_IDENTITY, POINTER, domain_names, run_log
 
@@ -41,7 +42,7 @@ def step(config: Config) -> Step:
         domains=tuple(config.domains.names),
     )
     under = f" under {config.intervention.name}" if retrained else ""
-    return Step(
+    trained = Step(
         "adapter_training",
         settings,
         method_training.inputs(config, monitored=config.method.compares_with_base),
@@ -49,6 +50,10 @@ def step(config: Config) -> Step:
         cost=config.trainer.max_steps * config.model.layers * 0.02,
         skip=method_training.not_identity(config.method),
     )
+    if not (config.method.bundle_sae and config.method.reads_features):
+        return trained
+    alone = replace(settings, method=replace(config.method, bundle_sae=False))
+    return replace(trained, earlier=(replace(trained, config=alone),))
 
 
 @stage(
@@ -61,6 +66,8 @@ def step(config: Config) -> Step:
 )
 def build(context: Context) -> dict:
     settings: AdapterSettings = context.config
+    if ranks.broadcast(context.earlier is not None):
+        return _bundled(context) if ranks.is_main() else {}
     source, base_artifact = context.inputs["domains"], context.inputs["base"]
     model, tokenizer = method_training.load_to_train(base_artifact, settings.trainer)
     attached = method_training.attach(context, model, tokenizer, domains=settings.domains)
@@ -84,17 +91,18 @@ def build(context: Context) -> dict:
         log.results(figures)
     if not ranks.is_main():
         return {}
-    pointer = base_artifact.json(POINTER)
-    save_adapter(
-        method,
-        context.directory / FOLDER,
-        base_fingerprint=pointer["fingerprint"],
-        sae_paths={site: given.path for site, given in attached.sources.saes.items()},
-        written_for=context.home / FOLDER,
-        trained_under=settings.intervention.name,
-    )
+    method_training.save(context, attached, context.directory / FOLDER, written_for=FOLDER)
     write_json(context.directory / HISTORY, learner.history())
     if settings.method.exports_to_peft:
-        path = pointer["path"] or str(base_artifact / BASE)
+        path = base_artifact.json(POINTER)["path"] or str(base_artifact / BASE)
         export_peft(method, context.directory / PEFT_FOLDER, base_path=path)
     return figures
+
+
+def _bundled(context: Context) -> dict:
+    """The same adapter, which is stored without its SAEs, with them."""
+    shutil.copytree(context.earlier / FOLDER, context.directory / FOLDER, dirs_exist_ok=True)
+    shutil.copyfile(context.earlier / HISTORY, context.directory / HISTORY)
+    paths = method_training.sae_paths(context.config.method, context.inputs)
+    bundle_sae(context.directory / FOLDER, paths)
+    return context.earlier.manifest["summary"]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import lightning as L
@@ -28,10 +29,18 @@ from steerlora.methods.config import MethodConfig
 from steerlora.methods.interventions import check_phase
 from steerlora.methods.module import MethodModule
 from steerlora.methods.monitor import Monitor
+from steerlora.methods.saving import bundle_sae, save_adapter
 from steerlora.reporting.runs import RunLog
 from steerlora.saes.saelens import load_sae, sae_metadata
 from steerlora.stages import base, features, sae_training
-from steerlora.stages.common import device_of, general_text, place_of, train, training_rows
+from steerlora.stages.common import (
+    POINTER,
+    device_of,
+    general_text,
+    place_of,
+    train,
+    training_rows,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +104,8 @@ def not_identity(method: MethodConfig, *, sequence: bool = False) -> frozenset[s
         keys = method.not_trained - {"name", *method.only_in_evaluation}
     else:
         keys = method.not_trained | method.only_in_sequences
+    if not method.reads_features:
+        keys |= {"bundle_sae"}  # there is none
     return frozenset(f"method.{key}" for key in keys)
 
 
@@ -231,13 +242,41 @@ def attach(
     return Attached(model, tokenizer, sources, method, monitor, learner)
 
 
+def save(context: Context, attached: Attached, folder: Path, *, written_for: str) -> None:
+    """Write the trained method, so that ``load_adapter`` reads it.
+
+    Args:
+        context: of the stage that trained it.
+        attached: the method, and where its SAEs come from.
+        folder: where to write.
+        written_for: name of the folder in the artifact where it will lie.
+    """
+    settings = context.config
+    under = settings.intervention
+    save_adapter(
+        attached.method,
+        folder,
+        base_fingerprint=context.inputs["base"].json(POINTER)["fingerprint"],
+        sae_paths=sae_paths(settings.method, context.inputs),
+        written_for=context.home / written_for,
+        trained_under=under.name if under.retrained else "none",
+    )
+    if settings.method.bundle_sae:
+        bundle_sae(folder, sae_paths(settings.method, context.inputs))
+
+
+def sae_paths(method: MethodConfig, inputs: Inputs) -> dict[int, Path]:
+    """{control site: folder of its SAE}, as far as they are among the inputs."""
+    folders = [artifact / sae_training.FOLDER for artifact in inputs.get("saes", ())]
+    return dict(zip(method.sites, folders, strict=False))
+
+
 def _open_sources(method: MethodConfig, inputs: Inputs) -> Sources:
     """The SAEs and features of the control sites, as far as they are among the inputs."""
-    folders = [artifact / sae_training.FOLDER for artifact in inputs.get("saes", ())]
     return Sources(
         saes={
             site: SiteSAE(load_sae(path), sae_metadata(path)["mean_feature_norm"], path)
-            for site, path in zip(method.sites, folders, strict=False)
+            for site, path in sae_paths(method, inputs).items()
         },
         taxonomies={
             site: features.load_taxonomy(artifact)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from steerlora.data.chat import ChatBatches, collate, encode_chats
 from steerlora.data.packing import PackedBatches, training_batches
 from steerlora.data.replay import ReplayBatches, ReplayRows
 from steerlora.distributed import ranks
+from steerlora.engine import preemption
 from steerlora.engine.manifests import CHECKPOINTS
 from steerlora.engine.steps import Context
 from steerlora.evaluation.scores import Score
@@ -36,7 +38,7 @@ class SequenceTrainer:
     Args:
         context: the stage's.
         log: of the stage's run.
-        state: after the domains that are finished; brought up to date by `train`.
+        state: after the domains that were trained on; brought up to date, and kept, by `train`.
     """
 
     def __init__(self, context: Context, log: RunLog, state: SequenceState) -> None:
@@ -82,17 +84,26 @@ class SequenceTrainer:
     # Training
 
     def train(self, position: int) -> None:
-        """Train on one domain, with a schedule of its own."""
+        """Train on one domain, with a schedule of its own, and keep the method."""
+        state = self.state
         with self._attached(training=True) as attached:
             self._train(position, attached)
-            self.state.weights = {
+            state.weights = {
                 name: tensor.detach().to("cpu", copy=True).contiguous()
                 for name, tensor in attached.method.state_dict().items()
             }
-            self.state.learner = attached.learner.state()
-            self.state.optimizer = attached.learner.optimizer
-            attached.learner.load_state(self.state.learner)
-            attached.model.eval()
+            state.learner, state.optimizer = attached.learner.state(), attached.learner.optimizer
+            state.trained = position + 1
+            if ranks.is_main():
+                state.save(lambda folder: self._write(attached, folder))
+            preemption.stored()
+            attached.learner.load_state(state.learner)
+        preemption.stop_if_requested(f"saved after {self.settings.sequence[position]}")
+
+    def _write(self, attached: Attached, folder: Path) -> None:
+        """Write the method into ``folder``, to be moved to the domain's own."""
+        name = self.state.name(self.state.trained - 1)
+        method_training.save(self.context, attached, folder, written_for=name)
 
     def _train(self, position: int, attached: Attached) -> None:
         settings, replay = self.settings, self.settings.method.replay
@@ -136,7 +147,8 @@ class SequenceTrainer:
                 [self.names.index(domain)] * len(rows),
                 settings.trainer,
                 pad_token_id=tokenizer.pad_token_id,
-                seed=settings.seed * len(settings.sequence) + position,
+                # Of the domains that there are, not of those that the sequence has by now.
+                seed=settings.seed * len(self.names) + position,
             )
         return self._batches[position]
 
@@ -147,6 +159,7 @@ class SequenceTrainer:
         """What scores the method as it is by now, on rank 0; None elsewhere, where ranks wait."""
         if ranks.is_main():
             with self._attached(training=False) as attached:
+                attached.model.eval()
                 yield SequenceScorer(self, attached)
         else:
             yield None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from steerlora.config import Config, EvaluationConfig
 from steerlora.data.orders import sequence_of
@@ -60,20 +60,23 @@ def step(config: Config) -> Step:
         f"sequential_forgetting {config.model.name} {config.method.name} "
         f"{config.order.name} seed {config.seed}"
     )
-    cost = len(settings.sequence) * (config.order.steps_per_domain * config.model.layers * 0.02 + 4)
-    return Step(
+    a_domain = config.order.steps_per_domain * config.model.layers * 0.02 + 4
+    whole = Step(
         "sequential_forgetting",
         settings,
         inputs,
         label,
-        cost=cost,
+        cost=len(settings.sequence) * a_domain,
         skip=method_training.not_identity(config.method, sequence=True),
     )
+    begun = range(len(settings.sequence) - 1, 0, -1)
+    earlier = (replace(settings, sequence=settings.sequence[:domains]) for domains in begun)
+    return replace(whole, earlier=tuple(replace(whole, config=shorter) for shorter in earlier))
 
 
 @stage(
     "sequential_forgetting",
-    f"3.{SCHEMA}",
+    f"4.{SCHEMA}",
     step=step,
     skip=NOT_IDENTITY
     | {
@@ -89,18 +92,21 @@ def build(context: Context) -> dict:
     settings: SequenceSettings = context.config
     names = domain_names(context.inputs["domains"])
     with run_log(context, settings.logger) as log:
-        state = SequenceState.resumed(context.directory, context.fingerprint)
-        state = state or SequenceState([_base_row(context, names)])
+        state = SequenceState(context.directory, settings.sequence, [_base_row(context, names)])
+        if context.earlier:
+            state.take_over(context.earlier.path)
+        state.resume()
         trainer = SequenceTrainer(context, log, state)
-        while state.domains < len(settings.sequence):
-            trainer.train(state.domains)
+        while state.scored < len(settings.sequence):
+            if state.trained == state.scored:
+                trainer.train(state.trained)
             with trainer.scorer() as scorer:
                 state.rows.append(_row(scorer.targets(), names) if scorer else {})
                 drift = scorer.drift() if scorer else None
                 if drift is not None:
                     state.drift.append(drift)
                 if scorer:
-                    state.save(context.directory, context.fingerprint)
+                    state.save_scores()
                     log.stage_of_sequence(len(state.rows) - 1, _targets(state.rows[-1], names))
         with trainer.scorer() as scorer:
             if scorer is None:

@@ -46,12 +46,7 @@ class Files(CheckpointIO):
             shutil.rmtree(stray)
         try:
             unfinished.mkdir(parents=True)
-            tensors: dict[str, Tensor] = {}
-            tree = _flattened(checkpoint, tensors)
-            save_file(tensors, unfinished / TENSORS)
-            (unfinished / TREE).write_text(json.dumps(tree), encoding="utf-8")
-            marker = {"identity": self.identity, "files": describe_files(unfinished)}
-            write_json(unfinished / MARKER, marker)
+            write_tree(unfinished, checkpoint, self.identity)
         except BaseException:  # a full disk, most of all: leave it the room that this took
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -61,11 +56,48 @@ class Files(CheckpointIO):
             shutil.rmtree(old)
 
     def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict[str, Any]:
-        tree = json.loads((Path(path) / TREE).read_text(encoding="utf-8"))
-        return _grown(tree, load_file(Path(path) / TENSORS))
+        return read_tree(Path(path))
 
     def remove_checkpoint(self, path) -> None:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def write_tree(folder: Path, tree: dict[str, Any], identity: str = "") -> None:
+    """Write a tree of dicts, lists and tensors into a folder, and last the marker that says that
+    all of the folder's files are there."""
+    tensors: dict[str, Tensor] = {}
+    flattened = _flattened(tree, tensors)
+    save_file(tensors, folder / TENSORS)
+    (folder / TREE).write_text(json.dumps(flattened), encoding="utf-8")
+    write_json(folder / MARKER, {"identity": identity, "files": describe_files(folder)})
+
+
+def read_tree(folder: Path) -> dict[str, Any]:
+    """What :func:`write_tree` wrote."""
+    tree = json.loads((folder / TREE).read_text(encoding="utf-8"))
+    return _grown(tree, load_file(folder / TENSORS))
+
+
+def whole(folder: Path, identity: str = "") -> bool:
+    """Whether all files are there that the marker lists; of a damaged folder, a warning says so.
+
+    Raises:
+        UserError: it is of another configuration.
+    """
+    try:
+        marker = read_json(folder / MARKER)
+        problem, found = compare_files(folder, marker["files"]), marker["identity"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{MARKER} cannot be read: {error}"
+    if problem is not None:
+        logger.warning("checkpoint %s is damaged (%s): passed over", folder, problem)
+        return False
+    if found != identity:
+        raise UserError(
+            f"checkpoint {folder} is of another configuration ({found}, this one is "
+            f"{identity}): remove the folder {folder.parent} to begin anew"
+        )
+    return True
 
 
 def place(directory: Path, step: int) -> Path:
@@ -79,22 +111,8 @@ def newest(directory: Path, identity: str = "") -> Path | None:
     Raises:
         UserError: it is of another configuration.
     """
-    for path in sorted(directory.glob("step-????????"), reverse=True):
-        try:
-            marker = read_json(path / MARKER)
-            problem, found = compare_files(path, marker["files"]), marker["identity"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = f"{MARKER} cannot be read: {error}"
-        if problem is not None:
-            logger.warning("checkpoint %s is damaged (%s): passed over", path, problem)
-            continue
-        if found != identity:
-            raise UserError(
-                f"checkpoint {path} is of another configuration ({found}, this one is "
-                f"{identity}): remove the folder {directory} to begin anew"
-            )
-        return path
-    return None
+    found = sorted(directory.glob("step-????????"), reverse=True)
+    return next((path for path in found if whole(path, identity)), None)
 
 
 def agreed(directory: Path, identity: str = "") -> Path | None:

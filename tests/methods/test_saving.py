@@ -18,8 +18,15 @@ from steerlora.errors import UserError
 from steerlora.lm import identity
 from steerlora.lm.identity import model_fingerprint
 from steerlora.methods.routed_lora.config import HealthConfig, LossWeights
-from steerlora.methods.saving import CONFIG, FORMAT_VERSION, WEIGHTS, save_adapter, trained_under
-from steerlora.saes.saelens import load_sae, save_sae
+from steerlora.methods.saving import (
+    CONFIG,
+    FORMAT_VERSION,
+    WEIGHTS,
+    bundle_sae,
+    save_adapter,
+    trained_under,
+)
+from steerlora.saes.saelens import load_sae, sae_metadata, save_sae
 
 
 @pytest.fixture
@@ -106,6 +113,28 @@ def test_an_sae_can_be_given(saved, make_model, tmp_path, form):
         "mapping": {1: load_sae(tmp_path / "moved")},
     }[form]
     steerlora.load_adapter(make_model(), saved, sae=sae)
+
+
+def test_a_bundled_folder_needs_nothing_else(make_model, make_adapter, tokens, tmp_path):
+    model = make_model()
+    ids, mask = tokens([7, 5])
+    adapter = make_adapter(model, sites=(1, 2))
+    expected = model(ids, attention_mask=mask).logits
+    paths = {site: tmp_path / f"artifacts/{site}" for site in adapter.saes}
+    for site, path in paths.items():
+        save_sae(adapter.saes[site], path, {"site": site, "mean_feature_norm": 2.5})
+    fingerprint = model_fingerprint(model)
+    save_adapter(adapter, tmp_path / "a", base_fingerprint=fingerprint, sae_paths=paths)
+    bundle_sae(tmp_path / "a", paths)
+    shutil.rmtree(tmp_path / "artifacts")
+    folder = shutil.move(tmp_path / "a", tmp_path / "elsewhere")
+    fresh = make_model()
+    steerlora.load_adapter(fresh, folder)
+    assert torch.equal(fresh(ids, attention_mask=mask).logits, expected)
+    assert sae_metadata(folder / "sae_2") == {"site": 2, "mean_feature_norm": 2.5}
+    (folder / "sae_1" / "sae_weights.safetensors").unlink()
+    with pytest.raises(UserError, match="no SAE in"):
+        steerlora.load_adapter(make_model(), folder)
 
 
 def test_weights_hold_the_adapter_only(saved, make_model):

@@ -58,6 +58,18 @@ MEMORY = (
     "method.memory.spawn_similarity=1",
 )
 """A memory policy that finds something to do."""
+TRAININGS = {
+    "base": ("stage=base", "model.steps=40"),
+    "sae_training": ("stage=sae_training", "sae.steps=40"),
+    "adapter_training": (ADAPTER, *MEMORY),
+    "sequential_forgetting": (
+        "stage=sequential_forgetting",
+        "order.steps_per_domain=8",
+        "method.replay.ratio=0.5",
+        *MEMORY,
+    ),
+}
+"""{stage: options of a training of 40 steps}, of five domains of eight in a sequence."""
 ALONE = {
     name: value
     for name, value in os.environ.items()
@@ -268,11 +280,7 @@ def seen(root: Path, pattern: str) -> list[Path]:
 
 def checkpoints(root: Path, stage: str = "adapter_training") -> list[Path]:
     """Whole checkpoints of a stage's unfinished trainings, oldest first."""
-    return sorted(
-        path
-        for path in seen(root, f"{stage}/*.partial/checkpoints/**/step-????????")
-        if path.parent.name != "domains"
-    )
+    return sorted(seen(root, f"{stage}/*.partial/checkpoints/**/step-????????"))
 
 
 def step_of(checkpoint: Path) -> int:

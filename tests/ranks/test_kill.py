@@ -7,20 +7,17 @@ the middle of writing a checkpoint, in the middle of writing what comes of the t
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from runs import (
-    ADAPTER,
-    MEMORY,
+    TRAININGS,
     Run,
     Starter,
     assert_same,
@@ -31,21 +28,9 @@ from runs import (
     until,
     weights,
 )
-from safetensors.torch import load_file
 from torch import Tensor
 
-TRAININGS = {
-    "base": ("stage=base", "model.steps=40"),
-    "sae_training": ("stage=sae_training", "sae.steps=40"),
-    "adapter_training": (ADAPTER, *MEMORY),
-    "sequential_forgetting": (
-        "stage=sequential_forgetting",
-        "order.steps_per_domain=8",
-        "method.replay.ratio=0.5",
-        *MEMORY,
-    ),
-}
-STEPS = 40  # of each: five domains of eight, too
+STEPS = 40  # of each of `TRAININGS`
 
 
 def done(root: Path, stage: str) -> int:
@@ -89,7 +74,7 @@ def kill_at_the_end(run: Run, root: Path, stage: str, draw: random.Random) -> No
 
 
 def kill_while_a_domain_is_kept(run: Run, root: Path, stage: str, draw: random.Random) -> None:
-    kill_while(run, root, f"{stage}/*.partial/checkpoints/domains/step-*")
+    kill_while(run, root, f"{stage}/*.partial/adapters/*.tmp")
 
 
 KILLS = {
@@ -101,23 +86,6 @@ KILLS = {
         kill_while_a_domain_is_kept,
     ),
 }
-
-
-def finish(run: Run, root: Path, stage: str) -> dict[str, Tensor]:
-    """All tensors that a training comes to; a sequence's are in its last checkpoint alone."""
-    if stage != "sequential_forgetting":
-        run.ends_well()
-        return weights(root, stage)
-    last: dict[str, Tensor] = {}
-    while run.poll() is None:
-        with suppress(ValueError, OSError):
-            (found,) = seen(root, f"{stage}/*.partial/checkpoints/domains/step-00000005")
-            run.send(signal.SIGSTOP)
-            last = load_file(found / "state.safetensors")
-        os.kill(run.number, signal.SIGCONT)
-        time.sleep(0.002)
-    run.ends_well()
-    return last
 
 
 def record(root: Path, stage: str) -> dict[str, str]:
@@ -137,14 +105,15 @@ class Ends(NamedTuple):
 
 def unbroken_and_killed(start: Starter, root: Path, aside: Path, stage: str) -> tuple[Ends, Ends]:
     whole = start(*TRAININGS[stage], f"artifacts.root={aside}")
-    expected = Ends(finish(whole, aside, stage), record(aside, stage), whole.out)
+    whole.ends_well()
+    expected = Ends(weights(aside, stage), record(aside, stage), whole.out)
     command, draw = (*TRAININGS[stage], f"artifacts.root={root}"), random.Random(stage)
     for kill in KILLS[stage]:
         run = start(*command)
         kill(run, root, stage, draw)
         assert run.wait() == -signal.SIGKILL
-    last = start(*command)
-    return expected, Ends(finish(last, root, stage), record(root, stage), last.out)
+    last = start(*command).ends_well()
+    return expected, Ends(weights(root, stage), record(root, stage), last.out)
 
 
 @pytest.fixture(scope="module")

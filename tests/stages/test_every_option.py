@@ -85,6 +85,7 @@ CHANGES = {
     "method.replay.how": "rows",
     "method.optimizer.constant_rate": "true",
     "method.optimizer.over_domains": "true",
+    "method.bundle_sae": "true",
     "method.signal": None,  # an option of the group: method=lora, moe_lora, sc_lora
     "method.source": "base",
     "method.reads": None,  # "output" reads the base: covered below

@@ -325,6 +325,21 @@ def test_prototypes_of_the_taxonomy_reweight_a_learnt_gate(smoke, store):
     assert prototypes.abs().sum() > 0
 
 
+def test_a_bundled_adapter_is_not_trained_again_and_is_as_if_it_had_been(smoke, store, monkeypatch):
+    bundled = ("method=sc_lora_context", "seed=21", "method.bundle_sae=true")
+    step = adapter_training.step(smoke.config(*bundled))
+    at_once = run([step], store)[step].path
+    aside = at_once.rename(at_once.with_name("aside"))
+    trained(smoke, store, *bundled[:2])
+    monkeypatch.setattr(common, "fit", None)
+    again = trained(smoke, store, *bundled)
+    files = {path.relative_to(aside) for path in aside.rglob("*") if path.is_file()}
+    assert Path("adapter/sae_1/sae_weights.safetensors") in files
+    assert files == {path.relative_to(again) for path in again.rglob("*") if path.is_file()}
+    for name in files - {Path("manifest.json")}:
+        assert (aside / name).read_bytes() == (again / name).read_bytes(), name
+
+
 def test_a_saved_context_adapter_routes_as_it_did(smoke, store):
     from steerlora.methods.saving import load_adapter
 

@@ -104,7 +104,7 @@ def test_every_artifact_is_whole_and_named_by_its_fingerprint(smoke):
         ("adapter_training", ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]),
         ("evaluate", ["scores.json"]),
         ("causal_ablation", ["ablation.json"]),
-        ("sequential_forgetting", ["sequential.json"]),
+        ("sequential_forgetting", ["sequential.json", "adapters/4_law/adapter_config.json"]),
     ],
 )
 def test_every_artifact_holds_its_files(smoke, stage, files):
