@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def step(config: Config) -> Step:
     domains = config.domains
     versions = {
         "micro": lambda: str(WORLD_VERSION),
-        "text": lambda: _digest(Path(domains.dir)),
+        "text": lambda: _digest(Path(domains.dir), domains.names),
         "hub": lambda: hub.identity(domains),
     }
     version = versions[domains.kind]()
@@ -37,12 +38,12 @@ def step(config: Config) -> Step:
     return Step("domains", settings, {}, f"domains {domains.name}", cost=3)
 
 
-def _digest(folder: Path) -> str:
-    """SHA-256 over the jsonl files of a folder."""
+def _digest(folder: Path, names: Sequence[str]) -> str:
+    """SHA-256 over those files of a folder that are read for the domains."""
     if not folder.is_dir():
         raise UserError(f"domains.dir={folder}: there is no such folder")
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in text.files_of(folder, names):
         digest.update(path.name.encode())
         digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()[:20]

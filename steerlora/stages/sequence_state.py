@@ -2,8 +2,8 @@
 by a domain, goes on.
 
 A folder a domain, such as ``adapters/1_math``: the method as it was after it, which
-:func:`steerlora.methods.saving.load_adapter` reads, the learner's and the optimizer's state, and then
-the scores.
+:func:`steerlora.methods.saving.load_adapter` reads, the state of the learner and the optimizer, and
+then the scores.
 """
 
 from __future__ import annotations

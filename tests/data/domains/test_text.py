@@ -17,6 +17,7 @@ from steerlora.data.domains.text import writer
 from steerlora.data.domains.text.tokenizer import build_tokenizer
 from steerlora.data.jsonl import read_rows
 from steerlora.errors import UserError
+from steerlora.stages.domains import step as domains_step
 from steerlora.text import for_terminal
 
 
@@ -495,3 +496,38 @@ def test_a_row_s_keys_reach_a_terminal_as_they_are_written(source: Path, tmp_pat
     with pytest.raises(UserError) as error:
         writer.write(tmp_path, source=source, seed=0)
     assert r"\x1b[2Jprompt" in for_terminal(error.value)
+
+
+# What the artifact depends on
+
+
+def fingerprint(source: Path, names: str) -> str:
+    config = compose.load(["domains=text", f"domains.dir={source}", f"domains.names=[{names}]"])
+    return domains_step(config).fingerprint
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"{domain}_{part}" for domain in writer.DOMAINS for part in ("train", "test")),
+        *("gsm8k_test", "ifeval_test"),
+        *("history_train", "history_test", "notes"),
+    ],
+)
+def test_a_file_counts_if_and_only_if_it_is_read(name, source, tmp_path):
+    """Of five domains in the folder three are asked for."""
+    names = "instruction,math,medicine"
+
+    def written(folder: str) -> dict[str, str]:
+        writer.write(tmp_path / folder, source=source, seed=0, names=tuple(names.split(",")))
+        files = (path for path in (tmp_path / folder).rglob("*") if path.is_file())
+        return {str(path.relative_to(tmp_path / folder)): path.read_text() for path in files}
+
+    before = fingerprint(source, names), written("before")
+    path = source / f"{name}.jsonl"
+    rows = load(path) if path.exists() else chats("history", 40)
+    asked = "question" if name == "gsm8k_test" else "prompt"
+    save(path, [{**row, asked: f"{row[asked]} Really?"} for row in rows])
+    after = fingerprint(source, names), written("after")
+    assert (after[0] == before[0]) == (after[1] == before[1])
+    assert (after[0] == before[0]) == (name.split("_")[0] in ("code", "law", "history", "notes"))

@@ -18,7 +18,8 @@ LIKELIHOOD = "likelihood"
 SHORT_ANSWER_DOMAINS = ("medicine", "law")
 """Domains whose answers are short enough for multiple choice, each with a task file."""
 
-_BORROWED_TASKS = ("gsm8k", "ifeval")
+BORROWED_TESTS = ("gsm8k_test", "ifeval_test")
+"""Files, without their endings, that lm-eval's own tasks read, where they are there."""
 _METRICS = {
     "text_gsm8k": "exact_match,flexible-extract",
     "text_ifeval": "prompt_level_strict_acc,none",
@@ -65,10 +66,10 @@ class ShortAnswers:
 
 def borrowed_items(source: Path, most: int) -> dict[str, list[dict]]:
     """The first rows of the test files that lm-eval's own tasks read, by our name of the task."""
-    paths = {task: source / f"{task}_test.jsonl" for task in _BORROWED_TASKS}
+    paths = {name: source / f"{name}.jsonl" for name in BORROWED_TESTS}
     return {
-        f"text_{task}": [row for _, row in islice(read_objects(path), most)]
-        for task, path in paths.items()
+        f"text_{name.removesuffix('_test')}": [row for _, row in islice(read_objects(path), most)]
+        for name, path in paths.items()
         if is_listed(path)
     }
 

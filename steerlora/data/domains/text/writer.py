@@ -18,7 +18,7 @@ import heapq
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from steerlora.data.domains.text.splits import (
     uniform,
 )
 from steerlora.data.domains.text.tasks import (
+    BORROWED_TESTS,
     SHORT_ANSWER_DOMAINS,
     ShortAnswers,
     borrowed_items,
@@ -150,6 +151,13 @@ def write(
     description = describe(names, tasks)
     description["counts"] = {name: asdict(count) for name, count in counts.items()}
     (directory / "domains.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def files_of(source: Path, names: Sequence[str]) -> list[Path]:
+    """The files of a folder that `write` reads, by name; others that lie there do not matter."""
+    own = [f"{name}_{part}" for name in names for part in ("train", "test")]
+    found = {source / f"{name}.jsonl" for name in (*own, *BORROWED_TESTS)}
+    return sorted(filter(is_listed, found))
 
 
 def _hold_out(source: Path, name: str, seed: int, most: int) -> HeldOut:
