@@ -90,8 +90,7 @@ class Config:
             not given or len(set(given)) < len(given) or set(given) - set(self.domains.names)
         ):
             raise UserError(
-                f"order.sequence={given}: name each domain at most once, of "
-                f"{', '.join(self.domains.names)}"
+                f"order.sequence={given}: name some of {', '.join(self.domains.names)}, each once"
             )
         orders = math.factorial(len(self.domains.names))
         if self.order.kind == "permutation" and self.order.index >= orders:

@@ -233,7 +233,8 @@ def open_run(
             disable_code=True,
         ),
         reinit="finish_previous",
-        id=None if asked_for else secrets.token_hex(4),
+        # Always given: W&B reads its environment once a process, whoever asks later.
+        id=(os.environ.get("WANDB_RUN_ID") if asked_for else None) or secrets.token_hex(4),
     )
     failed = 1
     try:

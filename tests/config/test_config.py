@@ -183,7 +183,7 @@ def test_a_value_of_the_wrong_type_is_named(overrides, says):
         ("domains=paper domains.sources.law=m", "sources.law=m: give domains.sources.law.path="),
         ("domains=paper domains.sources.lwa.path=m", "(and domains.names has no lwa)"),
         ("domains=paper domains.sources.lwa.prompt=m", "domains.sources.lwa.path is not set"),
-        ("order=given", "name each domain once, of instruction, math, code, medicine, law"),
+        ("order=given", "name some of instruction, math, code, medicine, law, each once"),
         ("order.kind=broad", "did you mean 'broad_last' or 'broad_first'"),
         ("logger.mode=of", "choose from offline, online"),
         ("study.seeds=[]", "give at least one seed"),

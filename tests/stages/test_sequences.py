@@ -157,5 +157,5 @@ def test_a_damaged_adapter_of_an_interrupted_sequence_is_trained_again(
 
 @pytest.mark.parametrize("sequence", ["[]", "[law,law]", "[law,history]"])
 def test_a_sequence_names_domains_that_there_are_each_once(sequence, smoke):
-    with pytest.raises(UserError, match="name each domain at most once, of instruction, math"):
+    with pytest.raises(UserError, match=r"name some of instruction, math, .*, each once"):
         smoke.config("order=given", f"order.sequence={sequence}")
