@@ -18,6 +18,8 @@ import trainings
 from runs import ADAPTER, MEMORY, Starter, trained
 from safetensors.torch import load_file
 
+from steerlora.methods.saving import WEIGHTS
+
 LOSS, WEIGHT, AUTOCAST = 1e-5, 5e-5, 2e-2
 
 
@@ -125,7 +127,7 @@ def test_one_process_under_zero_needs_no_launcher(start, root, unbroken):
 
 
 def test_a_sequence_of_two_ranks_forgets_what_one_process_does(start, root, tmp_path):
-    """Every score, and what the memory policy did on the way; under ZeRO-3."""
+    """Every score, what the memory policy did on the way, and the adapters; under ZeRO-3."""
     aside = Path(shutil.copytree(root, tmp_path / "aside"))
     sequence = ("stage=sequential_forgetting", "method.replay.ratio=0.5", *MEMORY)
     zero3 = ("trainer.strategy=zero3", "trainer.persistent_elements=0")
@@ -137,3 +139,9 @@ def test_a_sequence_of_two_ranks_forgets_what_one_process_does(start, root, tmp_
         for where in (root, aside)
     )
     assert ours == theirs
+    ours, theirs = (
+        {name: tensor for name, tensor in found.items() if WEIGHTS in name}
+        for found in (runs.weights(where, "sequential_forgetting") for where in (root, aside))
+    )
+    assert len({name.split(":")[0] for name in ours}) == 5
+    runs.assert_close(ours, theirs)

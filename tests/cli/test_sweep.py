@@ -1,0 +1,25 @@
+"""A job of a sweep in itself; whole sweeps are in tests/readme and test_launchers.py."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from steerlora.cli.sweep import OUTCOMES, run_job
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_an_id_of_a_run_belongs_to_the_first_job(first, monkeypatch, tmp_path):
+    """Jobs may share a process, and always share the environment that they were started from."""
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    monkeypatch.setenv(OUTCOMES, str(tmp_path))
+    found = {}
+    for number in range(first, 3):
+        job = SimpleNamespace(mode=RunMode.MULTIRUN, job=SimpleNamespace(num=number))
+        monkeypatch.setattr(HydraConfig, "get", lambda job=job: job)
+        run_job(lambda number=number: found.update({number: os.environ.get("WANDB_RUN_ID")}))
+    assert found == {number: None if number else "mine" for number in range(first, 3)}
