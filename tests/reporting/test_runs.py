@@ -86,3 +86,19 @@ def test_figures_are_images_and_a_failure_is_told(tmp_path):
     assert written.table("claims") == [{"claim": "C1"}]
     assert broken.code == 1
     assert broken.id != written.id
+
+
+@pytest.mark.slow
+def test_an_id_in_the_environment_is_that_of_the_run_that_is_asked_for(tmp_path, monkeypatch):
+    """W&B reads its environment once a process: the id must not reach later runs either."""
+    logger = LoggerConfig(dir=str(tmp_path))
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    for name, asked_for in {"base": False, "evaluate": True}.items():
+        with open_run(logger, job_type=name, name=name, config={}, asked_for=asked_for):
+            pass
+    monkeypatch.delenv("WANDB_RUN_ID")
+    with open_run(logger, job_type="later", name="later", config={}, asked_for=True):
+        pass
+    ids = {one.stage: one.id for one in read_runs(tmp_path)}
+    assert ids["evaluate"] == "mine"
+    assert len(set(ids.values())) == 3

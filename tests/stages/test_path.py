@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.offline import read_runs
 from safetensors.torch import load_file
 
 import steerlora
@@ -343,13 +344,15 @@ def test_a_truncated_file_is_found_named_and_built_again(smoke, tmp_path, caplog
     assert "damaged" in caplog.text
 
 
-def test_wandb_changes_nothing(smoke, tmp_path):
+def test_wandb_changes_nothing(smoke, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
     root = tmp_path / "copy"
     shutil.copytree(smoke.root, root)
     training = adapter_training.step(smoke.config("logger=wandb", f"logger.dir={tmp_path}"))
     shutil.rmtree(root / training.stage / training.fingerprint)
-    report = run([training], ArtifactStore(root))
+    report = run([training], ArtifactStore(root), asked_for=training)
     assert built(report) == {"adapter_training": 1}
+    assert [one.id for one in read_runs(tmp_path)] == ["mine"]
     logged, plain = weights(report[training]), weights(adapter_of(smoke, "sc_lora"))
     assert all(torch.equal(logged[name], plain[name]) for name in plain)
 
