@@ -21,5 +21,10 @@ def test_an_id_of_a_run_belongs_to_the_first_job(first, monkeypatch, tmp_path):
     for number in range(first, 3):
         job = SimpleNamespace(mode=RunMode.MULTIRUN, job=SimpleNamespace(num=number))
         monkeypatch.setattr(HydraConfig, "get", lambda job=job: job)
-        run_job(lambda number=number: found.update({number: os.environ.get("WANDB_RUN_ID")}))
+
+        def work(number: int = number) -> tuple:
+            found[number] = os.environ.get("WANDB_RUN_ID")
+            return ()
+
+        run_job(work)
     assert found == {number: None if number else "mine" for number in range(first, 3)}
