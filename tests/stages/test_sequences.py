@@ -28,6 +28,7 @@ MEMORY = (
     "method.memory.spawn_confidence=1",
     "method.memory.spawn_similarity=1",
     "method.replay.ratio=0.5",
+    "method.optimizer.over_domains=true",
     "order.steps_per_domain=2",
 )
 FIRST = ("instruction", "math", "code")
