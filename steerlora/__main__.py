@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 console = Console(
     soft_wrap=True,
     width=None if sys.stdout.isatty() else 120,
+    emoji=False,
     quiet=not ranks.is_main(),
 )
 ENDS = (UserError, KeyboardInterrupt, Preempted, RankGone, WorkerDied)

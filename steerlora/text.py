@@ -25,9 +25,17 @@ def for_terminal(text: object) -> str:
     )
 
 
+_BRACKET = re.compile(r"\\(?=\[(?![a-z#/@][^\[]*\]))")
+"""A backslash before a bracket that begins no tag."""
+
+
 def for_markup(text: object) -> str:
-    """`for_terminal` where rich reads markup: titles and cells of its tables, ``console.print``."""
-    return escape(for_terminal(text))
+    """`for_terminal` where rich reads markup: titles and cells of its tables, ``console.print``.
+
+    Of a console with ``emoji=False``: rich has no escape for ``:name:``.
+    """
+    # rich shows \[ as a bracket alone even where no tag begins; its own escape sees to tags.
+    return escape(_BRACKET.sub(r"\\\\", for_terminal(text)))
 
 
 NAME_BYTES = 200

@@ -178,7 +178,7 @@ class ConsoleProgress(Progress):
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console()
+        self._console = console or Console(emoji=False)
         self._meters: dict[str, Meter] = {}
         self._display = (_Bars if self._console.is_terminal else _Lines)(self._console)
         self._lock = threading.Lock()  # tasks may report from several threads

@@ -204,7 +204,18 @@ def _read_config(path: Path) -> dict:
     absent = [key for key in ("base_fingerprint", "method", "saes", "facts") if key not in config]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}: copy or train the adapter again")
+    entries = config["saes"]
+    if not isinstance(entries, list) or not all(map(_names_an_sae, entries)):
+        raise UserError(f"{path} does not say which SAEs it reads: copy or train the adapter again")
     return config
+
+
+def _names_an_sae(entry: Any) -> bool:
+    """Whether an entry has the form that `save_adapter` writes."""
+    forms = {"site": int, "fingerprint": str, "path": str | None}
+    return isinstance(entry, dict) and all(
+        key in entry and isinstance(entry[key], form) for key, form in forms.items()
+    )
 
 
 def _sae_for(entry: dict, path: Path, given) -> SparseAutoencoder:

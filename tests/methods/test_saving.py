@@ -204,6 +204,10 @@ def test_edited_configs_are_refused(saved, make_model):
             steerlora.load_adapter(make_model(), saved)
         assert "\n" not in str(caught.value)
         edit(saved, **good)
+    for saes in (None, [7], [{}], [{"site": "1", "fingerprint": "a", "path": None}]):
+        edit(saved, saes=saes)
+        with pytest.raises(UserError, match="does not say which SAEs it reads"):
+            steerlora.load_adapter(make_model(), saved)
     bare = {"format": "steerlora", "version": FORMAT_VERSION, "method": {}}
     (saved / CONFIG).write_text(json.dumps(bare))
     with pytest.raises(UserError, match="lacks base_fingerprint, saes, facts"):
