@@ -28,6 +28,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from steerlora.cli import compose, sections
+from steerlora.cli.overrides import SEARCH_PATH
 from steerlora.cli.sweep import CommandLine, logged_as, prepare_outcomes, print_outcomes, run_job
 from steerlora.config import Config
 from steerlora.distributed import ranks
@@ -65,8 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         if command.multirun:
             prepare_outcomes(command.jobs)
-        flags = command.arguments[len(command.overrides) :]
-        sys.argv = ["steerlora", *compose.with_plugins(command.overrides), *flags]
+        sys.argv = ["steerlora", *command.overrides, *command.flags]
         compose.register_schemas()
         directory = str(sections.config_directory())
         hydra.main(config_path=directory, config_name="config", version_base="1.3")(_job)()
@@ -115,16 +115,18 @@ def _job(tree: DictConfig) -> None:
     """One run, or one job of a sweep."""
     console.quiet = not ranks.is_main()  # a launcher may have set the rank only now
     config = compose.typed(tree)
-    overrides = list(hydra.core.hydra_config.HydraConfig.get().overrides.task)
+    given = hydra.core.hydra_config.HydraConfig.get().overrides
+    overrides = list(given.task)
+    found = [text for text in given.hydra if text.startswith(SEARCH_PATH)]
     if config.study.name == "single" and (logged := logged_as()):
         overrides = [*logged, *overrides]
-        config = compose.load(overrides)
+        config = compose.load([*overrides, *found])
     # Libraries' remarks concern no user of ours, and our own are printed by one rank only.
     logging.root.setLevel(logging.WARNING)
     ours = logging.INFO if ranks.is_main() else logging.WARNING
     logging.getLogger("steerlora").setLevel(ours)
     try:
-        run_job(lambda: execute(config, _variant_of(overrides), overrides))
+        run_job(lambda: execute(config, _variant_of([*overrides, *found]), overrides))
     except ENDS as error:
         _end(error)
 

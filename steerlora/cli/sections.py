@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -40,8 +41,10 @@ def groups() -> dict[str, list[str]]:
     return {folder.name: options_of(folder.name) for folder in folders}
 
 
-def options_of(group: str) -> list[str]:
-    return sorted(path.stem for path in (config_directory() / group).glob("*.yaml"))
+def options_of(group: str, folders: Iterable[str] = ()) -> list[str]:
+    """The options of a group: the package's, and those in further folders (``file://<folder>``)."""
+    places = [config_directory(), *(Path(folder.removeprefix("file://")) for folder in folders)]
+    return sorted({path.stem for place in places for path in (place / group).glob("*.yaml")})
 
 
 def has_launchers() -> bool:

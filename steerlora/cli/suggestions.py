@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import OverrideParseException
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from steerlora.cli.sections import (
@@ -18,26 +17,32 @@ from steerlora.cli.sections import (
     options_of,
     schemas_of,
 )
-from steerlora.errors import nearest
+from steerlora.errors import UserError, nearest
 
 
-def explain(error: Exception) -> str:
-    """One line for a composition error: what is wrong and what would be right."""
-    message = str(error)
-    if isinstance(error, OverrideParseException):
-        return f"cannot read {message.splitlines()[0]}"
+def explain(error: Exception, folders: Sequence[str] = ()) -> str:
+    """One line for a composition error: what is wrong and what would be right.
+
+    Args:
+        error: Hydra's, OmegaConf's or the YAML parser's.
+        folders: of YAML files, besides the package's.
+    """
+    message, cause = str(error), error
+    while cause is not None:
+        if isinstance(cause, UserError):  # of one of our resolvers
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
     if match := re.search(r"Could not find '([^']+)'", message):
         group, _, option = match[1].rpartition("/")
         if group == "hydra/launcher" and not has_launchers():
             return f"{group}={option}: it may need pip install 'steerlora[launchers]'"
-        options = options_of(group) or GlobalHydra.instance().config_loader().get_group_options(
-            group
-        )
+        loader = GlobalHydra.instance().config_loader()
+        options = options_of(group, folders) or loader.get_group_options(group)
         return f"{group}={option}: {nearest(option, options)}" if options else message
     if match := re.search(r"Could not override '([^']+)'", message):
         return f"no such key: {match[1]}; {nearest_key(match[1])}"
     if message.startswith("Config group override must be"):
-        return "a config group cannot be null: give one of its options, or leave it out"
+        return "a config group is one of its options: it cannot be null, a number or true"
     cause = error.__cause__
     if isinstance(cause, ConfigKeyError):
         key = str(getattr(cause, "full_key", ""))
@@ -67,11 +72,11 @@ def nearest_key(key: str, schema: type | None = None) -> str:
         having = [kind for kind, known in kinds.known() if key in keys_of(section, known)]
         return f"it is a key of {section}.{naming}={' or '.join(having)}"
     if section in keys and name:
-        return (
-            nearest(key, keys[section])
-            if _close(key, keys[section])
-            else ("choose from " + ", ".join(k.removeprefix(f"{section}.") for k in keys[section]))
-        )
+        if key in keys[section]:
+            return f"it is a key of a section that is not there: give {section}=<option> with it"
+        if _close(key, keys[section]):
+            return nearest(key, keys[section])
+        return nearest("", [k.removeprefix(f"{section}.") for k in keys[section]])
     everywhere = [found for names in keys.values() for found in names]
     if "." in key and _close(key, everywhere):
         return nearest(key, everywhere)

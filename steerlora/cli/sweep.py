@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 import traceback
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -20,7 +21,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from rich.console import Console
 
-from steerlora.cli.compose import check_sweep, load, tree
+from steerlora.cli.compose import load, tree
+from steerlora.cli.overrides import (
+    SEARCH_PATH,
+    folder_of,
+    jobs_of,
+    read,
+    refuse_lists_of_options,
+    spelt_out,
+    with_folders,
+)
 from steerlora.distributed import ranks
 from steerlora.engine.manifests import read_json, write_json
 from steerlora.errors import UserError
@@ -32,6 +42,12 @@ OUTCOMES = "STEERLORA_SWEEP_OUTCOMES"
 """Environment variable: the folder where the jobs of a sweep write how they ended."""
 
 LONGEST = 40  # characters of what a sweep varies, in its name
+REFUSED = {
+    "config_path": "there is one configuration; --config-dir=<folder> adds YAML files of yours",
+    "config_name": "there is one configuration; experiment=<name> chooses what it is about",
+    "experimental_rerun": "give the same command again, and it goes on where it was",
+}
+"""{flag of Hydra's that would go round the checks here: what to do instead}."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +89,12 @@ class Outcome:
 class CommandLine:
     """The parsed arguments of ``steerlora``."""
 
-    arguments: list[str]
-    """All of them, the overrides first."""
+    flags: list[str]
+    """The arguments that Hydra is given besides the overrides."""
 
     overrides: list[str]
-    """The ``key=value`` arguments."""
+    """The ``key=value`` arguments; what ``--config-dir`` says is ``hydra.searchpath`` among them,
+    and a sweep's values are spelt out."""
 
     multirun: bool
     """Whether a sweep is asked for (``-m``)."""
@@ -111,16 +128,27 @@ class CommandLine:
             )
         if asked.multirun and informational:
             raise UserError("--multirun runs jobs: leave it out to be shown something")
+        for flag, instead in REFUSED.items():
+            if getattr(asked, flag):
+                raise UserError(f"--{flag.replace('_', '-')}: {instead}")
+        more = [folder_of("--config-dir", asked.config_dir)] if asked.config_dir else []
+        refuse_lists_of_options(read(asked.overrides))
+        overrides = with_folders(asked.overrides, more)
         jobs: list[list[str]] = []
         if asked.multirun:
-            of_hydra = [item for item in asked.overrides if item.startswith("hydra")]
+            overrides = spelt_out(overrides)
+            of_hydra = [item for item in overrides if item.startswith("hydra")]
             tree(of_hydra)
-            jobs = check_sweep([item for item in asked.overrides if item not in of_hydra])
-        # Hydra reads overrides only up to the first flag.
-        flags = [argument for argument in arguments if argument not in asked.overrides]
+            found = [item for item in of_hydra if item.startswith(SEARCH_PATH)]
+            swept = jobs_of([item for item in overrides if item not in of_hydra])
+            jobs = [[*job, *found] for job in swept]
+        of_ours = ArgumentParser(add_help=False)
+        of_ours.add_argument("--config-dir", "-cd")
+        _, rest = of_ours.parse_known_args(list(arguments))
         return cls(
-            arguments=[*asked.overrides, *flags],
-            overrides=asked.overrides,
+            # Hydra reads overrides only up to the first flag.
+            flags=[argument for argument in rest if argument not in asked.overrides],
+            overrides=overrides,
             multirun=asked.multirun,
             informational=informational,
             help=asked.help,

@@ -12,13 +12,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from steerlora.config.checks import one_of
+from steerlora.config.checks import fitted, one_of
 from steerlora.config.domains import DomainsConfig, SourceConfig
 from steerlora.config.evaluation import EvaluationConfig
 from steerlora.config.features import FeaturesConfig
 from steerlora.config.intervention import InterventionConfig
 from steerlora.config.model import ModelConfig
 from steerlora.config.order import OrderConfig
+from steerlora.config.ranges import Name, NotEmpty, Seed
 from steerlora.config.run import (
     ArtifactsConfig,
     LoggerConfig,
@@ -55,16 +56,19 @@ class Config:
     study: StudyConfig
     artifacts: ArtifactsConfig
     results: ResultsConfig
-    seed: int = 0
+    seed: Seed = 0
     """Of methods, their data order and the interventions' draws. Domains, base and SAE have seeds
     of their own, so that a sweep over this one trains them once."""
-    plugins: tuple[str, ...] = ()
+    plugins: tuple[Name, ...] = ()
     """Modules of the user's that register methods, SAEs, interventions, routers or stages."""
-    runs: tuple[str, ...] = ()
+    runs: tuple[NotEmpty, ...] = ()
     """What ``stage=compare`` compares: fingerprints (their beginnings will do), folders of
     artifacts, and sweeps by the name or the file of their table."""
 
     def __post_init__(self) -> None:
+        fitted("seed", self.seed, Seed)
+        fitted("plugins", self.plugins, tuple[Name, ...])
+        fitted("runs", self.runs, tuple[NotEmpty, ...])
         method, model = self.method, self.model
         if max(method.sites) >= model.layers:
             raise UserError(

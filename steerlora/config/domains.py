@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from steerlora.config.checks import one_of, positive
+from annotated_types import MinLen
+
+from steerlora.config.checks import Section, fitted, hints_of, one_of
+from steerlora.config.ranges import Count, Distinct, Location, Name, NotEmpty, OneOf, Seed
 from steerlora.errors import UserError, nearest
 from steerlora.text import is_plain_name
 
@@ -20,29 +23,29 @@ class SourceConfig:
     ``"{instruction}\\n{input}"``; ``{source[text]}`` is a field of a column.
     """
 
-    path: str
+    path: Location
     """Dataset id on the hub, a jsonl file, or a folder with a ``<split>.jsonl`` for each split. A
     single file is one split. Files have no ``name`` and no ``revision``."""
 
-    name: str | None = None
+    name: NotEmpty | None = None
     """Configuration of a hub dataset. Null for a dataset that has only one."""
 
-    revision: str | None = None
+    revision: NotEmpty | None = None
     """Commit or tag of a hub dataset, required there so that the text does not change."""
 
-    split: str = "train"
+    split: NotEmpty = "train"
     """Split whose rows are trained on."""
 
-    heldout_split: str | None = None
+    heldout_split: NotEmpty | None = None
     """Split whose rows are scored. Null holds out some rows of ``split``."""
 
-    prompt: str | None = None
+    prompt: NotEmpty | None = None
     """Template of the user's turn. Needs ``response``, and excludes ``messages``."""
 
-    response: str | None = None
+    response: NotEmpty | None = None
     """Template of the answer. Needs ``prompt``, and excludes ``messages``."""
 
-    messages: str | None = None
+    messages: NotEmpty | None = None
     """Column with a list of turns {role, content}, of a system, a user and an assistant. All turns
     up to the last answer are read. Excludes ``prompt`` and ``response``."""
 
@@ -53,17 +56,17 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DomainsConfig:
+class DomainsConfig(Section, key="domains"):
     """The domains, and where their text comes from."""
 
-    name: str = "micro"
+    name: Name = "micro"
     """The name of this set of domains in tables and labels."""
 
-    kind: str = "micro"
+    kind: Annotated[str, OneOf(("micro", "text", "hub"))] = "micro"
     """Where the text comes from: "micro" (generated here), "text" (jsonl files in ``dir``) or
     "hub" (the datasets in ``sources``)."""
 
-    dir: str | None = None
+    dir: Location | None = None
     """Folder of a ``<domain>_train.jsonl`` for each domain, with the columns prompt and response,
     or messages. Required by kind "text"."""
 
@@ -71,38 +74,35 @@ class DomainsConfig:
     sources: dict[str, Any] = field(default_factory=dict)
     """{domain: its dataset, a `SourceConfig`}. Kind "hub" needs one for each of ``names``."""
 
-    names: list[str] = field(
+    names: Annotated[list[Name], MinLen(1), Distinct()] = field(
         default_factory=lambda: ["instruction", "math", "code", "medicine", "law"]
     )
     """The domains, in order, each once. At least one. Kind "micro" has the five of the default."""
 
-    broad: str = "instruction"
+    broad: Name = "instruction"
     """The broad domain, one of ``names``, which the orders put first or last. For kind "hub", half
     of its rows are set aside as general text."""
 
-    train_items: int = 2000
+    train_items: Count = 2000
     """Rows of each domain for adapter training. At least 1. Kinds "text" and "hub" may have
     fewer."""
 
-    pretrain_items: int = 24_000
+    pretrain_items: Count = 24_000
     """Rows of general text, which a base model pretrained here learns from. At least 1. Kinds
     "text" and "hub" may have fewer."""
 
-    evaluation_items: int = 200
+    evaluation_items: Count = 200
     """Items of each evaluation set. At least 1. Kinds "text" and "hub" may have fewer."""
 
-    prompt_characters: int | None = None
+    prompt_characters: Count | None = None
     """Characters of a prompt at most, for kind "text": a longer prompt loses its middle, and is
     counted. At least 1; null keeps prompts whole."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the generated world, or of the split of the text. At least 0."""
 
     def __post_init__(self) -> None:
-        one_of("domains.kind", self.kind, ("micro", "text", "hub"))
-        positive("domains", self, "train_items pretrain_items evaluation_items prompt_characters")
-        if len(set(self.names)) != len(self.names) or not self.names:
-            raise UserError(f"domains.names={self.names}: name each domain once")
+        super().__post_init__()
         one_of("domains.broad", self.broad, self.names)
         for name in self.names:
             if not is_plain_name(name):
@@ -148,14 +148,17 @@ def _source(name: str, given: SourceConfig | Mapping[str, Any]) -> SourceConfig:
     """
     if isinstance(given, SourceConfig):
         return given
-    key, known = f"domains.sources.{name}", SourceConfig.__dataclass_fields__
+    key, known = f"domains.sources.{name}", hints_of(SourceConfig)
     if not isinstance(given, Mapping):
         raise UserError(f"{key}={given}: give {key}.path=<hub id or jsonl file>, and its columns")
-    for option, value in given.items():
+    for option in given:
         if option not in known:
             raise UserError(f"no such key: {key}.{option}; {nearest(option, known)}")
-        if not isinstance(value, str) and (value is not None or option in ("path", "split")):
-            raise UserError(f"{key}.{option}={value}: must be text")
-    if not given.get("path"):
+    if given.get("path") is None:
         raise UserError(f"{key}.path is not set: give a hub id or a jsonl file")
-    return SourceConfig(**given)
+    return SourceConfig(
+        **{
+            option: fitted(f"{key}.{option}", value, known[option])
+            for option, value in given.items()
+        }
+    )

@@ -4,51 +4,66 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from steerlora.config.checks import positive
+from annotated_types import Interval, MinLen, MultipleOf
+
+from steerlora.config.checks import Section
+from steerlora.config.ranges import (
+    Count,
+    Distinct,
+    Layer,
+    Location,
+    Matches,
+    Name,
+    NotEmpty,
+    Positive,
+    Seed,
+)
 from steerlora.errors import UserError
 
 DATE = "2024-07-26"
 """What Llama 3.2's chat template prints where it is told of no clock."""
+DAY = Matches(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", f"a day as year-month-day, such as {DATE}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section, key="model"):
     """The base model: one to load (``path``), or a small Qwen3 to pretrain here (no ``path``).
 
     The sizes given here are what ``stage=plan`` and the early checks read. A loaded model that
     turns out to have other sizes is refused.
     """
 
-    name: str
+    name: Name
     """The model's name in tables and labels."""
 
-    path: str | None = None
+    path: Location | None = None
     """Hugging Face folder or hub id of the model to load. Null pretrains a Qwen3 of the sizes below
     on the domains' text."""
 
-    revision: str | None = None
+    revision: NotEmpty | None = None
     """Hub revision (commit, tag or branch) of ``path``. Null takes the default branch."""
 
-    layers: int = 4
+    layers: Annotated[int, Interval(ge=1, le=1000)] = 4
     """Number of decoder layers. At least 1."""
 
-    width: int = 128
+    width: Annotated[int, Interval(ge=1, le=2**17)] = 128
     """Width of the residual stream. At least 1."""
 
-    heads: int = 4
+    heads: Annotated[int, Interval(ge=1, le=2**12)] = 4
     """Query heads of each attention. At least 1, and a multiple of ``kv_heads``."""
 
-    kv_heads: int = 2
+    kv_heads: Annotated[int, Interval(ge=1, le=2**12)] = 2
     """Key and value heads of each attention. At least 1."""
 
-    head_width: int = 32
-    """Width of one attention head. At least 1."""
+    head_width: Annotated[int, Interval(ge=2, le=2**12), MultipleOf(2)] = 32
+    """Width of one attention head. Even, since rotary positions turn pairs."""
 
-    ffn_width: int = 384
+    ffn_width: Annotated[int, Interval(ge=1, le=2**20)] = 384
     """Inner width of the MLP. At least 1."""
 
-    vocabulary: int = 2048
+    vocabulary: Annotated[int, Interval(ge=1, le=2**22)] = 2048
     """Rows of the embedding. For a model pretrained here on text, the number of entries of its
     byte-level BPE tokenizer. The micro world's tokenizer has a size of its own and ignores this.
     At least 1."""
@@ -61,62 +76,59 @@ class ModelConfig:
     and everything else. False asks for the answer at once; null leaves it to the template. Must be
     null for a model that is pretrained here."""
 
-    date: str = DATE
+    date: Annotated[str, DAY] = DATE
     """The day that a chat template is told is today, where it prints it (Llama 3.2's does), in
     training, evaluation and everything else: year-month-day."""
 
-    control_sites: list[int] = field(default_factory=lambda: [1])
+    control_sites: Annotated[list[Layer], MinLen(1), Distinct()] = field(
+        default_factory=lambda: [1]
+    )
     """Control sites that suit this model, for the sections that ask for a default: layer numbers,
     about 3/8 of the depth."""
 
-    sae_latents: int = 512
+    sae_latents: Annotated[int, Interval(ge=1, le=2**24)] = 512
     """Number of SAE latents that suits this model, the default of ``sae.latents``."""
 
-    sae_path: str | None = None
+    sae_path: Location | None = None
     """Published SAEs of this model, the default of ``sae.path``. Null trains them here."""
 
-    steps: int = 4000
+    steps: Count = 4000
     """Optimizer steps of the pretraining here at most; it ends by ``target_loss`` or ``tolerance``.
     At least 1."""
 
-    target_loss: float | None = None
+    target_loss: Positive | None = None
     """Loss on held-out text, in nats a response token, at which the rates of the pretraining here
     begin to fall, so that models of one level come out of it. Greater than 0; null: they fall when
     that loss no longer does."""
 
-    tolerance: float = 0.03
+    tolerance: Annotated[float, Interval(gt=0, lt=1)] = 0.03
     """Share by which the loss on held-out text must fall below its lowest so far to be progress in
     the pretraining here; without any for three looks in a row the rates fall. Greater than 0, below
     1."""
 
-    batch_size: int = 64
+    batch_size: Count = 64
     """Documents in a step of the pretraining here. At least 1."""
 
-    learning_rate: float = 6e-3
+    learning_rate: Positive = 6e-3
     """Peak learning rate of AdamW, for embeddings and norms, in the pretraining here. Greater than
     0."""
 
-    matrix_learning_rate: float = 0.05
+    matrix_learning_rate: Positive = 0.05
     """Peak learning rate of Muon, for the layers' matrices, in the pretraining here. Greater than
     0."""
 
-    prompt_weight: float = 0.1
+    prompt_weight: Positive = 0.1
     """Weight of prompt tokens in the pretraining loss; response tokens have weight 1. Greater than
     0."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initialisation and the data order of the pretraining here. At least 0."""
 
     def __post_init__(self) -> None:
-        positive(
-            "model",
-            self,
-            "layers width heads kv_heads head_width ffn_width vocabulary steps batch_size "
-            "target_loss tolerance learning_rate matrix_learning_rate prompt_weight",
-        )
+        super().__post_init__()
         try:
             datetime.date.fromisoformat(self.date)
-        except (TypeError, ValueError):
+        except ValueError:
             raise UserError(
                 f"model.date={self.date}: give a day as year-month-day, such as {DATE}"
             ) from None

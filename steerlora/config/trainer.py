@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from steerlora.config.checks import not_negative, one_of, positive, share
+from annotated_types import Interval
+
+from steerlora.config.checks import Section
+from steerlora.config.ranges import Count, NotNegative, OneOf, Positive, Share
 from steerlora.errors import UserError
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
@@ -13,18 +17,18 @@ STRATEGIES = ("single", "ddp", "zero2", "zero3")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
+class TrainerConfig(Section, key="trainer"):
     """How adapters are trained, and the hardware on which everything is trained."""
 
-    max_steps: int = 400
+    max_steps: Count = 400
     """Optimizer steps of joint adapter training. At least 1."""
 
-    batch_size: int = 32
+    batch_size: Count = 32
     """Conversations in an optimizer step, over all ranks; each rank takes an equal part. With
     ``packing`` it counts rows. At least 1, and a multiple of the number of ranks times
     ``accumulate``."""
 
-    max_length: int = 128
+    max_length: Count = 128
     """Tokens of a conversation at most. Of a longer one the last answer loses its tail, its end of
     turn included, and then what comes before it its beginning; a warning says of how many. At least
     1."""
@@ -40,36 +44,36 @@ class TrainerConfig:
     """Whether a row of ``max_length`` tokens is filled with several conversations of one domain,
     none of which attends to another."""
 
-    learning_rate: float = 1e-4
+    learning_rate: Positive = 1e-4
     """Peak learning rate of AdamW. Greater than 0."""
 
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Weight decay of AdamW. At least 0."""
 
-    adam_epsilon: float = 1e-6
+    adam_epsilon: Positive = 1e-6
     """Epsilon of AdamW, added to the denominator of its update. Greater than 0."""
 
-    gradient_clip: float = 1.0
+    gradient_clip: Positive = 1.0
     """Norm to which a larger gradient is scaled down. Greater than 0."""
 
-    warmup_fraction: float = 0.05
+    warmup_fraction: Share = 0.05
     """Share of the steps, the first ones, in which the learning rate rises linearly to its peak.
     From 0 to 1."""
 
-    decay_fraction: float = 0.5
+    decay_fraction: Share = 0.5
     """Share of the steps, the last ones, in which the learning rate falls linearly to 0. From 0 to
     1."""
 
-    precision: str = "32-true"
+    precision: Annotated[str, OneOf(PRECISIONS)] = "32-true"
     """"32-true", "bf16-mixed" or "16-mixed", Lightning's names. The weights that are trained are
     float32 in all three. Under a mixed precision, a base model on a GPU is stored in 16 bits. SAEs
     are always float32."""
 
-    accelerator: str = "cpu"
+    accelerator: Annotated[str, OneOf(ACCELERATORS)] = "cpu"
     """"auto", "cpu", "gpu", "cuda" or "mps", Lightning's names. "auto" takes what the machine
     has."""
 
-    strategy: str = "single"
+    strategy: Annotated[str, OneOf(STRATEGIES)] = "single"
     """How ranks share the work: "single" (one rank), "ddp" (every rank holds the whole model),
     "zero2" (optimizer state and gradients are sharded) or "zero3" (weights too). The launcher,
     torchrun or srun, sets the number of ranks."""
@@ -77,11 +81,11 @@ class TrainerConfig:
     offload: bool = False
     """Whether what ZeRO shards is kept in the CPU's memory. Needs "zero2" or "zero3"."""
 
-    persistent_elements: int = 1_000_000
+    persistent_elements: Annotated[int, Interval(ge=0, le=10**12)] = 1_000_000
     """Under "zero3", a weight tensor of at most this many elements stays whole on every rank. At
     least 0."""
 
-    accumulate: int = 1
+    accumulate: Count = 1
     """Number of parts into which a rank splits its share of a batch. Their gradients are summed
     before the optimizer's step. At least 1."""
 
@@ -92,23 +96,13 @@ class TrainerConfig:
     compile: bool = False
     """Whether the decoder's layers are compiled with torch.compile."""
 
-    checkpoint_seconds: float = 30.0
+    checkpoint_seconds: Positive = 30.0
     """Seconds between two checkpoints of a training in progress. Greater than 0."""
 
     def __post_init__(self) -> None:
-        positive(
-            "trainer",
-            self,
-            "max_steps batch_size max_length learning_rate gradient_clip accumulate "
-            "checkpoint_seconds",
-        )
-        not_negative("trainer", self, "persistent_elements")
-        one_of("trainer.accelerator", self.accelerator, ACCELERATORS)
-        one_of("trainer.precision", self.precision, PRECISIONS)
-        one_of("trainer.strategy", self.strategy, STRATEGIES)
+        super().__post_init__()
         if self.offload and self.strategy not in ("zero2", "zero3"):
             raise UserError(
                 f"trainer.offload=true: strategy {self.strategy} shards nothing that could be "
                 "offloaded: use trainer=zero3_offload"
             )
-        share("trainer", self, "warmup_fraction decay_fraction")

@@ -215,14 +215,19 @@ class ArtifactStore:
                     f"{fingerprint}: free some (steerlora stage=status lists sizes) or move with "
                     "artifacts.root=DIR, then run the same command again"
                 ) from error
-            named = str(getattr(error, "filename", None) or "")
-            kinds = (PermissionError, NotADirectoryError, FileExistsError)
-            if isinstance(error, kinds) and named.startswith(str(self.root)):
+            named = getattr(error, "filename", None)
+            if isinstance(error, OSError) and named and self._refuses(error.errno, Path(named)):
                 raise UserError(
                     f"cannot write {named} ({error.strerror}): "
                     "choose another place with artifacts.root=DIR"
                 ) from error
             raise
+
+    def _refuses(self, code: int | None, named: Path) -> bool:
+        """Whether an error says that the root, or something in it, cannot be written to."""
+        codes = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EROFS)
+        inside = named.is_relative_to(self.root) and code in (*codes, errno.ENAMETOOLONG)
+        return inside or self.root.is_relative_to(named)
 
     def _find_or_move_aside(self, stage: str, fingerprint: str) -> Artifact | None:
         """`find` for the holder of the lock."""

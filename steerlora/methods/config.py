@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from steerlora.config.checks import one_of, positive, share
+from annotated_types import Interval, MinLen
+
+from steerlora.config.checks import Section
+from steerlora.config.ranges import Count, Distinct, Label, Layer, NotEmpty, OneOf
 from steerlora.errors import UserError
 from steerlora.registry import Registry
 
@@ -44,26 +47,21 @@ def follows(key: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplayConfig:
+class ReplayConfig(Section, key="method.replay"):
     """Text of earlier domains among a domain's own, in a sequence."""
 
-    ratio: float = 0.0
+    ratio: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Share of the steps that repeat a batch, or of the rows that every batch gains, from 0 and
     below 1."""
-    batches: int = 128
+    batches: Count = 128
     """Batches of each domain that are kept for it, from 1."""
-    how: str = "steps"
+    how: Annotated[str, OneOf(REPLAYS)] = "steps"
     """"steps": a step repeats a batch of an earlier domain and has none of the domain's own;
     "rows": every batch gains rows of all domains so far, as published."""
 
-    def __post_init__(self) -> None:
-        share("method.replay", self, "ratio")
-        one_of("method.replay.how", self.how, REPLAYS)
-        positive("method.replay", self, "batches")
-
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Section, key="method.optimizer"):
     """How AdamW goes through a method's training, beside what ``trainer`` says."""
 
     constant_rate: bool = False
@@ -75,7 +73,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig:
+class MethodConfig(Section, key="method"):
     """One method: what trains on a frozen base model, and how.
 
     A kind of method is a subclass, registered by ``@method("kind")``; the package's own are in
@@ -85,16 +83,18 @@ class MethodConfig:
 
     kind: str = ""
     """Registered name of the kind."""
-    name: str = ""
+    name: Label = ""
     """What tables call it."""
-    sites: list[int] = field(default_factory=lambda: [1], metadata=follows("model.control_sites"))
+    sites: Annotated[list[Layer], MinLen(1), Distinct()] = field(
+        default_factory=lambda: [1], metadata=follows("model.control_sites")
+    )
     """Control sites: layers whose incoming stream the method reads or changes, in rising order.
     Nothing below the first is adapted."""
-    monitor: int | None = None
+    monitor: Layer | None = None
     """Layer whose incoming stream is compared with the base's, by losses that do so and by the
     drift of general features that sequences report: above the first site, at most the number of
     layers (the stream that leaves the last one). Null: none."""
-    target_modules: list[str] | None = None
+    target_modules: Annotated[list[NotEmpty], MinLen(1), Distinct()] | None = None
     """Linear layers that are adapted, by last name, by path inside a decoder layer, or by a pattern
     of either ("*_proj", "self_attn.*"); null: all."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
@@ -136,8 +136,9 @@ class MethodConfig:
         return {key: getattr(self, key) for key in self.only_in_evaluation}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sites = self.sites
-        if not sites or sorted(set(sites)) != list(sites) or min(sites) < 0:
+        if sorted(sites) != list(sites):
             raise UserError(f"method.sites={sites}: give layers in rising order, each once")
         if self.monitor is not None and self.monitor <= min(sites):
             raise UserError(

@@ -7,9 +7,12 @@ a module of the user's (``plugins``), may hold a configuration and its module to
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from steerlora.config.checks import not_negative, one_of, positive, share
+from annotated_types import Interval
+
+from steerlora.config.checks import Section
+from steerlora.config.ranges import Count, Location, NotNegative, OneOf, Positive, Seed, Share
 from steerlora.errors import UserError
 from steerlora.registry import Registry
 
@@ -26,7 +29,7 @@ JUMP_PENALTIES = ("l0", "tanh")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAEConfig:
+class SAEConfig(Section, key="sae"):
     """A sparse autoencoder of a control site's activations: what every architecture has.
 
     An architecture is a subclass that adds the fields that its module takes as keyword arguments,
@@ -35,48 +38,44 @@ class SAEConfig:
 
     architecture: str = "topk"
     """Registered name of the architecture."""
-    path: str | None = None
+    path: Location | None = None
     """Trained SAEs to use: a folder in SAELens' layout, or a folder of such folders called by their
     hook names (``blocks.<site>.hook_resid_pre``); a Qwen-Scope folder or hub id, which has one for
     every site but 0. Their files say what they are, and no other key counts. Null trains one a
     site."""
-    latents: int = 512
+    latents: Annotated[int, Interval(ge=1, le=2**24)] = 512
     """N, from 1."""
-    normalize: str = "none"
+    normalize: Annotated[str, OneOf(NORMALIZATIONS)] = "none"
     """What is done to every activation before it is encoded: "none", "layer_norm" (zero mean, unit
     deviation; undone after decoding), or "layer_norm_input" (likewise, but the decoder reconstructs
     the activation as it was; SAELens has no such SAE)."""
-    max_tokens: int = 200_000
+    max_tokens: Annotated[int, Interval(ge=1, le=10**12)] = 200_000
     """Tokens of activations that are harvested, over all domains."""
-    steps: int | None = 1000
+    steps: Count | None = 1000
     """Optimizer steps, from 1; null where ``epochs`` is given."""
-    epochs: int | None = None
+    epochs: Count | None = None
     """Passes over the harvested tokens, from 1, which then decide the number of steps; null where
     ``steps`` is given."""
-    batch_size: int = 1024
+    batch_size: Count = 1024
     """Tokens a step, from 1."""
-    learning_rate: float | None = None
+    learning_rate: Positive | None = None
     """Adam's peak rate; null: 2e-4 / sqrt(latents / 2**14)."""
-    warmup_fraction: float = 0.05
+    warmup_fraction: Share = 0.05
     """Share of the steps, at the start, in which the rate rises linearly."""
-    decay_fraction: float = 0.2
+    decay_fraction: Share = 0.2
     """Share of the steps, at the end, in which the rate falls linearly to 0."""
     median_start: bool = True
     """Start the decoder's bias at the geometric median of the first batch, rather than at 0."""
     unit_norm: bool = True
     """Hold the decoder's rows at unit length and their gradients orthogonal to them; else both are
     free, which no penalty on the size of features allows."""
-    dead_fraction: float = 0.1
+    dead_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.1
     """A latent is dead that has not fired for this share of the training's tokens."""
-    seed: int = 0
+    seed: Seed = 0
     """Of initialisation and token order."""
 
     def __post_init__(self) -> None:
-        positive(
-            "sae", self, "latents max_tokens steps epochs batch_size learning_rate dead_fraction"
-        )
-        share("sae", self, "dead_fraction warmup_fraction decay_fraction")
-        one_of("sae.normalize", self.normalize, NORMALIZATIONS)
+        super().__post_init__()
         if (self.steps is None) == (self.epochs is None):
             raise UserError(
                 f"sae.steps={self.steps} and sae.epochs={self.epochs}: give one of them, and null "
@@ -130,21 +129,18 @@ class TopKConfig(SAEConfig):
     """TopK (Gao et al., arXiv 2406.04093): the k largest pre-activations of every token."""
 
     architecture: str = "topk"
-    k: int = 16
+    k: Annotated[int, Interval(ge=1, le=2**24)] = 16
     """Active latents of a token, from 1 to ``latents``."""
-    auxiliary: float = 1 / 32
+    auxiliary: NotNegative = 1 / 32
     """Weight of the auxiliary loss that revives dead latents, from 0 (off)."""
-    initial_k: int | None = None
+    initial_k: Annotated[int, Interval(ge=1, le=2**24)] | None = None
     """k at the start of training, from 1 to ``latents``, from where it goes to ``k`` linearly;
     null: ``k`` throughout."""
-    anneal_fraction: float = 0.1
+    anneal_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.1
     """Share of the steps in which it does, above 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("sae", self, "k initial_k anneal_fraction")
-        share("sae", self, "anneal_fraction")
-        not_negative("sae", self, "auxiliary")
         self._at_most_all("k initial_k")
 
     @classmethod
@@ -160,13 +156,12 @@ class ReLUConfig(SAEConfig):
     """ReLU with an L1 penalty (Cunningham et al., arXiv 2309.08600): every positive latent."""
 
     architecture: str = "relu"
-    l1: float = 1e-3
+    l1: NotNegative = 1e-3
     """Weight of the L1 norm of a token's features beside the fraction of variance unexplained, from
     0 (off)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        not_negative("sae", self, "l1")
         self._refuse_free_norm("the L1 penalty")
 
     @classmethod
@@ -196,12 +191,11 @@ class MatryoshkaTopKConfig(TopKConfig):
     """Matryoshka (Bussmann et al., arXiv 2503.17547) over TopK: nested prefixes of the latents."""
 
     architecture: str = "matryoshka_topk"
-    levels: int = 4
+    levels: Annotated[int, Interval(ge=1, le=24)] = 4
     """Reconstructions, by the first ``latents``, half of them, a quarter, and so on; from 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("sae", self, "levels")
         if 2 ** (self.levels - 1) > self.latents:
             raise UserError(
                 f"sae.levels={self.levels} halves sae.latents={self.latents} too often: at most "
@@ -236,12 +230,11 @@ class SkipTranscoderConfig(TopKConfig):
     linear map, approximate the stream of a later layer."""
 
     architecture: str = "skip_transcoder"
-    span: int = 1
+    span: Annotated[int, Interval(ge=1, le=1000)] = 1
     """Layers between the stream that is read and the one that is approximated, from 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("sae", self, "span")
         if self.normalize != "none":
             raise UserError(
                 f"sae.normalize={self.normalize}: a skip-transcoder writes another stream than it "
@@ -264,23 +257,20 @@ class JumpReLUConfig(SAEConfig):
     """JumpReLU (Rajamanoharan et al., arXiv 2407.14435): a learnt threshold for every latent."""
 
     architecture: str = "jumprelu"
-    sparsity: float = 1e-3
+    sparsity: NotNegative = 1e-3
     """Weight of the penalty beside the fraction of variance unexplained, from 0 (off)."""
-    penalty: str = "l0"
+    penalty: Annotated[str, OneOf(JUMP_PENALTIES)] = "l0"
     """What is penalised: "l0" (the number of a token's active latents) or "tanh" (a bounded measure
     of their size)."""
-    bandwidth: float = 0.5
+    bandwidth: Positive = 0.5
     """Width of the band about a threshold in which it is learnt, in standard deviations of a
     coordinate of the activations."""
-    initial_l0: int = 32
+    initial_l0: Annotated[int, Interval(ge=1, le=2**24)] = 32
     """Active latents of a token at the start of training, from 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        not_negative("sae", self, "sparsity")
-        positive("sae", self, "bandwidth initial_l0")
         self._at_most_all("initial_l0")
-        one_of("sae.penalty", self.penalty, JUMP_PENALTIES)
         if self.penalty == "tanh":
             self._refuse_free_norm("the tanh penalty")
 
@@ -297,16 +287,14 @@ class GatedConfig(SAEConfig):
     """Gated (Rajamanoharan et al., arXiv 2404.16014): gates and magnitudes apart."""
 
     architecture: str = "gated"
-    l1: float = 0.1
+    l1: NotNegative = 0.1
     """Weight of the L1 norm of a token's gates, relative to the root mean square norm of the
     activations, from 0 (off)."""
-    initial_l0: int = 32
+    initial_l0: Annotated[int, Interval(ge=1, le=2**24)] = 32
     """Open gates of a token at the start of training, from 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        not_negative("sae", self, "l1")
-        positive("sae", self, "initial_l0")
         self._at_most_all("initial_l0")
         self._refuse_free_norm("the L1 penalty")
 

@@ -104,11 +104,11 @@ def root(trained, tmp_path) -> Path:
         ("stage=base method=lorra", "method=lorra: did you mean 'lora'"),
         ("stage=base method.rnk=4", "no such key: method.rnk; did you mean 'method.rank'"),
         ("stage=base +foo=1", "no such key: foo"),
-        ("stage=base method.rank=-1", "method.rank=-1: must be greater than 0"),
+        ("stage=base method.rank=-1", "method.rank=-1: must be a whole number from 1"),
         ("stage=base seed=x", "seed=x: must be a whole number"),
         ("stage=base sae.k=99999", "is more than sae.latents"),
         ("stage=base method.sites=[9]", "has layers 0 to 3"),
-        ("stage=base trainer=null", "a config group cannot be null"),
+        ("stage=base trainer=null", "it cannot be null"),
         ("stage=base method.rank=2,4", "To sweep over it"),
         ("stage=base --bogus", "--bogus; steerlora --help"),
         ("stage=base --resolve", "--resolve goes with --cfg"),
@@ -355,7 +355,7 @@ def test_a_sweep_goes_on_after_a_job_that_fails(steerlora, root):
     ("swept", "says"),
     [
         ("method=lora,sc_lorra", "did you mean 'sc_lora'"),
-        ("method.rank=2,-2", "method.rank=-2: must be greater than 0"),
+        ("method.rank=2,-2", "method.rank=-2: must be a whole number from 1"),
         (
             "stage=adapter_training,causal_ablation method=lora",
             "a control signal of SAE features, and method=lora has none",

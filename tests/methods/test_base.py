@@ -170,10 +170,10 @@ def test_without_a_control_signal_there_is_no_intervention(made):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sites": []}, r"method\.sites=\[\]: give layers in rising order"),
+        ({"sites": []}, r"method\.sites=\[\]: must be a list of whole numbers"),
         ({"sites": [2, 1]}, r"method\.sites=\[2, 1\]: give layers in rising order"),
-        ({"sites": [1, 1]}, "give layers in rising order, each once"),
-        ({"sites": [-1]}, "give layers in rising order"),
+        ({"sites": [1, 1]}, "give each once"),
+        ({"sites": [-1]}, "must be a whole number from 0"),
         ({"sites": [1, 2], "monitor": 1}, r"method\.monitor=1: must be above .* site, 1"),
     ],
 )

@@ -78,7 +78,7 @@ def test_ranks_that_disagree_both_refuse(start, root):
 def test_before_ranks_join_the_first_of_each_machine_reports(start, root):
     each = ((), ("trainer.batch_size=-1",))
     runs = start.ranks(ADAPTER, f"artifacts.root={root}", each=each, machines=True)
-    assert "trainer.batch_size=-1: must be greater than 0" in runs[1].mistake
+    assert "trainer.batch_size=-1: must be a whole number from 1" in runs[1].mistake
     assert runs[0].poll() is None
 
 

@@ -74,9 +74,9 @@ def test_a_configuration_builds_what_it_says():
     [
         ("sae=relu sae.steps=10", "sae.steps=10 and sae.epochs=5: give one of them, and null"),
         ("sae.steps=null", "sae.steps=None and sae.epochs=None: give one of them"),
-        ("sae=relu sae.epochs=0", "sae.epochs=0: must be greater than 0"),
+        ("sae=relu sae.epochs=0", "sae.epochs=0: must be a whole number from 1"),
         ("sae=relu sae.ll=1", "no such key: sae.ll; did you mean 'sae.l1'"),
-        ("sae=relu sae.l1=-1", "sae.l1=-1.0: must not be negative"),
+        ("sae=relu sae.l1=-1", "sae.l1=-1: must be a number from 0"),
         ("sae=relu sae.k=3", "no such key: sae.k; it is a key of sae.architecture=topk"),
         ("sae=relu sae.unit_norm=false", "sae.unit_norm=false: the L1 penalty of sae.architecture"),
         (
@@ -108,8 +108,8 @@ def test_a_configuration_builds_what_it_says():
         ("sae.warmup_fraction=2", "sae.warmup_fraction=2.0: must be from 0 to 1"),
         ("sae.decay_fraction=-1", "sae.decay_fraction=-1.0: must be from 0 to 1"),
         ("sae.l1=3", "no such key: sae.l1; it is a key of sae.architecture=relu"),
-        ("sae.auxiliary=-1", "sae.auxiliary=-1.0: must not be negative"),
-        ("sae.dead_fraction=2", "sae.dead_fraction=2.0: must be from 0 to 1"),
+        ("sae.auxiliary=-1", "sae.auxiliary=-1: must be a number from 0"),
+        ("sae.dead_fraction=2", "sae.dead_fraction=2: must be a number above 0 and up to 1"),
         ("sae.normalize=layernorm", "sae.normalize=layernorm: did you mean 'layer_norm'"),
         ("sae.k=600", "sae.k=600 is more than sae.latents=512"),
         ("sae.architecture=tokp", "sae.architecture=tokp: did you mean 'topk'"),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from steerlora.config.checks import not_negative, one_of, positive, share
+from annotated_types import Interval
+
+from steerlora.config.checks import Section, one_of
+from steerlora.config.ranges import Count, Name, NotNegative, OneOf, Positive, Share
 from steerlora.errors import UserError
 from steerlora.methods.config import QWEN3_LINEAR, MethodConfig, method
 
@@ -20,37 +23,36 @@ SIGNALS = ("none", "dense", "sae")
 CONTEXTS = ("token", "causal_mean", "ema")
 SOURCES = ("inline", "base", "base_last")
 READS = ("input", "output")
+ISOLATIONS = ("free", "frozen", "own")
+COLLAPSES = ("ignore", "warn", "stop")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossWeights:
+class LossWeights(Section, key="method.losses"):
     """Weights of the losses; one of weight zero is not computed."""
 
-    task: float = 1.0
+    task: NotNegative = 1.0
     """Of the next token's cross-entropy."""
-    preservation: float = 0.0
+    preservation: NotNegative = 0.0
     """Of the squared change of general features; needs ``method.monitor``."""
-    steering: float = 0.0
+    steering: NotNegative = 0.0
     """Of the squared distance of a domain's own features from its prototype; needs
     ``method.monitor``."""
-    gate_sparsity: float = 0.0
+    gate_sparsity: NotNegative = 0.0
     """Of the gate's entropy."""
-    rank_budget: float = 0.0
+    rank_budget: NotNegative = 0.0
     """Of the mean of the rank mask."""
-    load_balance: float = 0.0
+    load_balance: NotNegative = 0.0
     """Of mean usage's squared distance from uniform over the active specialists."""
-    diversity: float = 0.0
+    diversity: NotNegative = 0.0
     """Of the squared cosine between specialists."""
-    orthogonality: float = 0.0
+    orthogonality: NotNegative = 0.0
     """Of O-LoRA's loss in sequences: the arriving domain's specialist against the earlier ones;
     needs ``method.isolation=own``."""
 
-    def __post_init__(self) -> None:
-        not_negative("method.losses", self, " ".join(vars(self)))
-
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryConfig:
+class MemoryConfig(Section, key="method.memory"):
     """The memory policy: specialists are spawned, merged and pruned, in sequences and in joint
     training."""
 
@@ -59,46 +61,34 @@ class MemoryConfig:
     per_module: bool = False
     """Whether each adapted module decides for itself, by its own routing, as published; otherwise
     one decision is for all. Needs ``method.per_module``."""
-    every: int = 50
+    every: Count = 50
     """Steps between its decisions, from 1."""
-    warmup: int = 0
+    warmup: Annotated[int, Interval(ge=0, le=10**9)] = 0
     """Steps of the training, over all domains of a sequence, before its first decision, from 0;
     what is seen in them counts. Published: 400."""
-    spawn_confidence: float = 0.5
+    spawn_confidence: Share = 0.5
     """A specialist is spawned where the gate's mean confidence (0: even over those kept, 1:
     one-hot) is below this, from 0 to 1,"""
-    spawn_similarity: float = 0.95
+    spawn_similarity: Share = 0.95
     """and the text's mean features are less similar (cosine) than this to every active
     specialist's, from 0 to 1."""
-    merge_similarity: float = 0.99
+    merge_similarity: Share = 0.99
     """Specialists are merged whose mean features are more similar than this, from 0 to 1."""
-    prune_usage: float = 0.1
+    prune_usage: Share = 0.1
     """A specialist is dropped whose usage is below this part of the even share, from 0 to 1."""
-
-    def __post_init__(self) -> None:
-        positive("method.memory", self, "every")
-        not_negative("method.memory", self, "warmup")
-        share(
-            "method.memory", self, "spawn_confidence spawn_similarity merge_similarity prune_usage"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealthConfig:
+class HealthConfig(Section, key="method.health"):
     """The health of routing, measured during training (``methods/routed_lora/health.py``)."""
 
-    log_every: int = 50
+    log_every: Count = 50
     """Steps between measurements, from 1."""
-    collapse: str = "warn"
+    collapse: Annotated[str, OneOf(COLLAPSES)] = "warn"
     """What to do when routing collapses in joint training: "ignore", "warn" or "stop". (In a
     sequence one domain at a time may well have one specialist.)"""
-    collapse_below: float = 0.3
+    collapse_below: Share = 0.3
     """Usage entropy / log E below which routing has collapsed, from 0 to 1."""
-
-    def __post_init__(self) -> None:
-        positive("method.health", self, "log_every")
-        one_of("method.health.collapse", self.collapse, ("ignore", "warn", "stop"))
-        share("method.health", self, "collapse_below")
 
 
 @method("routed_lora")
@@ -111,47 +101,47 @@ class RoutedLoRAConfig(MethodConfig):
 
     kind: str = "routed_lora"
     """Registered name of the kind."""
-    signal: str = "sae"
+    signal: Annotated[str, OneOf(SIGNALS)] = "sae"
     """What routes: "sae" (the site's features), "dense" (the hidden state at the site), or "none":
     every specialist always acts, as one plain LoRA of the total rank."""
-    source: str = "inline"
+    source: Annotated[str, OneOf(SOURCES)] = "inline"
     """Where the signal is read: "inline", the current stream at each site; "base", a separate
     forward of the frozen base (with one site the two are equal, and the forward is saved);
     "base_last", the final hidden state of such a forward, for every site (signal "dense" only)."""
-    reads: str = "input"
+    reads: Annotated[str, OneOf(READS)] = "input"
     """Which stream of its layer a site reads: "input", the one that enters it, or "output", the one
     that leaves it, as published. The output steers its own layer, so it is the base's: needs
     ``method.source=base``."""
-    context: str = "token"
+    context: Annotated[str, OneOf(CONTEXTS)] = "token"
     """Over which tokens the signal is averaged: "token" (each token's own), or the tokens so far,
     "causal_mean" or "ema"."""
-    decay: float = 0.9
+    decay: Annotated[float, Interval(gt=0, lt=1)] = 0.9
     """Of "ema": weight of the past, a token, above 0 and below 1."""
-    router: str = "linear"
+    router: Name = "linear"
     """Registered name of the router: "linear" or "mlp" (two layers), learnt, or "prototype":
     nothing learnt, each token goes to the specialist of the domain whose mean signal its own is
     nearest to."""
-    router_hidden: int = 256
+    router_hidden: Annotated[int, Interval(ge=1, le=2**17)] = 256
     """Hidden width of "mlp", from 1."""
-    rank_hidden: int | None = None
+    rank_hidden: Annotated[int, Interval(ge=1, le=2**17)] | None = None
     """Hidden width of the rank's perceptron, from 1; null: ``router_hidden``, as the gate's."""
     per_module: bool = False
     """A router of its own for every adapted module, in place of one a site."""
-    specialists: int = 4
+    specialists: Annotated[int, Interval(ge=1, le=1024)] = 4
     """E, from 1."""
-    active: int | None = None
+    active: Annotated[int, Interval(ge=1, le=1024)] | None = None
     """Specialists active at the start, the first ones; null: all. The memory policy spawns
     others."""
-    rank: int = 16
+    rank: Annotated[int, Interval(ge=1, le=2**14)] = 16
     """R of each specialist, from 1."""
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     """The update is scaled by alpha / rank."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Share of the specialists' inputs that are dropped in training, as in LoRA; from 0 and below
     1. Each rank and each part of a batch draws its own."""
-    top_k: int = 2
+    top_k: Annotated[int, Interval(ge=1, le=1024)] = 2
     """Specialists kept for each token, from 1; as many as there are: a dense gate."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Of the gate's softmax, above 0."""
     prototypes: bool = False
     """A learnt gate is reweighted by the cosine of the signal to the domains' prototypes (domain
@@ -161,19 +151,19 @@ class RoutedLoRAConfig(MethodConfig):
     domain; false: in the signal as it is."""
     hard_gate: bool = True
     """"prototype" keeps the nearest only; false: softmax of the cosines."""
-    margin: float = 0.05
+    margin: Annotated[float, Interval(ge=0, le=2)] = 0.05
     """"prototype" leaves a token without any update where the cosines of the nearest two prototypes
-    differ by less, from 0."""
+    differ by less, from 0 to 2."""
     null_specialist: bool = True
     """"prototype" knows general text too, and leaves it without any update."""
     dynamic_rank: bool = True
     """Learn a token-dependent rank mask."""
-    initial_rank: float = 0.75
+    initial_rank: Positive = 0.75
     """Effective rank at initialisation, a fraction of ``rank``, from 1 / rank and below 1."""
-    hard_rank: float = 0.0
+    hard_rank: Share = 0.0
     """Outside training, rank components whose mask is below this are left out and not computed,
     from 0 to 1; 0: the soft mask."""
-    isolation: str = "free"
+    isolation: Annotated[str, OneOf(ISOLATIONS)] = "free"
     """Which specialists train in a sequence: "free", all of them in every domain; "frozen", the one
     that a domain used most is frozen when the domain ends; "own", each arriving domain trains one
     of its own, the next, and the others are frozen."""
@@ -244,20 +234,6 @@ class RoutedLoRAConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("method.signal", self.signal, SIGNALS)
-        one_of("method.context", self.context, CONTEXTS)
-        one_of("method.source", self.source, SOURCES)
-        one_of("method.reads", self.reads, READS)
-        one_of("method.isolation", self.isolation, ("free", "frozen", "own"))
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"method.dropout={self.dropout}: must be from 0 and below 1")
-        if not 0 < self.decay < 1:
-            raise UserError(f"method.decay={self.decay}: must be above 0 and below 1")
-        positive(
-            "method",
-            self,
-            "specialists rank alpha router_hidden rank_hidden active top_k temperature",
-        )
         for name, value in {"active": self.active or 0, "top_k": self.top_k}.items():
             if value > self.specialists:
                 raise UserError(
@@ -268,8 +244,6 @@ class RoutedLoRAConfig(MethodConfig):
                 f"method.initial_rank={self.initial_rank}: a fraction of the rank, at least "
                 f"1/rank ({1 / self.rank:.3g}) and below 1"
             )
-        share("method", self, "hard_rank")
-        not_negative("method", self, "margin")
         self._check_signal()
         self._check_specialists()
 
@@ -351,6 +325,11 @@ class RoutedLoRAConfig(MethodConfig):
                     f"method.{key} needs a specialist a domain: set method.specialists to at least "
                     f"{domains}"
                 )
+        if self.rank > config.model.width:
+            raise UserError(
+                f"method.rank={self.rank} is more than model.width={config.model.width}: an update "
+                "of the stream has no higher rank"
+            )
         if self.isolation != "free" and config.trainer.weight_decay:
             raise UserError(
                 f"method.isolation={self.isolation}: weight decay would shrink the frozen "
