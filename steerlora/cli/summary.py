@@ -71,4 +71,4 @@ def _print_times(console: Console, run: RunReport) -> None:
         f"{name} {seconds[name]:.0f} s ({built[name]} built, {reused[name]} reused)"
         for name in seconds
     ]
-    console.print("stages: " + ", ".join(parts))
+    console.print("stages: " + ", ".join(parts), markup=False)

@@ -52,7 +52,8 @@ class SourceConfig:
     @property
     def local(self) -> bool:
         """Whether ``path`` is a file or a folder."""
-        return Path(self.path).suffix in (".jsonl", ".json") or Path(self.path).exists()
+        files = (".jsonl", ".json", ".jsonl.gz")
+        return self.path.endswith(files) or Path(self.path).exists()
 
 
 @dataclass(frozen=True, kw_only=True)

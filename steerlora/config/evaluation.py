@@ -62,6 +62,10 @@ class EvaluationConfig(Section, key="evaluation"):
     columns, or a folder with one such file for each split. For lm-eval's own tasks and groups
     only."""
 
+    include_path: Location | None = None
+    """Folder of task files of lm-eval's form, whose tasks ``groups`` and ``tasks`` may name. Null:
+    lm-eval's own tasks only."""
+
     spread: bool = False
     """Whether a model that is not trained is split over all visible GPUs, in evaluation and in the
     stages that only read it (activations, features, the SAE's quality)."""

@@ -40,6 +40,11 @@ def check_hardware(trainer: TrainerConfig) -> None:
             f"trainer.accelerator={trainer.accelerator}: this machine has no GPU that torch can "
             "use; trainer=cpu runs anywhere, trainer.accelerator=auto takes what there is"
         )
+    if trainer.accelerator == "mps" and not torch.backends.mps.is_available():
+        raise UserError(
+            "trainer.accelerator=mps: this machine has no Apple GPU that torch can use; "
+            "trainer=cpu runs anywhere, trainer.accelerator=auto takes what there is"
+        )
     if strategy == "single" and world > 1:
         raise UserError(
             f"{world} ranks were started, and trainer.strategy=single uses one: "

@@ -28,6 +28,7 @@ from steerlora.evaluation.scores import Score
 from steerlora.evaluation.statistics import standard_error
 from steerlora.evaluation.suite import OWN, Suite
 from steerlora.lm.dates import pin_date
+from steerlora.methods.interventions import INTERVENTIONS
 from steerlora.methods.saving import load_adapter, trained_under
 
 TASKS = Path(__file__).parent / "tasks"
@@ -89,6 +90,8 @@ class SteerLoRALM(HFLM):
                 f"adapter {adapter} was trained under an intervention: pass intervention={under}, "
                 "or intervention=none to score it without"
             )
+        if intervention not in (None, "none"):
+            INTERVENTIONS.check("intervention", intervention)
         self._control = contextlib.nullcontext
         if intervention not in (None, "none"):
             self._control = partial(
@@ -171,7 +174,10 @@ class Harness:
             else:
                 config = self.suite.config
                 self._loaded[name] = registered.load(
-                    name, place=config.files.get(name), shots=config.shots.get(name)
+                    name,
+                    place=config.files.get(name),
+                    shots=config.shots.get(name),
+                    folder=config.include_path,
                 )
         return self._loaded[name]
 

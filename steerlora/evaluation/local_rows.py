@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 
-from steerlora.data.jsonl import read_objects
+from steerlora.data.jsonl import in_folder, read_objects, stem_of
 from steerlora.engine.content import sha256
 from steerlora.errors import UserError
 
@@ -19,15 +19,24 @@ SUBJECT = "subject"
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
-def digest(files: Mapping[str, str]) -> str:
-    """SHA-256 of what ``evaluation.files`` holds, wherever it lies; empty where it holds nothing.
+def digest(files: Mapping[str, str], include_path: str | None = None) -> str:
+    """SHA-256 of what ``evaluation.files`` and ``evaluation.include_path`` hold, wherever it lies;
+    empty where neither is given.
 
     Raises:
         UserError: a file or folder is not there.
     """
-    if not files:
+    if not files and include_path is None:
         return ""
     sha = hashlib.sha256()
+    if include_path is not None:
+        folder = Path(include_path)
+        if not folder.is_dir():
+            raise UserError(f"evaluation.include_path={include_path}: there is no such folder")
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            if "__pycache__" not in path.parts:
+                sha.update(f"{path.relative_to(folder)}\n".encode())
+                sha.update(bytes.fromhex(sha256(path)))
     for task in sorted(files):
         for path in _paths(task, files[task]):
             sha.update(f"{task} {path.name if Path(files[task]).is_dir() else ''}\n".encode())
@@ -37,7 +46,7 @@ def digest(files: Mapping[str, str]) -> str:
 
 def _paths(task: str, place: str) -> list[Path]:
     path = Path(place)
-    found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    found = in_folder(path) if path.is_dir() else [path]
     if not all(file.is_file() for file in found) or not found:
         raise UserError(
             f"evaluation.files.{task}={place}: no such file; give a .jsonl file, or a folder "
@@ -59,7 +68,7 @@ class LocalRows:
     def read(cls, task: str, place: str) -> LocalRows:
         """A .jsonl file, or a folder of one file a split, such as train.jsonl and test.jsonl."""
         folder = Path(place).is_dir()
-        paths = {path.stem if folder else None: path for path in _paths(task, place)}
+        paths = {stem_of(path) if folder else None: path for path in _paths(task, place)}
         return cls(
             key=f"evaluation.files.{task}={place}",
             splits={split: _checked(path) for split, path in paths.items()},

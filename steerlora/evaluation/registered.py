@@ -59,18 +59,33 @@ def _all() -> TaskManager:
     return TaskManager()
 
 
-def find(name: str) -> TaskManager:
+@lru_cache(maxsize=4)
+def _given(folder: str) -> TaskManager:
+    return TaskManager(include_path=folder, include_defaults=False)
+
+
+def find(name: str, folder: str | None = None) -> TaskManager:
     """The index that has a task or group of this name; kept for this process.
+
+    Args:
+        name: of the task or group.
+        folder: of the user's task files, which go before lm-eval's own.
 
     Raises:
         UserError: lm-eval has no such name, or has it for tasks that it does not average.
     """
-    manager = _few() if name in _few().all_tasks else _all()
+    if folder is not None and name in _given(folder).all_tasks:
+        manager = _given(folder)
+    else:
+        manager = _few() if name in _few().all_tasks else _all()
     if name not in manager.all_tasks:
-        raise UserError(f"no lm-eval task {name}: {nearest(name, manager.all_tasks)}")
+        theirs = _given(folder).all_tasks if folder is not None else ()
+        raise UserError(f"no lm-eval task {name}: {nearest(name, [*theirs, *manager.all_tasks])}")
     single = name in manager.all_subtasks
     if not single and not (name in manager.all_groups and _averages_items(_group(manager, name))):
-        names = ", ".join(_members(_all(), name))
+        members = _members(manager, name)
+        more = f" and {len(members) - _SHOWN} more" if len(members) > _SHOWN else ""
+        names = ", ".join(members[:_SHOWN]) + more
         raise UserError(
             f"lm-eval does not average the items of {name}, so it is no task: name the tasks in "
             f"it: {names}"
@@ -103,19 +118,22 @@ def hub_datasets(name: str) -> list[tuple[str, str | None]]:
     )
 
 
-def load(name: str, *, place: str | None = None, shots: int | None = None) -> Loaded:
+def load(
+    name: str, *, place: str | None = None, shots: int | None = None, folder: str | None = None
+) -> Loaded:
     """A task or group, ready to be scored.
 
     Args:
         name: lm-eval's.
         place: a file or folder in place of the hub's data, with the same columns.
         shots: solved examples before each item; None: as the task says.
+        folder: of the user's task files.
 
     Raises:
         UserError: no such task; data that cannot be reached, or does not fit the task; a group
             without rows for some of its tasks; examples for a task that fixes their number.
     """
-    manager = find(name)
+    manager = find(name, folder)
     members = _members(manager, name)
     local = LocalRows.read(name, place) if place else None
     tasks, without_rows = {}, []

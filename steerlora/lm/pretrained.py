@@ -71,6 +71,11 @@ def open_tokenizer(
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {path} has no chat template: use a chat model")
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"the tokenizer of {path} has neither a padding token nor an end of text: name one "
+                "in its tokenizer_config.json, pad_token"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     pin_date(tokenizer, date)
     if thinking is not None:

@@ -42,7 +42,7 @@ def _parameters(plan: Plan) -> Table:
     trained = sum(plan.trained.values())
     table.add_row(f"method {for_markup(plan.config.method.name)}, which trains", _count(trained))
     for part, count in plan.trained.items():
-        table.add_row(f"  {part}", _count(count))
+        table.add_row(f"  {for_markup(part)}", _count(count))
     if plan.saes:
         table.add_row(f"SAE, {plan.saes} in all, each", _count(plan.sae))
     return table

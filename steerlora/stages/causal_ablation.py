@@ -69,7 +69,7 @@ def step(config: Config) -> Step:
     "causal_ablation",
     f"3.{SCHEMA}",
     step=step,
-    skip=WHERE | {"logger", "evaluation.batch_size", "evaluation.files"},
+    skip=WHERE | {"logger"} | evaluate.BY_CONTENT,
 )
 def build(context: Context) -> dict:
     settings: AblationSettings = context.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -9,10 +10,13 @@ from typing import Any, Self
 import torch
 
 from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
+from steerlora.config.checks import one_of
 from steerlora.data.chat import batches_by_length, encode_chats
 from steerlora.data.jsonl import read_rows
 from steerlora.engine.steps import Context, Step, stage
+from steerlora.errors import UserError, nearest
 from steerlora.evaluation import local_rows, registered
+from steerlora.evaluation.harness import TASKS
 from steerlora.evaluation.records import (
     BASE,
     SCHEMA,
@@ -32,6 +36,10 @@ from steerlora.stages import adapter_training, base, method_training
 from steerlora.stages.common import WHERE, domain_names, load_base, run_log
 
 SCORES = "scores.json"
+MICRO = TASKS / "micro"
+"""Where the tasks of the micro world lie."""
+BY_CONTENT = frozenset({"evaluation.batch_size", "evaluation.files", "evaluation.include_path"})
+"""Keys that do not change scores: the user's files count by content, not by place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +80,7 @@ class EvaluationSettings(ScoringSettings):
     """What an evaluation depends on."""
 
     files: str
-    """A digest of the rows that the user gives."""
+    """A digest of the rows and the task files that the user gives."""
 
 
 def step(config: Config, *, adapted: bool = True, every_task: bool = False) -> Step:
@@ -80,12 +88,12 @@ def step(config: Config, *, adapted: bool = True, every_task: bool = False) -> S
 
     ``every_task`` is for what compares with these scores: all tasks, whatever the user asked for.
     """
+    _check_tasks(config)
     if every_task:
         config = replace(config, evaluation=replace(config.evaluation, tasks=None))
-    _check_tasks(config.evaluation)
     if adapted:
         method_training.check_intervention(config)
-    files = local_rows.digest(config.evaluation.files)
+    files = local_rows.digest(config.evaluation.files, config.evaluation.include_path)
     settings = EvaluationSettings.of(config, adapted=adapted, files=files)
     intervention = settings.intervention
     inputs = base.inputs(config)
@@ -99,12 +107,37 @@ def step(config: Config, *, adapted: bool = True, every_task: bool = False) -> S
     )
 
 
-def _check_tasks(evaluation: EvaluationConfig) -> None:
-    """UserError for a task that lm-eval does not know, before hours of training and not after."""
-    grouped = (task for tasks in evaluation.groups.values() for task in tasks)
-    for name in {*grouped, *evaluation.metrics, *evaluation.shots, *evaluation.files}:
+def _check_tasks(config: Config) -> None:
+    """Refuse, before hours of training and not after, a task that nothing knows, and settings of a
+    task that does not run.
+
+    Raises:
+        UserError: names it.
+    """
+    evaluation = config.evaluation
+    grouped = [task for tasks in evaluation.groups.values() for task in tasks]
+    run = {*grouped, *(evaluation.tasks or ())}
+    for name in evaluation.shots:
+        if name.startswith(OWN):
+            raise UserError(f"evaluation.shots.{name}: the domains' own tasks have no examples")
+        _refuse_idle("shots", name, run)
+    for name in evaluation.metrics:
+        # Where groups are given, metrics may stand ready for more than the tasks of a narrower run.
+        if not evaluation.groups and not name.startswith(OWN):
+            _refuse_idle("metrics", name, run)
+    for name in {*run, *evaluation.metrics, *evaluation.shots, *evaluation.files}:
         if not name.startswith(OWN):
-            registered.find(name)
+            registered.find(name, evaluation.include_path)
+        elif config.domains.kind == "micro":
+            one_of("task", name, [path.stem for path in MICRO.glob("micro_*.yaml")])
+
+
+def _refuse_idle(key: str, name: str, run: Collection[str]) -> None:
+    if name not in run:
+        raise UserError(
+            f"evaluation.{key}.{name}: this task does not run: evaluation.groups and "
+            f"evaluation.tasks name those that do; {nearest(name, run)}"
+        )
 
 
 def open_scorer(context: Context) -> tuple[Method | None, Scorer]:
@@ -124,8 +157,7 @@ def open_scorer(context: Context) -> tuple[Method | None, Scorer]:
     "evaluate",
     f"4.{SCHEMA}",
     step=step,
-    # The files' place does not matter, their content does.
-    skip=WHERE | {"logger", "evaluation.batch_size", "evaluation.files"},
+    skip=WHERE | {"logger"} | BY_CONTENT,
 )
 def build(context: Context) -> dict:
     settings: EvaluationSettings = context.config

@@ -78,13 +78,7 @@ def step(config: Config) -> Step:
     "sequential_forgetting",
     f"4.{SCHEMA}",
     step=step,
-    skip=NOT_IDENTITY
-    | {
-        "trainer.max_steps",
-        "evaluation.batch_size",
-        "evaluation.files",
-        "evaluation.spread",
-    },
+    skip=NOT_IDENTITY | {"trainer.max_steps", "evaluation.spread"} | evaluate.BY_CONTENT,
     shared=True,
     check=lambda settings: method_training.check_shares(settings.trainer),
 )

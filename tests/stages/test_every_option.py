@@ -159,9 +159,10 @@ CHANGES = {
     "evaluation.max_length": 77,
     "evaluation.max_generated_tokens": 9,
     "evaluation.groups": "{gsm8k:[gsm8k]}",
-    "evaluation.metrics": "{gsm8k:'exact_match,strict-match'}",
-    "evaluation.shots": "{gsm8k:2}",
+    "evaluation.metrics": "{micro_law:'exact_match,none'}",
+    "evaluation.shots": None,  # of a task that runs: covered below
     "evaluation.files": None,  # count by content: covered below
+    "evaluation.include_path": None,  # likewise
     "study.models": "[micro_s]",
     "study.main_model": "micro_s",
     "study.methods": "[lora]",
@@ -355,6 +356,19 @@ def test_rows_given_for_a_task_count_by_content_not_by_place(tmp_path):
     for place, text in (("a", "x"), ("b", "x"), ("c", "y")):
         (tmp_path / f"{place}.jsonl").write_text(text)
     a, b, c = (fingerprints(f"evaluation.files.gsm8k={tmp_path / p}.jsonl") for p in "abc")
+    assert a == b != c
+
+
+def test_shots_count_for_a_task_that_runs():
+    group = "evaluation.groups={gsm8k:[gsm8k]}"
+    assert fingerprints(group) != fingerprints(group, "evaluation.shots={gsm8k:2}")
+
+
+def test_task_files_count_by_content_not_by_place(tmp_path):
+    for place, text in (("a", "x"), ("b", "x"), ("c", "y")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "rows.txt").write_text(text)
+    a, b, c = (fingerprints(f"evaluation.include_path={tmp_path / place}") for place in "abc")
     assert a == b != c
 
 

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HTTPError
 from steerlora.config import SourceConfig
 from steerlora.data.conversations import exchange
 from steerlora.data.domains.text.rows import SourceRow, turns_of
+from steerlora.data.jsonl import file_of
 from steerlora.engine.content import sha256
 from steerlora.errors import UserError, nearest
 
@@ -119,7 +120,7 @@ def _local_file(key: str, source: SourceConfig, split: str) -> Path:
     path = Path(source.path)
     if path.is_dir():
         found = sorted(file.name for file in path.glob("*.json*"))
-        path = path / f"{split}.jsonl"
+        path = file_of(path, split)
         if not path.is_file():
             raise UserError(
                 f"{key}.path={source.path}: there is no {split}.jsonl (there: "

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from steerlora.data.conversations import ROLES, Conversation, Turn, exchange
-from steerlora.data.jsonl import read_objects, type_name
+from steerlora.data.jsonl import file_of, in_folder, read_objects, stem_of, type_name
 from steerlora.errors import UserError
 
-SUFFIX = "_train.jsonl"
+TRAIN = "_train"
+"""How the names of the files to train on end, before ``.jsonl`` or ``.jsonl.gz``."""
 
 
 MESSAGES = "messages"
@@ -53,11 +54,11 @@ def check_domains(source: Path, names: tuple[str, ...]) -> None:
     """UserError unless a folder has a ``<name>_train.jsonl`` for each domain."""
     if not source.is_dir():
         raise UserError(f"{source} is not a folder; domains.dir takes a folder of .jsonl files")
-    found = sorted(path.name.removesuffix(SUFFIX) for path in source.glob(f"*{SUFFIX}"))
+    found = [stem_of(path).removesuffix(TRAIN) for path in in_folder(source, f"*{TRAIN}")]
     missing = [name for name in names if name not in found]
     if missing:
         raise UserError(
-            f"{source / (missing[0] + SUFFIX)} is missing (domains found there: "
+            f"{file_of(source, missing[0] + TRAIN)} is missing (domains found there: "
             f"{', '.join(found) or 'none'}); add the file, or choose others with "
             "domains.names=[...]"
         )

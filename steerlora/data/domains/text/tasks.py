@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from steerlora.data.domains.text.rows import SourceRow, is_listed
-from steerlora.data.jsonl import read_objects
+from steerlora.data.jsonl import file_of, read_objects
 
 VERSION = 2
 LIKELIHOOD = "likelihood"
@@ -66,7 +66,7 @@ class ShortAnswers:
 
 def borrowed_items(source: Path, most: int) -> dict[str, list[dict]]:
     """The first rows of the test files that lm-eval's own tasks read, by our name of the task."""
-    paths = {name: source / f"{name}.jsonl" for name in BORROWED_TESTS}
+    paths = {name: file_of(source, name) for name in BORROWED_TESTS}
     return {
         f"text_{name.removesuffix('_test')}": [row for _, row in islice(read_objects(path), most)]
         for name, path in paths.items()

@@ -25,7 +25,7 @@ from typing import Any
 
 from steerlora.data.conversations import Turn, to_row
 from steerlora.data.domains.text.rows import (
-    SUFFIX,
+    TRAIN,
     SourceRow,
     check_domains,
     is_listed,
@@ -47,7 +47,7 @@ from steerlora.data.domains.text.tasks import (
     borrowed_items,
     describe,
 )
-from steerlora.data.jsonl import read_objects, write_objects
+from steerlora.data.jsonl import file_of, read_objects, write_objects
 from steerlora.errors import UserError
 
 DOMAINS = ("instruction", "math", "code", "medicine", "law")
@@ -117,7 +117,7 @@ def write(
     share = pretrain_items and math.ceil(pretrain_items / len(names))
     with (directory / "pretrain.jsonl").open("w", encoding="ascii") as pretrain:
         for name in names:
-            path = source / (name + SUFFIX)
+            path = file_of(source, name + TRAIN)
             rows = training_rows(source_rows(path), reserved, counts[name], shorten)
             with (directory / "train" / f"{name}.jsonl").open("w", encoding="ascii") as train:
                 for row in rows:
@@ -156,13 +156,13 @@ def write(
 def files_of(source: Path, names: Sequence[str]) -> list[Path]:
     """The files of a folder that `write` reads, by name; others that lie there do not matter."""
     own = [f"{name}_{part}" for name in names for part in ("train", "test")]
-    found = {source / f"{name}.jsonl" for name in (*own, *BORROWED_TESTS)}
+    found = {file_of(source, name) for name in (*own, *BORROWED_TESTS)}
     return sorted(filter(is_listed, found))
 
 
 def _hold_out(source: Path, name: str, seed: int, most: int) -> HeldOut:
     """Choose at most ``most`` rows of a domain by the hash of their prompts, in file order."""
-    path, gsm8k = source / f"{name}_test.jsonl", source / "gsm8k_test.jsonl"
+    path, gsm8k = file_of(source, f"{name}_test"), file_of(source, "gsm8k_test")
     has_test = True
     if is_listed(path):
         rows = source_rows(path)
@@ -170,7 +170,7 @@ def _hold_out(source: Path, name: str, seed: int, most: int) -> HeldOut:
         path = gsm8k
         rows = source_rows(path, prompt_key="question", response_key="answer")
     else:
-        path, has_test = source / (name + SUFFIX), False
+        path, has_test = file_of(source, name + TRAIN), False
         rows = source_rows(path)
         _log.info("no %s_test.jsonl: rows of %s are held out instead", name, path.name)
 
@@ -191,7 +191,7 @@ def _hold_out(source: Path, name: str, seed: int, most: int) -> HeldOut:
 def _borrowed_prompts(source: Path) -> Iterator[bytes]:
     """Keys of every prompt of lm-eval's own test files: no domain may train on them."""
     for task, column in (("gsm8k", "question"), ("ifeval", "prompt")):
-        path = source / f"{task}_test.jsonl"
+        path = file_of(source, f"{task}_test")
         if is_listed(path):
             for place, row in read_objects(path):
                 yield prompt_key(text_of(row, column, place))
