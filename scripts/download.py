@@ -190,20 +190,20 @@ def _evaluation(config: Config) -> Iterator[Item]:
         if task.startswith(OWN_TASKS):
             continue
         if task not in evaluation.files:
-            yield _task(task)
+            yield _task(task, evaluation.include_path)
         if task == "ifeval":
             require_ifeval_packages()
             yield Item(f"NLTK's {SPLITTER}, for ifeval", _fetch_splitter, _splitter, lambda: None)
 
 
-def _task(task: str) -> Item:
-    read = registered.hub_datasets(task)
+def _task(task: str, folder: str | None) -> Item:
+    read = registered.hub_datasets(task, folder)
     paths = list(dict.fromkeys(path for path, _ in read))
     names = [name for _, name in read if name]
     parts = f" ({names[0]})" if len(names) == 1 else f" ({len(names)} parts)" if names else ""
     return Item(
         f"dataset {', '.join(paths)}{parts}, lm-eval's {task}",
-        lambda: registered.load(task),
+        lambda: registered.load(task, folder=folder),
         lambda: sum(map(_cached_size, paths)),
         lambda: sum(_hub_size(path, "dataset") for path in paths),
     )

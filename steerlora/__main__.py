@@ -29,6 +29,8 @@ from rich.console import Console
 
 from steerlora.cli import compose, sections
 from steerlora.cli.overrides import SEARCH_PATH
+from steerlora.cli.overrides import SEARCH_PATH
+from steerlora.cli.places import refuse_unwritable
 from steerlora.cli.sweep import CommandLine, logged_as, prepare_outcomes, print_outcomes, run_job
 from steerlora.config import Config
 from steerlora.distributed import ranks
@@ -183,6 +185,7 @@ def _build(config: Config, variant: compose.Compose) -> tuple[Path, ...]:
     began = time.monotonic()
     planned, steps = _planned(config, variant)
     check_hardware(config.trainer)
+    refuse_unwritable(config, reports=planned is not None)
     with ConsoleProgress(console) as progress:
         store = ArtifactStore(config.artifacts.root)
         finished = run(

@@ -98,7 +98,7 @@ def fitted(key: str, value: Any, hint: Any) -> Any:
         fitting = type(fitting)(
             fitted(f"{key}[{index}]", item, inner) for index, item in enumerate(fitting)
         )
-        if Distinct() in rules and any(x in fitting[:i] for i, x in enumerate(fitting)):
+        if Distinct() in rules and len(set(fitting)) < len(fitting):
             raise UserError(f"{key}={shown(value)}: give each once")
     if isinstance(fitting, dict):
         _, inner = get_args(kind) or (str, Any)

@@ -76,6 +76,7 @@ class SteerLoRALM(HFLM):
         date: str = DATE,
         **kwargs: Any,
     ) -> None:
+        pretrained, adapter, sae = map(_at_home, (pretrained, adapter, sae))
         super().__init__(pretrained=pretrained, **kwargs)
         if isinstance(pretrained, str):  # the tokenizer of a live model has been told
             pin_date(self.tokenizer, date)
@@ -287,6 +288,13 @@ class Harness:
             shots=results["n-shot"].get(name),
             cut=cut,
         )
+
+
+def _at_home(place: Any) -> Any:
+    """A path with the home folder in place of ``~``; anything else as it is."""
+    if isinstance(place, str) and place.startswith("~"):
+        return str(Path(place).expanduser())
+    return place
 
 
 def _standard_error(items: Sequence[Sequence[float]]) -> float:

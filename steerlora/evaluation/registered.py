@@ -31,6 +31,8 @@ _FOLDERS = (
 """Where the tasks of ``evaluation=paper`` lie. Reading these 100 task files takes a twentieth of a
 second; all of lm-eval's 14,000, which any other name needs, several seconds."""
 _SHOWN = 5
+_LOCAL = (None, "json", "csv", "parquet", "text")
+"""What a task of the user's may read in place of a data set of the hub."""
 
 
 class Loaded(NamedTuple):
@@ -99,6 +101,11 @@ def _members(manager: TaskManager, name: str | dict) -> list[str]:
         raise UserError(
             "an lm-eval group that changes its tasks cannot be scored here: name the tasks"
         )
+    if name not in manager.task_index:
+        raise UserError(
+            f"no lm-eval task {name} among the task files that name it; a group of "
+            "evaluation.include_path has the tasks of its own folder"
+        )
     entry = manager.task_index[name]
     if name in manager.all_tags:
         children = sorted(entry.tags)
@@ -109,12 +116,21 @@ def _members(manager: TaskManager, name: str | dict) -> list[str]:
     return [member for child in children for member in _members(manager, child)]
 
 
-def hub_datasets(name: str) -> list[tuple[str, str | None]]:
-    """(hub id, configuration) of every data set that a task or group reads, each once."""
-    manager = find(name)
+def hub_datasets(name: str, folder: str | None = None) -> list[tuple[str, str | None]]:
+    """(hub id, configuration) of every data set that a task or group reads, each once.
+
+    Args:
+        name: of the task or group.
+        folder: of the user's task files.
+    """
+    manager = find(name, folder)
     configs = [manager.task_index[member].cfg for member in _members(manager, name)]
     return list(
-        dict.fromkeys((config["dataset_path"], config.get("dataset_name")) for config in configs)
+        dict.fromkeys(
+            (config["dataset_path"], config.get("dataset_name"))
+            for config in configs
+            if config.get("dataset_path") not in _LOCAL
+        )
     )
 
 
@@ -197,7 +213,7 @@ def _averages_items(group: Group) -> bool:
 @contextmanager
 def _explained(name: str, config: dict[str, Any], local: LocalRows | None) -> Iterator[None]:
     """What goes wrong when lm-eval opens a task's data, as the user's mistake that it is."""
-    hub = config["dataset_path"]
+    hub = config.get("dataset_path") or "of its own"
     try:
         yield
     except UserError:

@@ -135,10 +135,32 @@ def root(trained, tmp_path) -> Path:
         ("experiment=text", "domains.dir=<folder"),
         ("experiment=text domains.dir=/no/such", "domains.dir=/no/such: there is no such folder"),
         ("stage=base artifacts.root=/dev/null/there", "artifacts.root=DIR"),
+        ("stage=domains artifacts.root=/proc/there", "artifacts.root=DIR"),
+        ("stage=base stage=evaluate", "give one stage"),
+        ("stage=base model=3", "a config group is one of its options"),
+        ("stage=base method.sites=[[1]]", "method.sites[0]=[1]: must be a whole number"),
+        ("stage=base --config-name=x", "--config-name: there is one configuration"),
+        ("-m stage=base seed=range(0)", "the sweep has no job"),
+        ("stage=base trainer.accelerator=mps", "trainer.accelerator=mps: this machine has no"),
+        ("stage=evaluate evaluation.shots.gsm8k=2", "evaluation.shots.gsm8k: this task does not"),
+        ("stage=evaluate evaluation.shots.micro_law=2", "the domains' own tasks have no examples"),
+        ("stage=evaluate evaluation.metrics.gsm8k=a,b", "evaluation.metrics.gsm8k: this task does"),
+        ("stage=evaluate evaluation.tasks=[micro_lw]", "task=micro_lw: did you mean 'micro_law'"),
+        ("stage=evaluate evaluation.include_path=no/such", "there is no such folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(steerlora, arguments, says):
     assert says in steerlora(*arguments.split()).mistake
+
+
+def test_a_users_text_is_no_markup(steerlora):
+    planned = steerlora("stage=plan", "model=micro_xs", 'model.name="[/x]"')
+    assert planned.code == 0, planned
+    assert "base [/x]" in planned.out
+    swept = steerlora("-m", "stage=status", 'study.name="[/x]","[bold]"', "logger=none")
+    assert swept.code == 0, swept
+    assert "[/x]" in swept.out
+    assert "[bold]" in swept.out
 
 
 def test_a_mistake_leaves_nothing_behind(steerlora, tmp_path):

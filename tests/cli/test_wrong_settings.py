@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from steerlora.cli import compose
 from steerlora.cli.overrides import MOST_JOBS, jobs_of, read, spelt_out, with_folders
+from steerlora.cli.places import refuse_unwritable
 from steerlora.cli.sweep import CommandLine
 from steerlora.errors import UserError, nearest, shown
 
@@ -170,6 +172,18 @@ def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
     assert found.artifacts.root == f"{tmp_path}/a"
     assert found.results.dir == str(tmp_path)
     assert found.sae.path == f"{tmp_path}/sae"
+
+
+@pytest.mark.parametrize("key", ["artifacts.root", "results.dir", "logger.dir"])
+def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(key, tmp_path):
+    (tmp_path / "file").touch()
+    place = f"{tmp_path}/file/folder"
+    given = [f"{one}={tmp_path}/new" for one in ("artifacts.root", "results.dir", "logger.dir")]
+    config = compose.load([*given, f"{key}={place}"])
+    line = said(partial(refuse_unwritable, reports=True), config)
+    assert line.startswith(f"{key}={place[:50]}")
+    refuse_unwritable(compose.load(given), reports=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_suggestions_are_at_most_five_names():

@@ -204,6 +204,15 @@ def test_another_deepspeed_is_refused_in_one_line(monkeypatch):
     strategies.check_hardware(TrainerConfig(strategy="single"))
 
 
+def test_an_accelerator_that_is_not_there_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for name in ("gpu", "cuda", "mps"):
+        with pytest.raises(UserError, match=f"^trainer.accelerator={name}: this machine has no"):
+            strategies.check_hardware(TrainerConfig(accelerator=name))
+    strategies.check_hardware(TrainerConfig(accelerator="cpu"))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))

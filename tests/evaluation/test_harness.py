@@ -247,6 +247,27 @@ def test_a_mistake_on_lm_evals_command_line_is_one_line(trained, tmp_path, capsy
     assert "Traceback" not in err
 
 
+@pytest.mark.usefixtures("own_argv")
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--num_fewshot", "2"], "--num_fewshot 2: micro_law has no examples"),
+        (["--cache_requests", "true"], "--cache_requests: lm-eval knows what it kept of micro_law"),
+        (["--cache_requests"], "--cache_requests: lm-eval knows what it kept of micro_law"),
+    ],
+)
+def test_an_option_that_lm_eval_would_ignore_or_mix_up_is_refused(options, says, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["run", "--model", "steerlora", "--tasks", "micro_law,micro_mmlu", *options])
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_an_unknown_intervention_is_refused_with_the_nearest(trained):
+    with pytest.raises(UserError, match="intervention=shufle: did you mean 'shuffle'"):
+        simple_evaluate(trained, ["micro_law"], intervention="shufle")
+
+
 def test_an_adapter_of_another_base_is_refused(trained, tmp_path):
     model, tokenizer = load_base(trained.base)
     with torch.no_grad():

@@ -22,6 +22,34 @@ def test_what_a_task_reads_from_the_hub():
     assert ("cais/mmlu", "virology") in mmlu
 
 
+@pytest.fixture
+def own_tasks(tmp_path) -> str:
+    """A folder with a task file of the user's, and the rows it reads."""
+    rows = [{"prompt": "one ?", "answer": number % 2} for number in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\n"
+        'doc_to_text: "{{prompt}}"\ndoc_to_choice: ["a", "b"]\ndoc_to_target: "{{answer}}"\n'
+        "metric_list: [{metric: acc}]\n"
+    )
+    return str(tmp_path)
+
+
+def test_a_task_file_of_the_users_is_found(own_tasks):
+    (task,) = registered.load("mine", folder=own_tasks).tasks.values()
+    assert len(list(task.test_docs())) == 4
+    assert registered.hub_datasets("mine", own_tasks) == []
+    assert registered.find("gsm8k", own_tasks) is registered.find("gsm8k")
+    assert digest({}) == ""
+    before = digest({}, own_tasks)
+    (Path(own_tasks) / "other.yaml").touch()
+    assert digest({}, own_tasks) != before
+    with pytest.raises(UserError, match="there is no such folder"):
+        digest({}, own_tasks + "/no")
+
+
 def test_no_metric_is_looked_for_on_the_hub(paper_files, monkeypatch):
     """lm-eval downloads metrics that it does not know: none of ours is such."""
     asked = []

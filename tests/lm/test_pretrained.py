@@ -250,6 +250,15 @@ def test_models_that_are_no_decoders(tmp_path):
     assert "is a BertForMaskedLM, not a decoder-only" in refused(tmp_path)
 
 
+def test_a_tokenizer_without_padding_and_end_is_refused(folder, make_tokenizer):
+    tokenizer = make_tokenizer("none")
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="neither a padding token nor an end of text"):
+        open_tokenizer(str(folder))
+
+
 def test_tokenizers_that_will_not_do(folder, make_tokenizer):
     make_tokenizer("none").save_pretrained(folder)
     (folder / "chat_template.jinja").unlink(missing_ok=True)

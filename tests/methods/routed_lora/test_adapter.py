@@ -371,7 +371,7 @@ def test_a_second_adapter_is_refused_and_leaves_the_first_trainable(make_model, 
         ({"router": "lineal"}, "method.router=lineal: did you mean 'linear'"),
         ({"target_modules": ["query"]}, "named query.*q_proj"),
         ({"target_modules": ["q_proj", "v_prj"]}, "named v_prj;.*v_proj"),
-        ({"target_modules": []}, "q_proj"),
+        ({"target_modules": []}, "with at least one item"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(make_model, make_sae, changes, message):
