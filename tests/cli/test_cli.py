@@ -144,7 +144,10 @@ def root(trained, tmp_path) -> Path:
         ("stage=base trainer.accelerator=mps", "trainer.accelerator=mps: this machine has no"),
         ("stage=evaluate evaluation.shots.gsm8k=2", "evaluation.shots.gsm8k: this task does not"),
         ("stage=evaluate evaluation.shots.micro_law=2", "the domains' own tasks have no examples"),
-        ("stage=evaluate evaluation.metrics.gsm8k=a,b", "evaluation.metrics.gsm8k: this task does"),
+        (
+            'stage=evaluate evaluation.metrics.gsm8k="a,b"',
+            "evaluation.metrics.gsm8k: this task does",
+        ),
         ("stage=evaluate evaluation.tasks=[micro_lw]", "task=micro_lw: did you mean 'micro_law'"),
         ("stage=evaluate evaluation.include_path=no/such", "there is no such folder"),
     ],
