@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from lm_eval.api import registry
 
 from steerlora.errors import UserError
 from steerlora.evaluation import registered
-from steerlora.evaluation.local_rows import digest
+from steerlora.evaluation.local_rows import LocalRows, digest
 
 
 def test_what_a_task_reads_from_the_hub():
@@ -48,6 +49,14 @@ def test_a_task_file_of_the_users_is_found(own_tasks):
     assert digest({}, own_tasks) != before
     with pytest.raises(UserError, match="there is no such folder"):
         digest({}, own_tasks + "/no")
+
+
+def test_packed_rows_are_read_as_others_are(tmp_path):
+    rows = b'{"question": "1 + 1 ?", "answer": "#### 2"}\n' * 3
+    (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(rows))
+    assert list(LocalRows.read("gsm8k", str(tmp_path)).splits) == ["test"]
+    task = registered.load("gsm8k", place=str(tmp_path / "test.jsonl.gz"), shots=0).tasks["gsm8k"]
+    assert len(list(task.test_docs())) == 3
 
 
 def test_no_metric_is_looked_for_on_the_hub(paper_files, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -337,6 +338,17 @@ def test_of_two_revisions_the_one_asked_for_is_read(offline):
     third = SourceConfig(**(HUB | {"revision": "c" * 40}))
     with pytest.raises(UserError, match="some/sums cannot be reached"):
         open_split("sums", third, "train")
+
+
+def test_packed_files_are_read_as_others_are(tmp_path):
+    rows = b'{"question": "1 + 1 ?", "answer": "2"}\n' * 3
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(rows))
+    for path in (tmp_path, tmp_path / "train.jsonl.gz"):
+        source = SourceConfig(path=str(path), prompt="question", response="answer")
+        assert source.local
+        found = open_split("sums", source, "train", cache=tmp_path / "cache")
+        assert found[0]["answer"] == "2"
+        assert len(found) == 3
 
 
 @pytest.mark.parametrize("changes", [{"name": "mian"}, {"split": "training"}])

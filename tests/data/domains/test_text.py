@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -93,6 +94,17 @@ def source(tmp_path: Path) -> Path:
 
 def keys(rows: list[dict]) -> set[str]:
     return {" ".join(row["prompt"].split()).casefold() for row in rows}
+
+
+def test_packed_files_are_read_as_others_are(source: Path, tmp_path: Path) -> None:
+    writer.write(tmp_path / "plain", source=source, seed=0, evaluation_items=12)
+    for path in list(source.iterdir()):
+        Path(f"{path}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    writer.write(tmp_path / "packed", source=source, seed=0, evaluation_items=12)
+    for path in tmp_path.glob("plain/*/*"):
+        other = tmp_path / "packed" / path.relative_to(tmp_path / "plain")
+        assert path.read_bytes() == other.read_bytes()
 
 
 def test_writes_the_artifact(source: Path, tmp_path: Path) -> None:
