@@ -29,7 +29,6 @@ from rich.console import Console
 
 from steerlora.cli import compose, sections
 from steerlora.cli.overrides import SEARCH_PATH
-from steerlora.cli.overrides import SEARCH_PATH
 from steerlora.cli.places import refuse_unwritable
 from steerlora.cli.sweep import CommandLine, logged_as, prepare_outcomes, print_outcomes, run_job
 from steerlora.config import Config
