@@ -1,4 +1,4 @@
-"""What the README's "Adding to it" shows, run by configuration alone: a toy of each kind.
+"""What docs/extending.md shows, run by configuration alone: a toy of each kind.
 
 The modules beside this file are the toys; none of them is named anywhere in the package.
 """

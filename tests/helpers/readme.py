@@ -1,4 +1,5 @@
-"""The README's blocks of code, and its commands at sizes that teach nothing and take seconds."""
+"""The blocks of code of README and docs/, and their commands at sizes that teach nothing and take
+seconds."""
 
 from __future__ import annotations
 
@@ -12,16 +13,25 @@ from steerlora.__main__ import main
 from steerlora.lm.pretrained import shape_of
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-"""(language, text) of every block of code."""
-COMMANDS = [
-    line.split("#")[0].strip()
-    for language, block in FENCES
-    if language == "bash"
-    for line in block.splitlines()
-    if line
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCES = [
+    fence
+    for page in PAGES
+    for fence in re.findall(
+        r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
 ]
+"""(language, text) of every block of code."""
+COMMANDS = list(
+    dict.fromkeys(
+        line.split("#")[0].strip()
+        for language, block in FENCES
+        if language == "bash"
+        for line in block.splitlines()
+        if line
+    )
+)
+"""Each once."""
 SWEEPS = [c for c in COMMANDS if c.startswith("steerlora -m")]
 EXPERIMENTS = [c for c in COMMANDS if c.startswith("steerlora experiment=")]
 STAGES = [c for c in COMMANDS if c.startswith("steerlora") and c not in SWEEPS + EXPERIMENTS]

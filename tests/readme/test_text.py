@@ -1,22 +1,44 @@
-"""What the README says that needs no run: its tree, its toys, its targets, what it downloads."""
+"""What README and docs/ say that needs no run: tree, toys, targets, links, what is downloaded."""
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers.readme import COMMANDS, FENCES, ROOT
+from helpers.readme import COMMANDS, FENCES, PAGES, ROOT
 
 RUN_BY = ("steerlora ", "make ", "torchrun ", "sbatch ", "python scripts/", "python -m steerlora")
+INSTALLS = "pip install "
 """Beginnings of commands; a test of this folder, or of tests/scripts, runs each of them."""
 
 
 def test_every_command_is_of_a_kind_that_a_test_runs():
     assert COMMANDS
-    assert [command for command in COMMANDS if not command.startswith(RUN_BY)] == []
+    assert [c for c in COMMANDS if not c.startswith((*RUN_BY, INSTALLS))] == []
+
+
+def test_what_pip_is_asked_for_is_what_make_asks_it_for():
+    makefile = (ROOT / "Makefile").read_text()
+    asked = re.findall(r"\$\(BIN\)/(pip install) --quiet (.*)", makefile)
+    assert [c for c in COMMANDS if c.startswith(INSTALLS)] == [" ".join(words) for words in asked]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    anchors = {
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
 
 
 def tree_of(folder: Path) -> list[str]:
