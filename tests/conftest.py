@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import runs
 import torch
+from hypothesis import settings
 from runs import Starter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
@@ -19,6 +20,10 @@ from steerlora.saes.topk import TopK
 LAYERS, WIDTH, VOCABULARY, LATENTS, K = 3, 32, 61, 64, 5
 
 torch.set_num_threads(1)
+
+# Examples are a function of the test alone, and time is no assertion.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 SLOW = (
     *("ranks", "cli", "stages", "extension", "planning", "scripts", "readme"),

@@ -130,7 +130,7 @@ class ModelConfig(Section, key="model"):
             datetime.date.fromisoformat(self.date)
         except ValueError:
             raise UserError(
-                f"model.date={self.date}: give a day as year-month-day, such as {DATE}"
+                f"model.date={self.date}: must be a day as year-month-day, such as {DATE}"
             ) from None
         if self.thinking is not None and self.path is None:
             raise UserError(

@@ -117,6 +117,11 @@ def _check_tasks(config: Config) -> None:
     evaluation = config.evaluation
     grouped = [task for tasks in evaluation.groups.values() for task in tasks]
     run = {*grouped, *(evaluation.tasks or ())}
+    for name in {*run, *evaluation.metrics, *evaluation.shots, *evaluation.files}:
+        if not name.startswith(OWN):
+            registered.find(name, evaluation.include_path)
+        elif config.domains.kind == "micro":
+            one_of("task", name, [path.stem for path in MICRO.glob("micro_*.yaml")])
     for name in evaluation.shots:
         if name.startswith(OWN):
             raise UserError(f"evaluation.shots.{name}: the domains' own tasks have no examples")
@@ -125,11 +130,6 @@ def _check_tasks(config: Config) -> None:
         # Where groups are given, metrics may stand ready for more than the tasks of a narrower run.
         if not evaluation.groups and not name.startswith(OWN):
             _refuse_idle("metrics", name, run)
-    for name in {*run, *evaluation.metrics, *evaluation.shots, *evaluation.files}:
-        if not name.startswith(OWN):
-            registered.find(name, evaluation.include_path)
-        elif config.domains.kind == "micro":
-            one_of("task", name, [path.stem for path in MICRO.glob("micro_*.yaml")])
 
 
 def _refuse_idle(key: str, name: str, run: Collection[str]) -> None:

@@ -20,7 +20,7 @@ import steerlora.__main__ as command
 from steerlora.cli import compose
 from steerlora.engine.artifacts import ArtifactStore
 from steerlora.engine.run import run
-from steerlora.stages import adapter_training
+from steerlora.stages import adapter_training, method_training
 
 TINY = (
     "model=micro_xs",
@@ -319,7 +319,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_finishes(steerlora, root, 
     arguments = ("stage=adapter_training", *TINY, f"artifacts.root={root}", "seed=3")
     complete = set(root.glob("adapter_training/*/manifest.json"))
     with monkeypatch.context() as patched:
-        patched.setattr(adapter_training, "save_adapter", full)
+        patched.setattr(method_training, "save_adapter", full)
         line = steerlora(*arguments).mistake
     assert "no space left on the disk" in line
     assert str(root) in line

@@ -53,7 +53,8 @@ def test_what_does_not_vary_has_the_first_seed():
 
 
 def test_a_base_and_saes_that_are_given_are_the_same_in_all(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    for name in ("config.json", "cfg.json", "sae_weights.safetensors"):
+        (tmp_path / name).write_text("{}")
     of_sae = counted(planned(f"sae.path={tmp_path}"))
     assert (of_sae["base"], of_sae["sae_training"], of_sae["adapter_training"]) == (2, 2, 2)
     plan = planned(f"model.path={tmp_path}", f"sae.path={tmp_path}")
@@ -74,9 +75,9 @@ def test_every_replicate_scores_its_own_base_and_one_that_all_share_is_scored_on
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("study.vary=[]", "study.vary=\\[\\]: give some of base, sae, adapter"),
-        ("study.vary=[bases]", "study.vary=bases: .*base"),
-        ("study.seeds=[1,1]", "study.seeds=\\[1, 1\\]: give each seed once"),
+        ("study.vary=[]", "study.vary=\\[\\]: must be a list of one of base, sae, adapter"),
+        ("study.vary=[bases]", "study.vary\\[0\\]=bases: did you mean 'base'"),
+        ("study.seeds=[1,1]", "study.seeds=\\[1, 1\\]: give each once"),
         ("study.calibrate=[2]", "study.calibrate=\\[2\\]: give numbers from 2 to 1"),
     ],
 )

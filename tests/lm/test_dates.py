@@ -76,5 +76,5 @@ def test_lm_evals_own_command_prints_it_too(make_model, make_tokenizer, tmp_path
 
 @pytest.mark.parametrize("date", ["yesterday", "2024-13-01", "26 Jul 2024"])
 def test_a_date_that_is_none_is_refused(date):
-    with pytest.raises(UserError, match=rf"^model\.date={date}: give a day as year-month-day"):
+    with pytest.raises(UserError, match=rf"^model\.date={date}: must be a day as year-month-day"):
         ModelConfig(name="any", date=date)

@@ -128,7 +128,7 @@ def test_fingerprint_sees_every_tensor_and_setting_but_not_the_layout():
     [
         (
             {"architecture": "crosscoder"},
-            "architecture 'crosscoder'; choose from .*standard, .*topk",
+            "architecture 'crosscoder'; choose from batch_topk, gated, .* more",
         ),
         ({"architecture": "top_k"}, "did you mean 'topk'"),
         (

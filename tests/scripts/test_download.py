@@ -40,7 +40,7 @@ class FakeHub:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{split}.arrow").write_bytes(bytes(1000))
 
-    def load_task(self, name: str) -> None:
+    def load_task(self, name: str, folder: str | None = None) -> None:
         self._ask("task", name)
 
     def nltk_download(self, name: str, quiet: bool) -> bool:
@@ -144,7 +144,7 @@ def test_what_cannot_be_reached_is_one_line(what, hub, capsys):
 
 
 def test_a_task_that_cannot_be_reached_is_one_line(hub, capsys, monkeypatch):
-    def load(name: str) -> None:
+    def load(name: str, folder: str | None = None) -> None:
         raise UserError(f"{name}: fetch it first") from ConnectionError("no network")
 
     monkeypatch.setattr(download.registered, "load", load)

@@ -27,7 +27,7 @@ CHANGES = {
     "model.date": "2021-02-03",
     "model.control_sites": "[0]",
     "model.sae_latents": 96,
-    "model.sae_path": "elsewhere",
+    "model.sae_path": None,  # files: covered below
     "model.steps": 3,
     "model.batch_size": 5,
     "model.target_loss": 0.5,
@@ -47,7 +47,7 @@ CHANGES = {
     "domains.prompt_characters": 99,
     "domains.seed": 4,
     "sae.architecture": None,  # a group of its own: sae=topk, relu, ...
-    "sae.path": "elsewhere",
+    "sae.path": None,  # files: covered below
     "sae.latents": 80,
     "sae.k": 3,
     "sae.normalize": "layer_norm",
@@ -372,13 +372,24 @@ def test_task_files_count_by_content_not_by_place(tmp_path):
     assert a == b != c
 
 
-@pytest.mark.parametrize("key", ["model.path", "sae.path"])
+GIVEN = {
+    "model.path": ["config.json"],
+    "sae.path": ["cfg.json", "sae_weights.safetensors"],
+    "model.sae_path": ["cfg.json", "sae_weights.safetensors"],
+}
+
+
+@pytest.mark.parametrize("key", GIVEN)
 def test_files_given_by_path_count_by_content(key, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    for name in GIVEN[key]:
+        (tmp_path / name).write_text("{}")
     before = fingerprints(f"{key}={tmp_path}")
-    assert fingerprints(f"{key}={tmp_path}") == before
-    (tmp_path / "config.json").write_text("{ }")
-    assert fingerprints(f"{key}={tmp_path}") != before
+    assert fingerprints(f"{key}={tmp_path}") == before != fingerprints()
+    for name in GIVEN[key]:
+        (tmp_path / name).write_text("{ }")
+        changed = fingerprints(f"{key}={tmp_path}")
+        assert changed != before
+        before = changed
 
 
 def test_thinking_counts_with_a_model_that_can(tmp_path):

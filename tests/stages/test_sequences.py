@@ -156,7 +156,14 @@ def test_a_damaged_adapter_of_an_interrupted_sequence_is_trained_again(
     assert len(trainings) == 2
 
 
-@pytest.mark.parametrize("sequence", ["[]", "[law,law]", "[law,history]"])
-def test_a_sequence_names_domains_that_there_are_each_once(sequence, smoke):
-    with pytest.raises(UserError, match=r"name some of instruction, math, .*, each once"):
+@pytest.mark.parametrize(
+    ("sequence", "message"),
+    [
+        ("[]", r"name some of instruction, math, .*, each once"),
+        ("[law,history]", r"name some of instruction, math, .*, each once"),
+        ("[law,law]", r"\['law', 'law'\]: give each once"),
+    ],
+)
+def test_a_sequence_names_domains_that_there_are_each_once(sequence, message, smoke):
+    with pytest.raises(UserError, match=message):
         smoke.config("order=given", f"order.sequence={sequence}")
