@@ -16,7 +16,7 @@ setup: $(READY) ## make the environment in .venv
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,text,launchers]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,text,launchers,sweeps]'
 	touch $@
 
 reproduce: setup ## the paper's tables in the micro world, into results/micro

@@ -30,7 +30,14 @@ from rich.console import Console
 from steerlora.cli import compose, sections
 from steerlora.cli.overrides import SEARCH_PATH
 from steerlora.cli.places import refuse_unwritable
-from steerlora.cli.sweep import CommandLine, logged_as, prepare_outcomes, print_outcomes, run_job
+from steerlora.cli.sweep import (
+    CommandLine,
+    has_outcomes,
+    logged_as,
+    prepare_outcomes,
+    print_outcomes,
+    run_job,
+)
 from steerlora.config import Config
 from steerlora.distributed import ranks
 from steerlora.engine import preemption
@@ -66,11 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _print_help()
             return
         if command.multirun:
-            prepare_outcomes(command.jobs)
+            prepare_outcomes(command)
         sys.argv = ["steerlora", *command.overrides, *command.flags]
         compose.register_schemas()
         directory = str(sections.config_directory())
-        hydra.main(config_path=directory, config_name="config", version_base="1.3")(_job)()
+        try:
+            hydra.main(config_path=directory, config_name="config", version_base="1.3")(_job)()
+        except SystemExit:
+            # A sweeper that found nothing: what its jobs report says why.
+            if not (command.searches and has_outcomes()):
+                raise
         if command.multirun:
             raise SystemExit(print_outcomes(command.jobs, console))
     except ENDS as error:
@@ -88,6 +100,11 @@ def _check(arguments: list[str]) -> CommandLine:
         _runnable(config)
         if command.multirun:
             _planned(config, _variant_of(job))
+        if command.searches and config.stage is None:
+            raise UserError(
+                "a sweep that searches needs the figure of one stage: give stage=<name>, such as "
+                "stage=evaluate, and study.objective=<figure>"
+            )
     return command
 
 
@@ -112,8 +129,8 @@ def _print_help() -> None:
     )
 
 
-def _job(tree: DictConfig) -> None:
-    """One run, or one job of a sweep."""
+def _job(tree: DictConfig) -> float | None:
+    """One run, or one job of a sweep; gives what a sweep looks for."""
     console.quiet = not ranks.is_main()  # a launcher may have set the rank only now
     config = compose.typed(tree)
     given = hydra.core.hydra_config.HydraConfig.get().overrides
@@ -127,7 +144,10 @@ def _job(tree: DictConfig) -> None:
     ours = logging.INFO if ranks.is_main() else logging.WARNING
     logging.getLogger("steerlora").setLevel(ours)
     try:
-        run_job(lambda: execute(config, _variant_of([*overrides, *found]), overrides))
+        return run_job(
+            lambda: execute(config, _variant_of([*overrides, *found]), overrides),
+            config.study.objective,
+        )
     except ENDS as error:
         _end(error)
 

@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
-from typing import Any, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
@@ -158,3 +159,29 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
         kinds.items()
     register_schemas()
     return compose("config", overrides)
+
+
+class Sweeper(NamedTuple):
+    """What a command line says of Hydra's sweeper."""
+
+    searches: bool
+    """Whether it chooses jobs by what earlier ones gave, as Optuna's does, in place of a grid."""
+    params: list[str]
+    """``hydra.sweeper.params``, which one that searches puts before the command line's own."""
+
+
+def sweeper_of(overrides: Sequence[str]) -> Sweeper:
+    """The sweeper that Hydra's own overrides name.
+
+    Raises:
+        UserError: there is no such sweeper, or no such key of Hydra's.
+    """
+    with hydra_ready():
+        try:
+            tree = compose("config", list(overrides), return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
+            raise UserError(explain(error)) from error
+    chosen = tree.hydra.sweeper
+    grid = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
+    params = (chosen.get("params") or {}).items()
+    return Sweeper(chosen._target_ != grid, [f"{key}={value}" for key, value in params])

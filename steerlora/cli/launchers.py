@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus
 from hydra_plugins.hydra_submitit_launcher.config import (
     BaseQueueConf,
     LocalQueueConf,
@@ -116,7 +117,7 @@ class Jobs:
         return super().__call__(*arguments)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list:
-        """Submit the jobs and wait until each has ended. What they return is not read."""
+        """Submit the jobs and wait until each has ended. What they give is in their outcomes."""
         from submitit.core.utils import FailedJobError
 
         self.outcomes = os.environ[OUTCOMES]
@@ -135,7 +136,14 @@ class Jobs:
             _refuse(f"the jobs were not accepted: {reason}{hint}")
         print(self._submitted(jobs), flush=True)
         self._wait(dict(zip(numbers, jobs, strict=True)))
-        return []
+        return [self._returned(number) for number in numbers]
+
+    def _returned(self, number: int) -> JobReturn:
+        """A job's outcome as Hydra's sweepers read it."""
+        outcome = Outcome.read(Path(self.outcomes), number)
+        found = JobReturn()
+        found.status, found.return_value = JobStatus.COMPLETED, outcome and outcome.value
+        return found
 
     def _executor(self) -> AutoExecutor:
         from submitit import AutoExecutor

@@ -203,3 +203,29 @@ def jobs_of(overrides: Sequence[str]) -> list[list[str]]:
         else:
             choices[key] = [f"{key}={override.get_value_element_as_str()}"]
     return [list(job) for job in product(*choices.values())]
+
+
+def samples_of(overrides: Sequence[str]) -> list[list[str]]:
+    """Jobs that a sweep may come to whose sweeper searches. Each differs from the first in one key
+    at most; every choice, and both ends of every interval, is in one of them.
+
+    Raises:
+        UserError: a key has no value at all.
+    """
+    read_ones = read(overrides)
+    folders = search_path(read_ones)
+    values: dict[str, list[str]] = {}
+    for override in read_ones:
+        if override.value_type is ValueType.INTERVAL_SWEEP:
+            interval = override.value()
+            found = [str(interval.start), str(interval.end)]
+        elif override.is_sweep_override():
+            found = _values_of(override, folders)
+        else:
+            found = [override.get_value_element_as_str()]
+        if not found:
+            raise UserError(f"{shown(override.input_line)}: is no value at all")
+        values[override.get_key_element()] = found
+    first = {key: found[0] for key, found in values.items()}
+    others = [{**first, key: value} for key, found in values.items() for value in found[1:]]
+    return [[f"{key}={value}" for key, value in job.items()] for job in (first, *others)]

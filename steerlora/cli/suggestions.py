@@ -36,6 +36,8 @@ def explain(error: Exception, folders: Sequence[str] = ()) -> str:
         group, _, option = match[1].rpartition("/")
         if group == "hydra/launcher" and not has_launchers():
             return f"{group}={option}: it may need pip install 'steerlora[launchers]'"
+        if match[1] == "hydra/sweeper/optuna":
+            return "hydra/sweeper=optuna: it needs pip install 'steerlora[sweeps]'"
         loader = GlobalHydra.instance().config_loader()
         options = options_of(group, folders) or loader.get_group_options(group)
         return f"{group}={option}: {nearest(option, options)}" if options else message

@@ -21,22 +21,24 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from rich.console import Console
 
-from steerlora.cli.compose import load, tree
+from steerlora.cli.compose import Sweeper, load, sweeper_of
 from steerlora.cli.overrides import (
     SEARCH_PATH,
     folder_of,
     jobs_of,
     read,
     refuse_lists_of_options,
+    samples_of,
     spelt_out,
     with_folders,
 )
 from steerlora.distributed import ranks
 from steerlora.engine.manifests import read_json, write_json
-from steerlora.errors import UserError
+from steerlora.errors import UserError, nearest
+from steerlora.reporting.wandb_agent import OF_ONE_RUN
 
 ABOUT = "sweep.json"
-"""File of that folder that says what the sweep is called and what it varies."""
+"""File of that folder that says what the sweep is called and varies, and whether it searches."""
 
 OUTCOMES = "STEERLORA_SWEEP_OUTCOMES"
 """Environment variable: the folder where the jobs of a sweep write how they ended."""
@@ -66,8 +68,14 @@ class Outcome:
     seconds: float = 0.0
     """Wall time of the job."""
 
+    value: float | None = None
+    """The figure that a sweep looks for; None if the job failed, or nothing searches."""
+
     artifacts: tuple[str, ...] = ()
     """Folders of what the job was asked for; empty for an experiment."""
+
+    overrides: tuple[str, ...] = ()
+    """What the job was given."""
 
     @classmethod
     def read(cls, folder: Path, job: int) -> Outcome | None:
@@ -76,7 +84,8 @@ class Outcome:
         if not path.exists():
             return None
         written = json.loads(path.read_text())
-        return cls(**{**written, "artifacts": tuple(written["artifacts"])})
+        lists = {name: tuple(written[name]) for name in ("artifacts", "overrides")}
+        return cls(**{**written, **lists})
 
     def write(self, folder: Path) -> None:
         """Write it whole or not at all, since a launcher may read at any time."""
@@ -106,7 +115,11 @@ class CommandLine:
     """Whether SteerLoRA's own help is asked for."""
 
     jobs: list[list[str]] = field(default_factory=list)
-    """The overrides of every job of a sweep, each job's configuration checked."""
+    """The overrides of every job of a sweep, each job's configuration checked; of a sweep that
+    searches, of jobs that it may come to."""
+
+    searches: bool = False
+    """Whether Hydra's sweeper chooses the jobs by what earlier ones gave."""
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> CommandLine:
@@ -135,12 +148,17 @@ class CommandLine:
         refuse_lists_of_options(read(asked.overrides))
         overrides = with_folders(asked.overrides, more)
         jobs: list[list[str]] = []
+        sweeper = Sweeper(searches=False, params=[])
         if asked.multirun:
-            overrides = spelt_out(overrides)
             of_hydra = [item for item in overrides if item.startswith("hydra")]
-            tree(of_hydra)
+            sweeper = sweeper_of(of_hydra)
             found = [item for item in of_hydra if item.startswith(SEARCH_PATH)]
-            swept = jobs_of([item for item in overrides if item not in of_hydra])
+            if sweeper.searches:
+                own = [item for item in overrides if item not in of_hydra]
+                swept = samples_of([*sweeper.params, *own])
+            else:
+                overrides = spelt_out(overrides)
+                swept = jobs_of([item for item in overrides if item not in of_hydra])
             jobs = [[*job, *found] for job in swept]
         of_ours = ArgumentParser(add_help=False)
         of_ours.add_argument("--config-dir", "-cd")
@@ -153,18 +171,20 @@ class CommandLine:
             informational=informational,
             help=asked.help,
             jobs=jobs,
+            searches=sweeper.searches,
         )
 
 
-def prepare_outcomes(jobs: Sequence[Sequence[str]]) -> None:
+def prepare_outcomes(command: CommandLine) -> None:
     """Make the folder where the jobs of a sweep, on any machine, write their outcomes.
 
     Args:
-        jobs: the overrides of every job.
+        command: of the sweep.
 
     Raises:
         UserError: nothing can be written there.
     """
+    jobs = command.jobs
     root = Path(load(jobs[0]).artifacts.root).resolve() / "sweeps"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -177,7 +197,8 @@ def prepare_outcomes(jobs: Sequence[Sequence[str]]) -> None:
     keys = list(dict.fromkeys(key for own in varied(jobs) for key in own))
     short = "-".join(key.rpartition(".")[2] for key in keys) or "sweep"
     name = f"{re.sub(r'[^0-9A-Za-z_-]+', '-', short)[:LONGEST]}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    write_json(Path(os.environ[OUTCOMES]) / ABOUT, {"name": name, "varied": keys})
+    about = {"name": name, "varied": keys, "searches": command.searches}
+    write_json(Path(os.environ[OUTCOMES]) / ABOUT, about)
 
 
 def varied(jobs: Sequence[Sequence[str]]) -> list[dict[str, str]]:
@@ -199,22 +220,29 @@ def logged_as() -> list[str]:
     return [f"logger.group='{about['name']}'", f"logger.varied=[{keys}]"]
 
 
-def run_job(work: Callable[[], Sequence[Path]]) -> None:
+def run_job(work: Callable[[], Sequence[Path]], objective: str) -> float | None:
     """Do the work of one run. In a sweep, write its outcome; a failure does not stop the others.
 
     Args:
         work: gives the folders of the artifacts that were asked for.
+        objective: the figure of theirs that a sweep looks for.
+
+    Returns:
+        That figure, for a sweeper that searches; None if the job failed, or nothing searches.
     """
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN:
         work()
-        return
+        return None
     if int(hydra.job.num):
-        os.environ.pop("WANDB_RUN_ID", None)  # it belongs to one run, of the first job
-    code, error = 0, ""
+        for name in OF_ONE_RUN:  # of the first job
+            os.environ.pop(name, None)
+    code, error, value = 0, "", None
     began, found = time.monotonic(), ()
     try:
         found = work()
+        if read_json(Path(os.environ[OUTCOMES]) / ABOUT)["searches"] and ranks.is_main():
+            value = value_of(found, objective)
     except UserError as mistake:
         code, error = 2, str(mistake)
     except Exception as failure:
@@ -227,14 +255,39 @@ def run_job(work: Callable[[], Sequence[Path]]) -> None:
             error=error,
             seconds=time.monotonic() - began,
             artifacts=tuple(map(str, found)),
+            overrides=tuple(hydra.overrides.task),
+            value=value,
         ).write(Path(os.environ[OUTCOMES]))
+    return value
+
+
+def value_of(folders: Sequence[Path], objective: str) -> float:
+    """The figure of some artifacts that a sweep looks for; of the first that has it.
+
+    Raises:
+        UserError: none of them has it.
+    """
+    from steerlora.cli.sweep_table import rows_in
+
+    figures = [row.figures for row in rows_in(list(map(str, folders))) if row is not None]
+    for found in figures:
+        if objective in found:
+            return found[objective].value
+    known = nearest(objective, [name for found in figures for name in found])
+    raise UserError(f"study.objective={objective}: there is no such figure; {known}")
+
+
+def has_outcomes() -> bool:
+    """Whether any job of this command's sweep has said how it ended."""
+    folder = os.environ.get(OUTCOMES)
+    return folder is not None and bool(_numbers(Path(folder)))
 
 
 def print_outcomes(jobs: Sequence[Sequence[str]], console: Console) -> int:
     """Print what came of every job of a sweep, write it as CSV, and remove the folder of outcomes.
 
     Args:
-        jobs: the overrides of every job.
+        jobs: the overrides of every job; a sweep that searches has run others.
         console: where the table is printed.
 
     Returns:
@@ -244,8 +297,10 @@ def print_outcomes(jobs: Sequence[Sequence[str]], console: Console) -> int:
     from steerlora.cli.sweep_table import Line, rows_in, sweep_data, sweep_table
 
     folder = Path(os.environ.pop(OUTCOMES))
+    about = read_json(folder / ABOUT)
+    given = _chosen(folder, about["varied"]) if about["searches"] else varied(jobs)
     lines, codes = [], set()
-    for number, own in enumerate(varied(jobs)):
+    for number, own in enumerate(given):
         outcome = Outcome.read(folder, number) or Outcome(
             number, code=1, error="it did not report how it ended"
         )
@@ -253,7 +308,7 @@ def print_outcomes(jobs: Sequence[Sequence[str]], console: Console) -> int:
         for row in rows_in(outcome.artifacts):
             lines.append(Line(number, own, outcome.seconds, ended, row))
         codes.add(outcome.code)
-    path = folder.with_name(f"{read_json(folder / ABOUT)['name']}.csv")
+    path = folder.with_name(f"{about['name']}.csv")
     shutil.rmtree(folder)
     try:
         sweep_data(lines).to_csv(path, index=False)
@@ -262,6 +317,22 @@ def print_outcomes(jobs: Sequence[Sequence[str]], console: Console) -> int:
         path = None
     console.print(sweep_table(lines, path))
     return 1 if 1 in codes else max(codes)
+
+
+def _chosen(folder: Path, keys: Sequence[str]) -> list[dict[str, str]]:
+    """Of every job that a sweeper chose, the overrides of what the sweep varies."""
+    numbers = _numbers(folder)
+    found: list[dict[str, str]] = [{} for _ in range(max(numbers) + 1)]
+    for number in numbers:
+        outcome = Outcome.read(folder, number)
+        given = (text.partition("=") for text in (outcome.overrides if outcome else ()))
+        found[number] = {key: value for key, _, value in given if key in keys}
+    return found
+
+
+def _numbers(folder: Path) -> list[int]:
+    """Of the jobs that have written an outcome."""
+    return [int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit()]
 
 
 def _refuse(message: str) -> NoReturn:

@@ -175,6 +175,10 @@ class StudyConfig(Section, key="study"):
     variants: dict[str, NotEmpty] = field(default_factory=dict)
     """{a method that is ``own_method`` with one thing changed: what is changed}."""
 
+    objective: NotEmpty = "average/target"
+    """Figure of the stage, by its name in W&B's summary, that a job gives to a sweeper of Hydra's
+    that searches, such as Optuna's. Not empty."""
+
     least_general: Share | None = None
     """General knowledge, from 0 to 1, that every base should have; the report names those that
     have less. Null names none."""

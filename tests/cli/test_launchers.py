@@ -91,7 +91,7 @@ def test_a_job_that_dies_without_an_outcome_is_named_with_its_log(tmp_path, monk
     folder = tmp_path / "outcomes"
     folder.mkdir()
     monkeypatch.setenv(OUTCOMES, str(folder))
-    write_json(folder / ABOUT, {"name": "seed_today", "varied": ["seed"]})
+    write_json(folder / ABOUT, {"name": "seed_today", "varied": ["seed"], "searches": False})
     Outcome(0, seconds=3.0).write(folder)
     Outcome(1, code=1, error="KeyError: 'x'").write(folder)
     (tmp_path / "1.out").touch()
