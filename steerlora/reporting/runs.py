@@ -19,10 +19,11 @@ from steerlora.config import LoggerConfig
 from steerlora.engine import code
 from steerlora.engine.artifacts import Artifact
 from steerlora.engine.lineage import Library
-from steerlora.errors import UserError
+from steerlora.errors import Preempted, UserError
 from steerlora.evaluation.records import Ablation, DomainSequence, Evaluation, find_record
 from steerlora.reporting.run_figures import figures_of
 from steerlora.reporting.settings import NAMES, Setting, settings_of
+from steerlora.reporting.wandb_agent import Agent, hidden
 from steerlora.reporting.wandb_artifacts import make, use
 from steerlora.reporting.wandb_metrics import STAGE, Counts, TrainingMetrics, define_metrics
 from steerlora.reporting.wandb_tables import tables_of
@@ -105,7 +106,12 @@ class RunLog:
 
 
 def follow(
-    artifact: Artifact, logger: LoggerConfig, *, reused: bool = False, asked_for: bool = False
+    artifact: Artifact,
+    logger: LoggerConfig,
+    *,
+    reused: bool = False,
+    asked_for: bool = False,
+    id_file: Path | None = None,
 ) -> AbstractContextManager[RunLog]:
     """The run of a stage's artifact, with all its settings, what it reads and what it makes.
 
@@ -114,19 +120,19 @@ def follow(
             ``label``, ``config`` and ``inputs``.
         logger: where the run is written; or that there is none.
         reused: whether the artifact was there before, and the run only shows it.
-        asked_for: as for :func:`open_run`.
+        asked_for, id_file: as for :func:`open_run`.
 
     Raises:
         UserError: ``logger.dir`` cannot be written to.
     """
     if logger.name == "none":
         return nullcontext(RunLog())
-    return _follow(artifact, logger, reused, asked_for)
+    return _follow(artifact, logger, reused, asked_for, id_file)
 
 
 @contextmanager
 def _follow(
-    artifact: Artifact, logger: LoggerConfig, reused: bool, asked_for: bool
+    artifact: Artifact, logger: LoggerConfig, reused: bool, asked_for: bool, id_file: Path | None
 ) -> Iterator[RunLog]:
     library = Library(artifact.path.parents[1])
     settings = settings_of(library.ancestry(artifact))
@@ -140,6 +146,7 @@ def _follow(
         config={**settings, "reused": reused},
         tags=[*map(str, tags), *(["reused"] if reused else [])],
         asked_for=asked_for,
+        id_file=id_file,
     ) as log:
         log.used([*inputs, artifact] if reused else inputs)
         yield log
@@ -181,6 +188,7 @@ def open_run(
     config: Mapping[str, Any],
     tags: Sequence[str] = (),
     asked_for: bool = False,
+    id_file: Path | None = None,
 ) -> Iterator[RunLog]:
     """A run with group, job type, tags and a flat configuration.
 
@@ -188,7 +196,10 @@ def open_run(
         logger: where it goes; or that there is none.
         job_type, name, config, tags: what W&B shows of it.
         asked_for: whether the command is about it. Such a run has the id that the environment's
-            WANDB_RUN_ID gives, if it does; others, which would continue it, have ids of their own.
+            WANDB_RUN_ID gives, if it does, and is of a W&B agent's sweep, if one started the
+            command; others, which would continue it, have ids of their own.
+        id_file: remembers the id, so that the same work, done again after an interruption, goes on
+            in the same run. None: it does not.
 
     Raises:
         UserError: ``logger.dir`` cannot be written to.
@@ -210,37 +221,56 @@ def open_run(
         logger = replace(logger, group="")
     about = {"experiment": logger.group or "none", "code.version": steerlora.__version__}
     about["code.commit"] = code.commit() or "none"
-    run = wandb.init(
-        project=logger.project,
-        entity=logger.entity,
-        mode=logger.mode,
-        dir=logger.dir,
-        group=logger.group or None,
-        job_type=job_type,
-        name=name,
-        tags=[tag[:LONGEST_TAG] for tag in dict.fromkeys([*logger.tags, job_type, *tags])],
-        config={**about, "stage": job_type, **config},
-        settings=wandb.Settings(
-            console="off",
-            silent=True,
-            # What it gathers of the machine, the packages and the repository takes most of a
-            # second a run; manifests have it.
-            x_disable_stats=True,
-            x_disable_meta=True,
-            x_disable_machine_info=True,
-            x_save_requirements=False,
-            disable_git=True,
-            disable_code=True,
-        ),
-        reinit="finish_previous",
-        # Always given: W&B reads its environment once a process, whoever asks later.
-        id=(os.environ.get("WANDB_RUN_ID") if asked_for else None) or secrets.token_hex(4),
-    )
+    agent = Agent.of_environment()
+    parameters = agent.parameters if asked_for else {}
+    with hidden():
+        run = wandb.init(
+            project=agent.project or logger.project,
+            entity=agent.entity or logger.entity,
+            mode=logger.mode,
+            dir=logger.dir,
+            group=logger.group or None,
+            job_type=job_type,
+            name=name,
+            tags=[tag[:LONGEST_TAG] for tag in dict.fromkeys([*logger.tags, job_type, *tags])],
+            config={**parameters, **about, "stage": job_type, **config},
+            settings=wandb.Settings(
+                sweep_id=agent.sweep_id if asked_for else None,
+                console="off",
+                silent=True,
+                # What it gathers of the machine, the packages and the repository takes most of a
+                # second a run; manifests have it.
+                x_disable_stats=True,
+                x_disable_meta=True,
+                x_disable_machine_info=True,
+                x_save_requirements=False,
+                disable_git=True,
+                disable_code=True,
+            ),
+            reinit="finish_previous",
+            # Always given: W&B reads its environment once a process, whoever asks later.
+            id=_id(agent.run_id if asked_for else None, id_file),
+            resume="allow",
+        )
     failed = 1
     try:
         define_metrics(run)
         yield RunLog(run, job_type)
         failed = 0
+    except Preempted:
+        run.mark_preempting()  # an agent of its sweep then starts it again
+        raise
     finally:
         # Without an exit code the next run of a sweep would go on in this one.
         run.finish(exit_code=failed)
+
+
+def _id(given: str | None, file: Path | None) -> str:
+    """A run's id: the given one, else the one in the file, else a new one; the file has it then."""
+    if file is None:
+        return given or secrets.token_hex(4)
+    there = file.read_text().strip() if file.is_file() else ""
+    found = given or there or secrets.token_hex(4)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(found)
+    return found

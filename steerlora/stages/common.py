@@ -205,4 +205,5 @@ def run_log(context: Context, logger: LoggerConfig) -> AbstractContextManager[Ru
         inputs |= {f"{name}[{place}]": one.fingerprint for place, one in enumerate(several)}
     known = {"label": context.label, "config": plain(context.config), "inputs": inputs}
     artifact = Artifact(stage, context.fingerprint, context.home, known)
-    return follow(artifact, logger, asked_for=context.asked_for)
+    id_file = context.directory / CHECKPOINTS / "wandb_run_id"
+    return follow(artifact, logger, asked_for=context.asked_for, id_file=id_file)

@@ -38,6 +38,12 @@ class OfflineRun:
     name: str = ""
     group: str = ""
     id: str = ""
+    project: str = ""
+    entity: str = ""
+    sweep: str = ""
+    """Id of the sweep that it is of; empty: of none."""
+    preempting: bool = False
+    """Whether it said that it is being preempted."""
     tags: set[str] = field(default_factory=set)
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +86,7 @@ def _read(path: Path) -> OfflineRun:
             header = record.run
             run.stage, run.name, run.group = header.job_type, header.display_name, header.run_group
             run.id, run.tags = header.run_id, set(header.tags)
+            run.project, run.entity, run.sweep = header.project, header.entity, header.sweep_id
             run.config = {item.key: json.loads(item.value_json) for item in header.config.update}
         elif record.HasField("history"):
             row = _items(record.history.item)
@@ -96,6 +103,8 @@ def _read(path: Path) -> OfflineRun:
                 place = run.used if found.use_after_commit else run.made
                 place.add((found.type, found.name.rpartition("-")[2]))
                 run.references |= {entry.ref for entry in found.manifest.contents}
+        elif record.HasField("preempting"):
+            run.preempting = True
         elif record.HasField("exit"):
             run.code = record.exit.exit_code
     return run
