@@ -77,14 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.argv = ["steerlora", *command.overrides, *command.flags]
         compose.register_schemas()
         directory = str(sections.config_directory())
+        least = 0
         try:
             hydra.main(config_path=directory, config_name="config", version_base="1.3")(_job)()
         except SystemExit:
             # A sweeper that found nothing: what its jobs report says why.
             if not (command.searches and has_outcomes()):
                 raise
+            least = 1
         if command.multirun:
-            raise SystemExit(print_outcomes(command.jobs, console))
+            raise SystemExit(print_outcomes(command.jobs, console) or least)
     except ENDS as error:
         _end(error)
 
