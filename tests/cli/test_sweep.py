@@ -11,12 +11,14 @@ from hydra.types import RunMode
 
 from steerlora.cli.sweep import ABOUT, OUTCOMES, run_job
 from steerlora.engine.manifests import write_json
+from steerlora.reporting.wandb_agent import OF_ONE_RUN
 
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_an_id_of_a_run_belongs_to_the_first_job(first, monkeypatch, tmp_path):
     """Jobs may share a process, and always share the environment that they were started from."""
-    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    for name in OF_ONE_RUN:
+        monkeypatch.setenv(name, "mine")
     monkeypatch.setenv(OUTCOMES, str(tmp_path))
     write_json(tmp_path / ABOUT, {"name": "x", "varied": [], "searches": False})
     found = {}
@@ -26,8 +28,8 @@ def test_an_id_of_a_run_belongs_to_the_first_job(first, monkeypatch, tmp_path):
         monkeypatch.setattr(HydraConfig, "get", lambda job=job: job)
 
         def work(number: int = number) -> tuple:
-            found[number] = os.environ.get("WANDB_RUN_ID")
+            found[number] = {os.environ.get(name) for name in OF_ONE_RUN}
             return ()
 
         run_job(work, "average/target")
-    assert found == {number: None if number else "mine" for number in range(first, 3)}
+    assert found == {number: {None if number else "mine"} for number in range(first, 3)}

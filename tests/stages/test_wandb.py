@@ -10,9 +10,12 @@ from helpers.experiments import TINY
 from helpers.offline import OfflineRun, read_runs
 
 from steerlora.cli import compose
+from steerlora.config import LoggerConfig
 from steerlora.engine.artifacts import Artifact, ArtifactStore
+from steerlora.engine.manifests import CHECKPOINTS
+from steerlora.engine.progress import SilentProgress
 from steerlora.engine.run import run
-from steerlora.engine.steps import Step
+from steerlora.engine.steps import Context, Step
 from steerlora.evaluation.records import (
     FILES,
     Ablation,
@@ -25,6 +28,7 @@ from steerlora.stages import (
     adapter_training,
     base,
     causal_ablation,
+    common,
     evaluate,
     sae_training,
     sequential_forgetting,
@@ -177,3 +181,15 @@ def test_the_files_of_records_are_those_that_stages_write(logged):
         sequential_forgetting.RESULT: DomainSequence,
     }
     assert written == FILES
+
+
+def test_a_stage_keeps_the_id_of_its_run_among_its_checkpoints(monkeypatch, tmp_path):
+    """What an interrupted build leaves, and a finished one does not."""
+    given = {}
+    monkeypatch.setattr(common, "follow", lambda *_, **options: given.update(options))
+    about = {"config": {}, "inputs": {}, "label": "base", "fingerprint": "f", "asked_for": True}
+    folders = {"directory": tmp_path / "base/f.partial", "home": tmp_path / "base/f"}
+    context = Context(**about, **folders, progress=SilentProgress())
+    common.run_log(context, LoggerConfig())
+    assert given["asked_for"]
+    assert given["id_file"].parent == context.directory / CHECKPOINTS
