@@ -187,6 +187,7 @@ def methods(study: StudyConfig) -> Methods:
         own=study.own_method,
         variants=study.variants,
         order=tuple(dict.fromkeys(named)),
+        colours=study.colours,
     )
 
 

@@ -28,6 +28,8 @@ WANDB_NAME = Matches(
 )
 Tag = Annotated[str, Matches(r"[^\x00-\x1f]{1,64}", "text of 1 to 64 characters")]
 """A tag of W&B's."""
+Colour = Annotated[str, Matches(r"#[0-9A-Fa-f]{6}", 'a colour, such as "#0072B2"')]
+"""A colour by its red, green and blue."""
 Options = Annotated[list[Name], Distinct()]
 """Names of options, each once."""
 Seeds = Annotated[list[Seed], MinLen(1), Distinct()]
@@ -178,6 +180,10 @@ class StudyConfig(Section, key="study"):
     objective: NotEmpty = "average/target"
     """Figure of the stage, by its name in W&B's summary, that a job gives to a sweeper of Hydra's
     that searches, such as Optuna's. Not empty."""
+
+    colours: dict[str, Colour] = field(default_factory=dict)
+    """{method: its colour in every figure}, such as "#0072B2". Methods that are not named get one
+    of their own, which may differ between reports."""
 
     least_general: Share | None = None
     """General knowledge, from 0 to 1, that every base should have; the report names those that

@@ -29,6 +29,7 @@ from steerlora.reporting.coverage import (
     varies,
 )
 from steerlora.reporting.drawing import STYLE, save
+from steerlora.reporting.evidence import replicates_text
 from steerlora.reporting.labels import BANNER
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.quantities import quantities
@@ -92,7 +93,7 @@ def write_calibration(
     known = quantities(*records, methods, main_model=main_model)
     checked = [quantity for quantity in known if varies(quantity, seeds)]
     coverage = coverage_table(measured_coverage(checked, studies), len(seeds), checked, known)
-    judged = judgements(*records, methods, main_model, seeds, studies)
+    judged = judgements(*records, methods, main_model, seeds, studies, meaningful=meaningful)
     verdicts = verdicts_table(judged, studies)
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -102,7 +103,8 @@ def write_calibration(
     ]
     with rc_context(STYLE):
         figure = coverage_figure(coverage.data)
-        files.append(save(figure, directory / "coverage.png", meaningful=meaningful))
+        note = f"studies drawn from {replicates_text(seeds)}"
+        files += save(figure, directory / "coverage.png", meaningful=meaningful, note=note)
     everything = coverage.data[coverage.data.family == EVERY]
     covers = {
         int(size): rows[rows.covers == "yes"].method.tolist()
@@ -181,6 +183,7 @@ def _page(tables: list[Table], covers: dict[int, list[str]], name: str, meaningf
         "Intervals that hold the truth as often as they say, by the replicates of a study:",
         "\n".join(said),
         "![Coverage by replicates and method](coverage.png)",
+        "As [PDF](coverage.pdf).",
     ]
     for table in tables:
         parts += [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from steerlora.evaluation.records import Ablation, DomainSequence, Evaluation
@@ -12,10 +13,11 @@ from steerlora.evaluation.statistics import Interval
 from steerlora.reporting.claims import Claim
 from steerlora.reporting.effects import Measure, drop, drop_advantage, fingerprints, gain, select
 from steerlora.reporting.health import OverTraining, over_training
+from steerlora.reporting.labels import group_label
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.sequences import broad_first, reduction
 from steerlora.reporting.tables import interval_text, number
-from steerlora.reporting.verdicts import judge, overlaps
+from steerlora.reporting.verdicts import LEAST_SHARE, NO_VERDICT, Judged, judge, overlaps
 
 CONTROLS = ("replace_dense", "replace_random_sae", "randomize", "shuffle", "invert")
 SPARED = "fixed_rank"
@@ -65,6 +67,7 @@ def measure_claims(
     methods: Methods,
     *,
     main_model: str,
+    meaningful: bool = True,
 ) -> tuple[Claim, ...]:
     """All eight claims, C1 to C8.
 
@@ -72,12 +75,13 @@ def measure_claims(
         evaluations: of models without any intervention; may be empty, like the rest.
         methods: whose claims they are, and against which methods.
         main_model: the model of the ablations and sequences that count.
+        meaningful: False for a smoke run, which has figures and no verdicts.
     """
     own = select(ablations, model=main_model, method=methods.paper)
     orders = select(sequentials, model=main_model)
     first = [record for record in orders if broad_first(record)]
-    return (
-        _gain("C1", evaluations, methods.paper, "instruction_following"),
+    claims = (
+        _gain("C1", evaluations, methods.paper, "instruction_following", scale=True),
         _gain("C2", evaluations, methods.paper, "general_knowledge"),
         _marginal(evaluations, methods.paper),
         _controls(own, methods.paper),
@@ -86,6 +90,9 @@ def measure_claims(
         _reduction("C7", first, methods, "the orders that begin with the broad domain"),
         _collapse(evaluations, methods),
     )
+    if meaningful:
+        return claims
+    return tuple(replace(claim, judged=Judged(NO_VERDICT)) for claim in claims)
 
 
 def _claim(
@@ -97,7 +104,9 @@ def _claim(
     paper: str | None = None,
     direction: Sequence[Interval] | None = None,
     smallest: float | None = None,
+    counts_from: str | None = None,
     agrees: bool | None = None,
+    missing: Sequence[str] = (),
     note: str = "",
 ) -> Claim:
     """A claim with its verdict.
@@ -108,8 +117,10 @@ def _claim(
         paper: the paper's figure as text; its range unless given.
         direction: intervals that the claim says are positive; the measures' unless given.
         smallest: effect that the paper's figure implies; the low end of its range unless given.
+        counts_from: the smallest effect that counts, as text; that of ``smallest`` unless given.
         agrees: whether the figures agree with the paper's; unless given, whether all of the
             measures' intervals overlap its range.
+        missing: what the claim names and was not measured.
     """
     text, low, high = CLAIMS[id]
     measures = tuple(measure for measure in measures if measure is not None)
@@ -119,6 +130,12 @@ def _claim(
         paper = " to ".join(dict.fromkeys(ends)) + (" %" if unit == "percent" else "")
     if agrees is None:
         agrees = all(overlaps(interval, low, high) for interval in intervals)
+    smallest = low if smallest is None else smallest
+    if counts_from is None:
+        least = LEAST_SHARE * smallest
+        counts_from = f"{number(least, 1)} %" if unit == "percent" else number(least, 4, sign=True)
+    if measures and missing:
+        note = " ".join(filter(None, (f"Not measured: {', '.join(missing)}.", note)))
     return Claim(
         id=id,
         text=text,
@@ -127,40 +144,55 @@ def _claim(
         high=high,
         unit=unit,
         definition=definition,
+        counts_from=counts_from,
         measures=measures,
         judged=judge(
             intervals if direction is None else direction,
-            smallest=low if smallest is None else smallest,
+            smallest=smallest,
             agrees=agrees,
+            whole=not missing,
         ),
         note=note,
     )
 
 
-def _gain(id: str, evaluations: list[Evaluation], method: str, group: str) -> Claim:
+def _gain(
+    id: str, evaluations: list[Evaluation], method: str, group: str, *, scale: bool = False
+) -> Claim:
+    """A claim about the gain of a group of tasks; ``scale``: about more than one model."""
     measures = _gains(evaluations, method, group)
     return _claim(
         id,
-        measures,
+        [measure for measure in measures.values() if measure is not None],
         f"Average of the {group.replace('_', ' ')} tasks with {method}, less the base model's; "
         "mean over replicates, for every model.",
         unit="score",
-        note="One model only: scale was not tested." if len(measures) == 1 else "",
+        missing=[
+            *(model for model, measure in measures.items() if measure is None),
+            *(_scales(measures) if scale else ()),
+        ],
     )
 
 
-def _gains(evaluations: list[Evaluation], method: str, group: str) -> list[Measure]:
+def _gains(evaluations: list[Evaluation], method: str, group: str) -> dict[str, Measure | None]:
+    """{model: the gain of a group of tasks, if it was measured}."""
     models = dict.fromkeys(record.model for record in evaluations)
-    measures = (gain(evaluations, model, method, group) for model in models)
-    return [measure for measure in measures if measure is not None]
+    return {model: gain(evaluations, model, method, group) for model in models}
+
+
+def _scales(models: Iterable[str]) -> list[str]:
+    """What is missing of a claim about several models."""
+    return ["another scale"] if len(list(models)) < 2 else []
 
 
 def _marginal(evaluations: list[Evaluation], method: str) -> Claim:
-    measures = [
-        measure._replace(label=f"{measure.label}, {name}")
-        for group, name in (("mmlu_pro", "MMLU-Pro"), ("gsm8k", "GSM8K"))
-        for measure in _gains(evaluations, method, group)
-    ]
+    found = {
+        f"{model}, {group_label(group, evaluations)}": measure
+        for group in ("mmlu_pro", "gsm8k")
+        for model, measure in _gains(evaluations, method, group).items()
+    }
+    measures = [m._replace(label=label) for label, m in found.items() if m is not None]
+    models = dict.fromkeys(record.model for record in evaluations)
     return _claim(
         "C3",
         measures,
@@ -176,22 +208,26 @@ def _marginal(evaluations: list[Evaluation], method: str) -> Claim:
             for value, low, high, seeds, items in (measure.interval for measure in measures)
         ],
         smallest=0.0,
+        counts_from=number(SMALLEST_GAIN, sign=True),
         agrees=all(measure.interval.high < SMALLEST_GAIN for measure in measures),
+        missing=[*(label for label, m in found.items() if m is None), *_scales(models)],
     )
 
 
 def _controls(ablations: list[Ablation], method: str) -> Claim:
-    measures = {name: drop(ablations, name) for name in CONTROLS}
-    missing = [name for name, measure in measures.items() if measure is None]
     return _claim(
         "C4",
-        measures.values(),
+        [drop(ablations, name) for name in CONTROLS],
         f"Drop of {method}'s mean target-domain score under {', '.join(CONTROLS)} at "
         "evaluation time, in percent of the intact adapter's; ratio of means over domains "
         "and replicates.",
-        agrees=False if missing else None,
-        note=f"Not run: {', '.join(missing)}." if 0 < len(missing) < len(CONTROLS) else "",
+        missing=_not_run(ablations),
     )
+
+
+def _not_run(ablations: list[Ablation]) -> list[str]:
+    """The controls that C4 names and no replicate has."""
+    return [name for name in CONTROLS if drop(ablations, name) is None]
 
 
 def _fixed_rank(ablations: list[Ablation], method: str) -> Claim:
@@ -210,6 +246,8 @@ def _fixed_rank(ablations: list[Ablation], method: str) -> Claim:
         "of the drop also holds the paper's figure.",
         direction=direction,
         smallest=LEAST_ADVANTAGE,
+        counts_from=f"{number(LEAST_SHARE * LEAST_ADVANTAGE, 1)} points",
+        missing=_not_run(ablations),
         note=note,
     )
 
@@ -271,6 +309,7 @@ def _collapse(evaluations: list[Evaluation], methods: Methods) -> Claim:
         f"after the first, and at least half of {dense_routing}'s do.",
         unit="usage entropy / log E",
         smallest=LEAST_SPREAD,
+        counts_from=number(LEAST_SHARE * LEAST_SPREAD, 2),
         paper="no collapse, against collapse",
         agrees=agrees,
         note=note,

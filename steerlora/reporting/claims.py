@@ -7,9 +7,11 @@ How a verdict is reached is `steerlora.reporting.verdicts`. What each claim is m
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rich import box
+from rich.table import Column
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
@@ -21,8 +23,11 @@ from steerlora.reporting.verdicts import (
     DIRECTION,
     IN_RANGE,
     LEAST_AGAIN,
+    MEANINGS,
+    NO_VERDICT,
     NOT_MEASURED,
     NOT_REPRODUCED,
+    PARTLY,
     RULE,
     UNDECIDED,
     Judged,
@@ -51,6 +56,8 @@ class Claim:
     """Of the range and of the measures."""
     definition: str
     """What ours is, in a sentence or two."""
+    counts_from: str
+    """The smallest effect that counts, as text."""
     measures: tuple[Measure, ...] = ()
     """Ours, one entry a model or an intervention; none if not measured."""
     judged: Judged
@@ -85,23 +92,26 @@ class Claim:
 
     @property
     def ours(self) -> str:
-        """Our figure as text: an interval, or the range of several."""
+        """Our figure as text: one interval, or how far several reach."""
         if not self.measures:
             return MISSING
+        if len(self.measures) == 1:
+            return self.shown(self.measures[0])
         digits, unit, sign = self._format
         values = [measure.interval.value for measure in self.measures]
         ends = [number(end, digits, sign=sign) for end in (min(values), max(values))]
-        if len(set(ends)) == 1:
-            return self._show(self.envelope)
-        low, high = (number(bound, digits, sign=sign) for bound in self.envelope[1:3])
-        known = MISSING not in (low, high)
-        return f"{ends[0]} to {ends[1]}{unit}" + (f" [{low}, {high}]" if known else "")
+        return " to ".join(dict.fromkeys(ends)) + unit
+
+    def shown(self, measure: Measure) -> str:
+        """A measure as text, with its interval."""
+        digits, unit, sign = self._format
+        return interval_text(measure.interval, digits, unit, sign=sign)
 
     @property
     def details(self) -> list[str]:
         """Every measure on a line of its own."""
         return [
-            f"{measure.label}: {self._show(measure.interval)}; "
+            f"{measure.label}: {self.shown(measure)}; "
             f"{_replicates(measure.interval.seeds)}"
             + (f"; items: {measure.interval.items}" if measure.interval.items else "")
             for measure in self.measures
@@ -116,38 +126,44 @@ class Claim:
     def _format(self) -> tuple[int, str, bool]:
         return (1, " %", False) if self.unit == "percent" else (3, "", True)
 
-    def _show(self, interval: Interval) -> str:
-        digits, unit, sign = self._format
-        return interval_text(interval, digits, unit, sign=sign)
-
 
 def _replicates(count: int) -> str:
     return f"{count} replicate" if count == 1 else f"{count} replicates"
 
 
-COLUMNS = ("Claim", "Paper", "Ours [95 % interval]", "Replicates", "Items", "Verdict", "Again")
+COLUMNS = ("Claim", "Paper", "Ours [95 % interval]", "Replicates", "Items", "Counts from")
+COLUMNS += ("Verdict", "Again")
 
 
-def _row(claim: Claim) -> list[str]:
-    seeds, items = (
-        _span(getattr(measure.interval, field) for measure in claim.measures)
-        for field in ("seeds", "items")
-    )
-    name, reached = f"{claim.id} {claim.text}", claim.shown_verdict
-    return [name, claim.paper, claim.ours, seeds, items, reached, claim.shown_again]
+def _rows(claim: Claim) -> list[list[str]]:
+    """The claim's row; where it has several measures, each of them is a row below."""
+    name, several = f"{claim.id} {claim.text}", len(claim.measures) > 1
+    ours = [[MISSING] * 3] if not claim.measures else [_ours(claim, m) for m in claim.measures]
+    first = [""] * 3 if several else ours[0]
+    head = [name, claim.paper, *first, claim.counts_from, claim.shown_verdict, claim.shown_again]
+    if not several:
+        return [head]
+    below = zip(claim.measures, ours, strict=True)
+    return [head, *([f"… {m.label}", "", *cells, "", "", ""] for m, cells in below)]
 
 
-def _span(counts: Iterable[int]) -> str:
-    """``2`` or ``1–2``; a dash where nothing was counted."""
-    found = sorted({count for count in counts if count})
-    if not found:
-        return MISSING
-    return str(found[0]) if len(found) == 1 else f"{found[0]}–{found[-1]}"
+def _ours(claim: Claim, measure: Measure) -> list[str]:
+    """A measure's cells: its figure, replicates and items."""
+    counts = (measure.interval.seeds, measure.interval.items)
+    return [claim.shown(measure), *(str(count) if count else MISSING for count in counts)]
 
 
 def claims_grid(claims: Sequence[Claim]) -> str:
-    """The claims as a Markdown table, one row each."""
-    return markdown_grid(COLUMNS, [row_of(*_row(claim)) for claim in claims])
+    """The claims as a Markdown table, a row for every measure, and what its verdicts say."""
+    rows = [row_of(*row) for claim in claims for row in _rows(claim)]
+    meanings = "\n".join(_meanings(claims, "- **{}**: {}."))
+    return f"{markdown_grid(COLUMNS, rows)}\n\n{meanings}"
+
+
+def _meanings(claims: Sequence[Claim], line: str) -> list[str]:
+    """A line for every verdict that the claims have."""
+    had = {claim.verdict for claim in claims}
+    return [line.format(name, says) for name, says in MEANINGS.items() if name in had]
 
 
 def claims_markdown(
@@ -158,13 +174,14 @@ def claims_markdown(
     Args:
         studies: what a calibration study saw, if there is one.
     """
-    parts = [claims_grid(claims), f"How a verdict is reached. {RULE}"]
+    parts = [claims_grid(claims), f"How a verdict is reached. {for_markdown(RULE)}"]
     for claim in claims:
         parts.append(f"## {claim.id}: {claim.shown_verdict}")
         parts.append(for_markdown(f"{claim.text}. Paper: {claim.paper}. Ours: {claim.definition}"))
         if claim.measures:
             parts.append("\n".join(f"- {for_markdown(line)}" for line in claim.details))
-        said = (_how_sure(claim), _observed(claim, studies), claim.note)
+        counts = f"The smallest effect that counts: {claim.counts_from}."
+        said = (counts, _how_sure(claim), _observed(claim, studies), claim.note)
         parts += [for_markdown(text) for text in said if text]
         if claim.fingerprints:
             sources = ", ".join(f"`{fingerprint[:12]}`" for fingerprint in claim.fingerprints)
@@ -175,7 +192,7 @@ def claims_markdown(
 def _how_sure(claim: Claim) -> str:
     """What the intervals say, where another study would often not say it again."""
     judged = claim.judged
-    if judged.verdict == judged.by_intervals:
+    if judged.verdict in (judged.by_intervals, PARTLY):
         return ""
     return (
         f"The intervals alone say: {judged.by_intervals}. Another study of "
@@ -187,7 +204,7 @@ def _how_sure(claim: Claim) -> str:
 def _observed(claim: Claim, studies: Studies | None) -> str:
     """How often studies of as many replicates came to the claim's verdict."""
     counts = (studies or {}).get(claim.id, {}).get(claim.judged.replicates)
-    if not counts or claim.verdict == NOT_MEASURED:
+    if not counts or claim.verdict in (NOT_MEASURED, NO_VERDICT):
         return ""
     total = sum(counts.values())
     shares = {name: f"{number(100 * count / total, 0)} %" for name, count in counts.items()}
@@ -205,7 +222,8 @@ def claims_json(claims: Sequence[Claim], *, name: str, meaningful: bool) -> str:
         "name": name,
         "meaningful": meaningful,
         **({} if meaningful else {"banner": BANNER}),
-        "rule": RULE.replace("**", ""),
+        "rule": RULE,
+        "verdicts": MEANINGS,
         "claims": [
             {
                 "id": claim.id,
@@ -213,6 +231,7 @@ def claims_json(claims: Sequence[Claim], *, name: str, meaningful: bool) -> str:
                 "paper": {"text": claim.paper, "low": claim.low, "high": claim.high},
                 "unit": claim.unit,
                 "definition": claim.definition,
+                "counts_from": claim.counts_from,
                 "ours": {"text": claim.ours, **_numbers(claim.envelope)},
                 "measures": [
                     {"label": measure.label, **_numbers(measure.interval)}
@@ -249,17 +268,33 @@ STYLES = {
     DIRECTION: "cyan",
     NOT_REPRODUCED: "red",
     UNDECIDED: "yellow",
+    PARTLY: "yellow",
     NOT_MEASURED: "dim",
+    NO_VERDICT: "dim",
 }
 
 
 def claims_terminal(claims: Sequence[Claim], *, name: str, meaningful: bool) -> TerminalTable:
-    """The claims for the terminal, verdicts in colour."""
+    """The claims for the terminal, verdicts in colour; 80 columns are enough for it."""
     title = f"{for_markup(name)}: the paper's claims" + ("" if meaningful else f"\n{BANNER}")
-    table = TerminalTable(*COLUMNS, title=title)
+    columns = (
+        Column("Claim", ratio=1),
+        Column("Paper", max_width=14),
+        Column("Ours [95 % interval]", no_wrap=True),
+        Column("Verdict", width=12),
+    )
+    table = TerminalTable(
+        *columns,
+        title=title,
+        caption=Text("\n".join(_meanings(claims, "{}: {}")), no_wrap=False, overflow="fold"),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        expand=True,
+    )
     for claim in claims:
-        *cells, reached, again = _row(claim)
-        table.add_row(
-            *map(for_markup, cells), Text(reached, style=STYLES[claim.verdict]), Text(again)
-        )
+        style = STYLES[claim.verdict]
+        for what, paper, ours, *_, reached, _ in _rows(claim):
+            cells = map(for_markup, (what, paper, ours))
+            table.add_row(*cells, Text(reached, style=style))
     return table

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from steerlora.reporting.labels import BANNER
@@ -28,17 +31,32 @@ STYLE = {  # in force while a report's figures are drawn and saved
     "axes.spines.right": False,
     "grid.alpha": 0.3,
     "legend.frameon": False,
+    "pdf.fonttype": 42,  # TrueType, which publishers ask for
     "figure.dpi": 150,
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
 }
 
 
-def save(figure: Figure, path: Path, *, meaningful: bool) -> Path:
-    """Write a figure as PNG without a software stamp, with the smoke-run banner if need be.
+UNDATED = {"Creator": None, "Producer": None, "CreationDate": None}
+"""Of a PDF: the same figure gives the same bytes."""
 
-    256 colours are plenty for bars and heat maps, and make the files three times smaller.
+
+def save(figure: Figure, path: Path, *, meaningful: bool, note: str) -> list[Path]:
+    """Write a figure as PNG and as PDF, with the smoke-run banner if need be.
+
+    256 colours are plenty for bars and heat maps, and make the PNG files three times smaller.
+
+    Args:
+        path: of the PNG; the PDF lies beside it.
+        note: what the figure rests on, to stand under it.
+
+    Returns:
+        The PNG and the PDF.
     """
+    above = figure.get_supxlabel()
+    below = textwrap.fill(note, int(13 * figure.get_figwidth()))
+    figure.supxlabel(f"{above}\n{below}" if above else below, fontsize=8)
     if not meaningful:
         size = 2.4 * figure.get_figwidth()
         look = {"color": "#D55E00", "alpha": 0.7, "fontsize": size, "rotation": 12}
@@ -48,7 +66,9 @@ def save(figure: Figure, path: Path, *, meaningful: bool) -> Path:
     image = Image.open(buffer).convert("RGB")
     image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     image.save(path, optimize=True)
-    return path
+    vector = path.with_suffix(".pdf")
+    figure.savefig(vector, metadata=UNDATED)
+    return [path, vector]
 
 
 def panels(count: int, *, columns: int, height: float, **shared: bool) -> tuple[Figure, list[Axes]]:
@@ -74,13 +94,22 @@ def bars(
     label: str,
     colour: str = COLOURS[0],
 ) -> np.ndarray:
-    """One series of a grouped bar chart from (value, low, high); returns the bars' centres."""
+    """One series of a grouped bar chart from (value, low, high); returns the bars' centres.
+
+    A bar has an outline, so that one of no height is there to see; where nothing was measured, its
+    place says so.
+    """
     width = 0.8 / count
     places = np.arange(len(bounds)) + width * (index - (count - 1) / 2)
     values, low, high = np.array(bounds, dtype=float).T
-    axis.bar(places, values, width * 0.92, color=colour, label=label)
+    look = {"color": colour, "edgecolor": colour, "linewidth": 1.5, "zorder": 2.5}
+    axis.bar(places, values, width * 0.92, label=label, **look)
     arms = np.vstack([values - low, high - values]).clip(min=0)
-    axis.errorbar(places, values, arms, fmt="none", ecolor="black", elinewidth=1, capsize=2.5)
+    look = {"fmt": "none", "ecolor": "black", "elinewidth": 1, "capsize": 2.5, "zorder": 3}
+    axis.errorbar(places, values, arms, **look)
+    for place in places[np.isnan(values)]:
+        look = {"rotation": 90, "ha": "center", "va": "top", "fontsize": 6, "color": "#777777"}
+        axis.text(place, 0.98, "not measured", transform=axis.get_xaxis_transform(), **look)
     axis.grid(axis="y")
     axis.set_axisbelow(True)
     return places
@@ -107,7 +136,7 @@ def heat_map(
     image = axis.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
     middle = (low + high) / 2
     for (row, column), value in np.ndenumerate(values):
-        colour = "black" if value > middle else "white"
+        colour = "white" if value <= middle else "black"  # black also where there is none
         text = number(value, digits)
         axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
     axis.set_xticks(range(len(columns)), columns)
@@ -115,3 +144,12 @@ def heat_map(
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
     return image
+
+
+def outline(axis: Axes, row: int, column: int) -> None:
+    """A frame around a cell of a heat map, to be seen on light cells and on dark ones."""
+    frame = Rectangle(
+        (column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor="white", lw=1.2
+    )
+    frame.set_path_effects([patheffects.withStroke(linewidth=3, foreground="black")])
+    axis.add_patch(frame)

@@ -11,11 +11,13 @@ from matplotlib.figure import Figure
 from steerlora.evaluation.records import BASE, INTACT, Ablation, Evaluation
 from steerlora.reporting import labels
 from steerlora.reporting.claim_measures import CLAIMS
-from steerlora.reporting.drawing import COLOURS, PAPER, WIDTH, bars, name_ticks, panels
+from steerlora.reporting.drawing import PAPER, WIDTH, bars, name_ticks, panels
 from steerlora.reporting.effects import dose_drops, drop, gain, select
 from steerlora.reporting.labels import in_order
-from steerlora.reporting.methods import WHITE_EDGE, Methods
+from steerlora.reporting.methods import Methods
 
+SHAPES = "osD^v<>P*X"
+"""Of domains, which have no colour: colours are those of methods."""
 PAPER_GAINS = {"instruction_following": CLAIMS["C1"][1:], "general_knowledge": CLAIMS["C2"][1:]}
 
 
@@ -42,7 +44,7 @@ def scale_gains(evaluations: list[Evaluation], _: str, methods: Methods) -> Figu
             bars(axis, bounds, index, len(names), name, methods.colour(name))
         if group in PAPER_GAINS:
             axis.axhspan(*PAPER_GAINS[group], color=PAPER, zorder=0, label="paper's range")
-        axis.set_title(labels.GROUPS[group])
+        axis.set_title(labels.group_label(group, evaluations))
         name_ticks(axis, models, rotate=len(models) > 2)
         axis.axhline(0, color="black", linewidth=0.8)
     figure.axes[0].set_ylabel("gain over base")
@@ -52,7 +54,7 @@ def scale_gains(evaluations: list[Evaluation], _: str, methods: Methods) -> Figu
 
 
 def ablation(ablations: list[Ablation], model: str, methods: Methods) -> Figure | None:
-    """Drop of the mean target score under every intervention; dots are the domains."""
+    """Drop of the mean target score under every intervention; small marks are the domains."""
     records = select(ablations, model=model, method=methods.paper)
     names = in_order((n for r in records for n in r.interventions), labels.INTERVENTIONS)
     measures = {name: drop(records, name) for name in names if name != INTACT}
@@ -63,14 +65,16 @@ def ablation(ablations: list[Ablation], model: str, methods: Methods) -> Figure 
     cut = {"alpha": 0.6, "zorder": 0, "label": "paper: SAE-signal controls"}
     axis.axhspan(*CLAIMS["C4"][1:], color=PAPER, **cut)
     axis.axhline(CLAIMS["C5"].high, color="#777777", linestyle="--", label="paper: fixed_rank")
-    bars(axis, [m.interval[:3] for m in shown.values()], 0, 1, "mean over domains")
+    bounds = [measure.interval[:3] for measure in shown.values()]
+    bars(axis, bounds, 0, 1, "mean over domains", methods.colour(methods.paper))
     domains = records[0].domains
     for index, domain in enumerate(domains):
         drops = [drop(records, name, [domain]) for name in shown]
         values = [measure.interval.value if measure else np.nan for measure in drops]
         places = np.arange(len(shown)) + 0.09 * (index - (len(domains) - 1) / 2)
-        look = {"color": COLOURS[1 + index % 5], "markersize": 4} | WHITE_EDGE
-        axis.plot(places, values, "o", label=domain, **look)
+        look = {"color": "white", "markeredgecolor": "black", "markeredgewidth": 0.8}
+        look |= {"linestyle": "none", "markersize": 4.5, "zorder": 4}
+        axis.plot(places, values, marker=SHAPES[index % len(SHAPES)], label=domain, **look)
     name_ticks(axis, list(shown), rotate=len(shown) > 5)
     axis.axhline(0, color="black", linewidth=0.8)
     title = f"{methods.paper} on {model}: score lost under interventions"
@@ -94,13 +98,14 @@ def dose_response(ablations: list[Ablation], model: str, methods: Methods) -> Fi
     if not curves:
         return None
     figure, axes = panels(len(curves), columns=4, height=2.2, sharex=True, sharey=True)
+    colour = methods.colour(methods.paper)
     for axis, name in zip(axes, curves, strict=True):
         for other, (at, value, _, _) in curves.items():
             if other != name:
                 axis.plot(at, value, color=PAPER, linewidth=0.8, zorder=1)
         at, value, low, high = curves[name]
-        axis.fill_between(at, low, high, color=COLOURS[0], alpha=0.25, linewidth=0)
-        axis.plot(at, value, "o-", color=COLOURS[0], markersize=4)
+        axis.fill_between(at, low, high, color=colour, alpha=0.25, linewidth=0)
+        axis.plot(at, value, "o-", color=colour, markersize=4)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_title(name)
         axis.set_xticks([0, 0.5, 1], ["0", "½", "1"])

@@ -14,7 +14,10 @@ from steerlora.evaluation.records import BASE
 from steerlora.reporting.labels import in_order
 
 OWN_COLOUR, UNKNOWN_COLOUR = "#D55E00", "#000000"
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#888888", "#F0E442")
+COLOURS = (
+    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#888888", "#F0E442"),
+    *("#332288", "#882255", "#117733"),
+)
 MARKERS = "vsD<>h^"
 WHITE_EDGE = {"markeredgecolor": "white", "markeredgewidth": 0.5}
 
@@ -35,6 +38,8 @@ class Methods:
     """{a method that is ``own`` with one thing changed: what is changed}."""
     order: tuple[str, ...] = ()
     """How tables and figures order methods; others follow as they come."""
+    colours: dict[str, str] = field(default_factory=dict)
+    """{method: its colour, in every report}; other methods have what is left of `COLOURS`."""
 
     def sorted(self, names: Iterable[str]) -> list[str]:
         """The distinct names, the base model's first."""
@@ -53,13 +58,17 @@ class Methods:
         return f"… {self.variants[name]}" if name in self.variants else name
 
     def colour(self, name: str) -> str:
-        """The same in every figure of a report; ``own`` shares its colour with its variants."""
+        """The same in every figure; ``own`` shares its colour with its variants."""
         if name == self.own or name in self.variants:
             return OWN_COLOUR
-        others = [one for one in self.order if one != self.own and one not in self.variants]
+        if name in self.colours:
+            return self.colours[name]
+        known = {self.own, *self.variants, *self.colours}
+        others = [one for one in self.order if one not in known]
         if name not in others:
             return UNKNOWN_COLOUR
-        return COLOURS[others.index(name) % len(COLOURS)]
+        free = [colour for colour in COLOURS if colour not in self.colours.values()] or COLOURS
+        return free[others.index(name) % len(free)]
 
     def marker(self, name: str) -> dict[str, Any]:
         """Arguments of matplotlib: filled dots, and hollow shapes for variants of ``own``."""

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib import rc_context
@@ -15,7 +16,7 @@ from rich.table import Table as TerminalTable
 from steerlora.config.run import PARTS
 from steerlora.engine.manifests import library_versions
 from steerlora.evaluation.records import Ablation, DomainSequence, Evaluation, Record
-from steerlora.reporting import figures, routing_figures, sequence_figures
+from steerlora.reporting import figures, health, routing_figures, sequence_figures
 from steerlora.reporting.claim_measures import measure_claims
 from steerlora.reporting.claims import (
     Claim,
@@ -27,24 +28,30 @@ from steerlora.reporting.claims import (
 )
 from steerlora.reporting.controls import ablation_table, retrained_table
 from steerlora.reporting.drawing import STYLE, save
-from steerlora.reporting.effects import fingerprints, retrained, uncontrolled
+from steerlora.reporting.effects import fingerprints, retrained, select, uncontrolled
+from steerlora.reporting.evidence import evidence
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.orders import forgetting_table, order_effects_table
 from steerlora.reporting.own_method import method_table
 from steerlora.reporting.scale import scale_table
 from steerlora.reporting.sequences import apart_by_replay
 from steerlora.reporting.tables import Table, markdown_parts, page, write_table
+from steerlora.text import for_markdown
 
 FIGURES = {
-    "scale_gains": "Gain over the base model, with 95 % intervals.",
-    "ablation": "What the SAE signal carries: drop of target scores under interventions.",
+    "scale_gains": "Gain over the base model, with 95 % intervals where there are several "
+    "replicates.",
+    "ablation": "What the SAE signal carries: drop of target scores under interventions, with 95 % "
+    "intervals; small marks are the domains.",
     "dose_response": "The same by strength of the intervention, with 95 % intervals.",
     "method": "The project's own method, the others, and each of its switches turned: means over "
     "replicates with 95 % intervals, and the orders below; dashed lines are the aims.",
     "pareto": "What is learnt against what is forgotten, by method, with 95 % intervals.",
-    "forgetting_matrices": "Score of every domain after every stage of a sequence.",
+    "forgetting_matrices": "Score of every domain after every stage of a sequence, means over "
+    "replicates; framed: the domain that the stage has just learnt.",
     "general_drift": "How far general features move as domains are learnt, with 95 % intervals.",
-    "gate_by_domain": "Which specialist each domain uses.",
+    "gate_by_domain": "Which specialist each domain uses: one replicate, since specialists have no "
+    "identity across replicates.",
     "rank_by_domain": "How much rank each domain uses, at the first control site.",
     "rank_by_layer": "How much rank each domain uses, at every control site.",
     "routing_over_time": "How evenly specialists are used in the course of training.",
@@ -116,10 +123,18 @@ def write_report(
         "method": method_table(sequentials, main_model, methods, meaningful=meaningful),
     }
     tables = [table for table in built.values() if table is not None]
-    claims = measure_claims(evaluations, ablations, sequentials, methods, main_model=main_model)
+    claims = measure_claims(
+        evaluations,
+        ablations,
+        sequentials,
+        methods,
+        main_model=main_model,
+        meaningful=meaningful,
+    )
 
     stale = [f"{table}.{suffix}" for table in built for suffix in ("md", "csv", "tex")]
-    for file in [*stale, *(f"{figure}.png" for figure in FIGURES)]:
+    stale += [f"{figure}.{suffix}" for figure in FIGURES for suffix in ("png", "pdf")]
+    for file in stale:
         (directory / file).unlink(missing_ok=True)
     files = [
         file for table in tables for file in write_table(table, directory, meaningful=meaningful)
@@ -135,11 +150,20 @@ def write_report(
         (directory / file).write_text(text, encoding="utf-8")
     return Report(
         directory=directory,
-        files=(*files, *drawn, *(directory / file for file in texts)),
+        files=(*files, *(f for one in drawn for f in one.files), *(directory / t for t in texts)),
         claims=claims,
         tables={table.name: table.data for table in tables},
         terminal=claims_terminal(claims, name=name, meaningful=meaningful),
     )
+
+
+class Drawn(NamedTuple):
+    """A figure that was written."""
+
+    files: list[Path]
+    """The PNG and the PDF."""
+    caption: str
+    """What it shows, and how many replicates and items that rests on."""
 
 
 def _draw(
@@ -150,7 +174,11 @@ def _draw(
     methods: Methods,
     main_model: str,
     meaningful: bool,
-) -> list[Path]:
+) -> list[Drawn]:
+    ablations = select(ablations, model=main_model, method=methods.paper)
+    sequentials = select(sequentials, model=main_model)
+    routed = list(health.routed(evaluations, main_model, methods).values())
+    routing = [record for records in routed for record in records]
     drawings = {
         figures.scale_gains: evaluations,
         figures.ablation: ablations,
@@ -159,19 +187,22 @@ def _draw(
         sequence_figures.pareto: sequentials,
         sequence_figures.forgetting_matrices: sequentials,
         sequence_figures.general_drift: sequentials,
-        routing_figures.gate_by_domain: evaluations,
-        routing_figures.rank_by_domain: evaluations,
-        routing_figures.rank_by_layer: evaluations,
-        routing_figures.routing_over_time: evaluations,
+        routing_figures.gate_by_domain: [records[0] for records in routed],
+        routing_figures.rank_by_domain: routing,
+        routing_figures.rank_by_layer: routing,
+        routing_figures.routing_over_time: [r for r in routing if r.routing_history],
     }
-    files = []
+    drawn = []
     with rc_context(STYLE):
         for draw, records in drawings.items():
             figure = draw(records, main_model, methods)
             if figure is not None:
-                path = directory / f"{draw.__name__}.png"
-                files.append(save(figure, path, meaningful=meaningful))
-    return files
+                name = draw.__name__
+                note = evidence(records, tokens=draw.__module__ == routing_figures.__name__)
+                path = directory / f"{name}.png"
+                files = save(figure, path, meaningful=meaningful, note=note)
+                drawn.append(Drawn(files, f"{FIGURES[name]} {note}."))
+    return drawn
 
 
 def provenance_json(given: dict, name: str, meaningful: bool, records: list[Record]) -> str:
@@ -193,7 +224,7 @@ def _index(
     varied: Sequence[str],
     claims: tuple[Claim, ...],
     tables: list[Table],
-    drawn: list[Path],
+    drawn: list[Drawn],
 ) -> str:
     parts = [
         *_replicates(varied),
@@ -211,8 +242,9 @@ def _index(
         ]
     if drawn:
         parts.append("## Figures")
-    for file in drawn:
-        parts.append(f"![{FIGURES[file.stem]}]({file.name})\n\n{FIGURES[file.stem]}")
+    for (image, vector), caption in drawn:
+        shown = for_markdown(caption)
+        parts.append(f"![{shown}]({image.name})\n\n{shown} As [PDF]({vector.name}).")
     return page(parts, meaningful=meaningful, title=f"Results: {name}")
 
 

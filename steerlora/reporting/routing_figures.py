@@ -52,7 +52,7 @@ def rank_by_domain(evaluations: list[Evaluation], model: str, methods: Methods) 
         ranks = ranks.reindex(columns=domains).to_numpy()
         bounds = [(mean, np.nan, np.nan) for mean in ranks.mean(axis=0)]
         places = bars(axis, bounds, index, len(found), method, methods.colour(method))
-        axis.plot(places, ranks.T, "o", color="black", markersize=3, alpha=0.7)
+        axis.plot(places, ranks.T, "o", color="black", markersize=3, alpha=0.7, zorder=4)
     name_ticks(axis, domains)
     axis.set(
         ylabel="mean token rank", title=f"Effective rank by domain, {model} (dots: replicates)"

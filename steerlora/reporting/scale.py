@@ -60,7 +60,10 @@ def scale_table(
         )
         for index, row in data.iterrows()
     ]
-    headings = [labels.GROUPS.get(c, c.removeprefix("target_")) for c in scores]
+    headings = [
+        labels.group_label(c, evaluations) if c in labels.GROUPS else c.removeprefix("target_")
+        for c in scores
+    ]
     caption = (
         f"Scale: mean over replicates ± its standard error ({ERROR}), score; "
         "in brackets the gain over the base model; bold leads its model's adapters by more than "

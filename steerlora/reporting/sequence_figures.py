@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from steerlora.evaluation.records import DomainSequence
 from steerlora.evaluation.scores import Estimate
 from steerlora.evaluation.statistics import Interval
-from steerlora.reporting.drawing import WIDTH, heat_map
+from steerlora.reporting.drawing import WIDTH, heat_map, outline
 from steerlora.reporting.effects import by_method, select
 from steerlora.reporting.labels import in_order
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.own_method import LEAST_FINAL, LEAST_GENERAL, MOST_FORGETTING
-from steerlora.reporting.sequences import final, forgotten, kept, mean, ordered
+from steerlora.reporting.sequences import final, forgotten, kept, mean
 
 MAX_ORDERS = 4
 """Orders in one figure; more would not be readable."""
@@ -34,8 +34,8 @@ def forgetting_matrices(
     """Scores after every stage: a row of heat maps a method, a column an order, means of
     replicates.
 
-    Domains run in the order of learning, left to right, so stage i learns column i. At
-    most `MAX_ORDERS` orders, and `MAX_METHODS` methods, are drawn.
+    Columns are the domains, in the same order in every panel; a frame is around the one that a
+    stage has just learnt. At most `MAX_ORDERS` orders, and `MAX_METHODS` methods, are drawn.
     """
     records = select(sequentials, model=model)
     if not records:
@@ -46,11 +46,12 @@ def forgetting_matrices(
     orders = in_order((record.order for record in records), ("broad_first", "broad_last"))
     orders = orders[:MAX_ORDERS]
     found = {key: select(records, method=key[0], order=key[1]) for key in product(names, orders)}
+    columns = in_order((d for r in records for d in r.sequence), records[0].domains)
     matrices = [
-        np.mean([ordered(record)[0] for record in runs] or [[[0]]], axis=0)
-        for runs in found.values()
+        _mean_matrix(runs, columns) if runs else np.zeros((0, 0)) for runs in found.values()
     ]
-    low, high = min(m.min() for m in matrices), max(m.max() for m in matrices)
+    scores = np.concatenate([matrix.ravel() for matrix in matrices])
+    low, high = np.nanmin(scores), np.nanmax(scores)
     width = min(WIDTH, 1.4 + 3.0 * len(orders))
     figure = Figure(figsize=(width, 0.5 + 2.75 * len(names)))
     axes = figure.subplots(len(names), len(orders), squeeze=False)
@@ -60,13 +61,24 @@ def forgetting_matrices(
             continue
         sequence, leftmost = runs[0].sequence, order == orders[0]
         stages = ["base", *map(str, range(1, len(sequence) + 1))] if leftmost else None
-        image = heat_map(axis, matrix, stages, sequence, low, high, size=7)
+        image = heat_map(axis, matrix, stages, columns, low, high, size=7)
+        for stage, domain in enumerate(sequence, start=1):
+            outline(axis, stage, columns.index(domain))
         axis.set_title(f"{name}\n{order}", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.tick_params(axis="x", rotation=90)
         axis.set_ylabel("after stage" if leftmost else "")
     figure.colorbar(image, ax=axes, label="score", shrink=0.8, aspect=30)
     return figure
+
+
+def _mean_matrix(records: Sequence[DomainSequence], columns: Sequence[str]) -> np.ndarray:
+    """[T + 1, columns] scores after every stage, means over replicates; NaN: not scored."""
+    matrices = []
+    for record in records:
+        scores = pd.DataFrame(record.matrix, columns=list(record.domains))
+        matrices.append(scores.reindex(columns=columns).to_numpy())
+    return np.mean(matrices, axis=0)
 
 
 def pareto(sequentials: list[DomainSequence], model: str, methods: Methods) -> Figure | None:

@@ -21,8 +21,10 @@ from steerlora.reporting.verdicts import (
     DIRECTION,
     IN_RANGE,
     LEAST_AGAIN,
+    NO_VERDICT,
     NOT_MEASURED,
     NOT_REPRODUCED,
+    PARTLY,
     UNDECIDED,
     VERDICTS,
     Judged,
@@ -37,6 +39,8 @@ def judgements(
     main_model: str,
     seeds: list[int],
     studies: dict[int, np.ndarray],
+    *,
+    meaningful: bool,
 ) -> dict[int, dict[str, list[Judged]]]:
     """{replicates: {claim: the verdict of every study}}, by the code of the reports."""
     plain = uncontrolled(evaluations)
@@ -47,7 +51,7 @@ def judgements(
             of = {seeds[place] for place in members}
             claims = measure_claims(
                 _of(plain, of), _of(ablations, of), _of(sequentials, of), methods,
-                main_model=main_model,
+                main_model=main_model, meaningful=meaningful,
             )  # fmt: skip
             for claim in claims:
                 by_claim.setdefault(claim.id, []).append(claim.judged)
@@ -84,7 +88,7 @@ def verdicts_table(
                 (True, [one.verdict for one in ones]),
                 (False, [one.by_intervals for one in ones]),
             ):
-                if set(said) == {NOT_MEASURED}:
+                if set(said) <= {NOT_MEASURED, NO_VERDICT}:
                     continue
                 row = {"claim": claim, "replicates": size, "rule": rule}
                 counts = counted(said) | _compared(said, apart)
@@ -134,7 +138,7 @@ def verdicts_table(
     return Table("verdicts", caption, data, headings, cells)
 
 
-SHOWN = (IN_RANGE, DIRECTION, NOT_REPRODUCED, UNDECIDED)
+SHOWN = (IN_RANGE, DIRECTION, NOT_REPRODUCED, UNDECIDED, PARTLY)
 DECIDED = {IN_RANGE: 1, DIRECTION: 1, NOT_REPRODUCED: -1}
 
 

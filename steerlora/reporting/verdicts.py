@@ -18,30 +18,41 @@ IN_RANGE = "in range"
 DIRECTION = "direction reproduced"
 NOT_REPRODUCED = "not reproduced"
 UNDECIDED = "undecided"
+PARTLY = "partly measured"
 NOT_MEASURED = "not measured"
-VERDICTS = (IN_RANGE, DIRECTION, NOT_REPRODUCED, UNDECIDED, NOT_MEASURED)
+NO_VERDICT = "no verdict"
 
 LEAST_AGAIN = 0.9
 """A verdict stands if another study of the same size reaches it with this probability."""
 DRAWS = 10_000
+LEAST_SHARE = 0.1
+"""The smallest effect that counts, as a share of the one that the paper's figure implies: less,
+however sure it is, is not the effect that the paper reports."""
+
+MEANINGS = {
+    IN_RANGE: "every 95 % interval lies wholly above the smallest effect that counts, and all "
+    "meet the paper's range",
+    DIRECTION: "every 95 % interval lies wholly above the smallest effect that counts",
+    NOT_REPRODUCED: "some interval lies wholly below the effect that the paper's figure implies, "
+    "and not wholly above the smallest that counts",
+    UNDECIDED: "none of these, or one replicate, which has no interval, or another study of the "
+    f"same size would decide alike with a probability below {LEAST_AGAIN} (Again)",
+    PARTLY: "some of what the claim names was not measured, so the rest decides nothing",
+    NOT_MEASURED: "there is no effect to measure",
+    NO_VERDICT: "the run is marked as not meaningful",
+}
+"""{verdict: what it says}."""
+VERDICTS = tuple(MEANINGS)
 
 RULE = (
-    "Each effect has a direction, which the claim says is positive, and a smallest size, which the "
-    "paper's figure implies. "
-    "**not measured**: there is no effect to measure. "
-    "**direction reproduced**: every 95 % interval lies wholly above zero. "
-    "**in range**: they do, and all also meet the paper's range. "
-    "**not reproduced**: some interval lies wholly below the smallest size, and not wholly above "
-    "zero. "
-    "**undecided**: neither, or one replicate, which has no interval. "
-    "Where a claim is about several models or interventions, all must satisfy it. "
+    "Each effect has a direction, which the claim says is positive. The smallest effect that "
+    f"counts is {LEAST_SHARE} of the one that the paper's figure implies, the low end of its "
+    "range. Where a claim is about several models or interventions, all must satisfy it. "
     "Intervals are over replicates: everything made anew from another seed, the items the same. "
     "Replicates that all agree on a value other than zero do so by the grid of the items' scores; "
     "nothing is decided by an interval of no width. "
-    f"**Again** is the probability that another study of the same size would decide alike; below "
-    f"{LEAST_AGAIN} the verdict is undecided, whatever the intervals say. "
-    "C3, C5 and C8 say in their definition what takes the place of zero, of the size and of the "
-    "range."
+    "Again is the probability that another study of the same size would decide alike. "
+    "C3, C5 and C8 say in their definition what takes the place of the effect and of the range."
 )
 
 
@@ -55,20 +66,30 @@ class Judged(NamedTuple):
     "direction reproduced" are the same; NaN where they decide nothing."""
     replicates: int = 0
     """The fewest of an effect."""
+    whole: bool = True
+    """Whether everything that the claim names was measured."""
 
     @property
     def verdict(self) -> str:
-        """What the intervals say, if another study would say it again; else `UNDECIDED`."""
+        """What the intervals say, if they are of everything that the claim names, and another
+        study would say it again; else `PARTLY` or `UNDECIDED`."""
+        if self.by_intervals in (NOT_MEASURED, NO_VERDICT):
+            return self.by_intervals
+        if not self.whole:
+            return PARTLY
         return UNDECIDED if self.again < LEAST_AGAIN else self.by_intervals
 
 
-def judge(effects: Sequence[Interval], *, smallest: float, agrees: bool) -> Judged:
+def judge(
+    effects: Sequence[Interval], *, smallest: float, agrees: bool, whole: bool = True
+) -> Judged:
     """The verdict on a claim.
 
     Args:
         effects: intervals that the claim says are positive.
-        smallest: effect that the paper's figure implies.
+        smallest: effect that the paper's figure implies; `LEAST_SHARE` of it counts.
         agrees: whether the figures also agree with the paper's.
+        whole: whether the effects are all that the claim names.
     """
     said = verdict(effects, smallest=smallest, agrees=agrees)
     decided = said not in (UNDECIDED, NOT_MEASURED)
@@ -76,6 +97,7 @@ def judge(effects: Sequence[Interval], *, smallest: float, agrees: bool) -> Judg
         said,
         again(effects, smallest=smallest) if decided else math.nan,
         min((effect.seeds for effect in effects), default=0),
+        whole,
     )
 
 
@@ -99,7 +121,8 @@ def _telling(effect: Interval) -> Interval:
 
 def _decided(low: np.ndarray, high: np.ndarray, smallest: float) -> tuple[np.ndarray, np.ndarray]:
     """(reproduced, refuted) of bounds [M, ...]; unknown ones, NaN, decide nothing."""
-    return (low > 0).all(axis=0), ((low <= 0) & (high < smallest)).any(axis=0)
+    counts = low > LEAST_SHARE * smallest
+    return counts.all(axis=0), (~counts & (high < smallest)).any(axis=0)
 
 
 def again(effects: Sequence[Interval], *, smallest: float) -> float:

@@ -118,7 +118,13 @@ def test_a_method_that_is_too_narrow_is_named_as_such(calibration):
 def test_what_is_written_parses_and_agrees(calibration):
     names = {path.name for path in calibration.directory.iterdir()}
     assert names == {path.name for path in calibration.files}
-    assert {"coverage.png", "calibration.md", "provenance.json", "verdicts.csv"} <= names
+    assert {
+        "coverage.png",
+        "coverage.pdf",
+        "calibration.md",
+        "provenance.json",
+        "verdicts.csv",
+    } <= names
     document = json.loads((calibration.directory / "calibration.json").read_text())
     assert document["replicates"] == REPLICATES
     assert document["studies"] == {"2": 28, "3": 56, "4": 70}
@@ -168,8 +174,10 @@ def test_a_report_shows_what_the_studies_saw(tmp_path, calibration, records, met
 def test_a_smoke_run_is_marked_everywhere(tmp_path, records, methods):
     written = study(tmp_path, records, methods, meaningful=False, sizes=(2,))
     for path in written.files:
-        if path.suffix != ".png" and path.name != "provenance.json":
+        if path.suffix not in (".png", ".pdf") and path.name != "provenance.json":
             assert BANNER in path.read_text().lower(), path.name
+    assert {verdict for by in written.verdicts.values() for verdict in by[2]} == {"no verdict"}
+    assert "verdicts" not in written.tables
 
 
 def test_a_base_that_cannot_vary_is_part_of_every_study(tmp_path, records, methods):

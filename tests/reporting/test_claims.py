@@ -1,19 +1,29 @@
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from steerlora.evaluation.scores import Estimate
 from steerlora.reporting.claim_measures import CONTROLS, measure_claims
-from steerlora.reporting.claims import claims_json, claims_markdown, claims_terminal
+from steerlora.reporting.claims import (
+    claims_grid,
+    claims_json,
+    claims_markdown,
+    claims_terminal,
+)
 from steerlora.reporting.labels import BANNER
 from steerlora.reporting.verdicts import (
     DIRECTION,
     IN_RANGE,
+    MEANINGS,
+    NO_VERDICT,
     NOT_MEASURED,
     NOT_REPRODUCED,
+    PARTLY,
     UNDECIDED,
 )
 
@@ -91,10 +101,24 @@ def test_bases_of_their_own_and_a_base_that_cannot_vary(world, methods):
     )
 
 
-def test_c1_of_one_model_says_that_scale_was_not_tested(world, methods):
-    claim = measured(world, methods, models=("micro_m",))["C1"]
-    assert claim.verdict == IN_RANGE
-    assert "scale was not tested" in claim.note
+def test_claims_about_every_scale_are_not_decided_by_one_model(world, methods):
+    claims = measured(world, methods, models=("micro_m",))
+    for name in ("C1", "C3"):
+        assert claims[name].verdict == PARTLY
+        assert claims[name].note == "Not measured: another scale."
+    assert claims["C2"].verdict == IN_RANGE  # which names no scale
+
+
+def test_a_model_or_a_set_without_a_measure_is_missed(world, methods):
+    records = [
+        replace(r, averages={k: a for k, a in r.averages.items() if k != "gsm8k"})
+        for r in world.evaluations(seeds=SEEDS)
+        if (r.model, r.method) != ("micro_l", "sc_lora")
+    ]
+    claims = measure_claims(records, [], [], methods, main_model="micro_m")
+    assert [claim.verdict for claim in claims[:3]] == [PARTLY] * 3
+    assert claims[1].note == "Not measured: micro_l."
+    assert "micro_l, world-MMLU-Pro, micro_s, world-GSM8K" in claims[2].note
 
 
 def test_gains_beyond_the_range_are_the_direction_only(make_world, methods):
@@ -125,12 +149,101 @@ def test_a_set_on_which_nobody_scores_measures_nothing(make_world, methods):
     assert claims["C1"].verdict != NOT_MEASURED
 
 
-def test_c4_needs_every_control(make_world, methods):
+@pytest.mark.parametrize("control", CONTROLS)
+def test_c4_and_c5_need_every_control(make_world, methods, control):
+    world = make_world()
+    del world.kept[control]
+    claims = measured(world, methods)
+    for name in ("C4", "C5"):
+        assert claims[name].verdict == PARTLY
+        assert claims[name].note.startswith(f"Not measured: {control}.")
+
+
+def test_shuffle_alone_is_a_part_of_c4(make_world, methods):
+    kept = {name: make_world().kept[name] for name in ("intact", "shuffle")}
+    claims = measured(make_world(kept=kept), methods)
+    assert claims["C4"].verdict == PARTLY
+    assert len(claims["C4"].measures) == 1
+    assert claims["C5"].verdict == NOT_MEASURED
+
+
+def test_a_drop_too_small_to_count_reproduces_nothing(make_world, methods):
+    """However sure it is that something was lost, it is a fifth of a percent."""
+    tiny = dict.fromkeys(make_world().kept, 0.998) | {"intact": 1.0}
+    claim = measured(make_world(kept=tiny), methods)["C4"]
+    assert all(measure.interval.low > 0 for measure in claim.measures)
+    assert claim.verdict == NOT_REPRODUCED
+    assert claim.counts_from == "3.4 %"
+
+
+def test_a_run_that_is_not_meaningful_has_no_verdict(world, methods):
+    records = (world.evaluations(seeds=SEEDS), world.ablations(SEEDS), world.sequentials(SEEDS))
+    claims = measure_claims(*records, methods, main_model="micro_m", meaningful=False)
+    assert {claim.verdict for claim in claims} == {NO_VERDICT}
+    assert all(claim.measures for claim in claims)
+    shown = claims_markdown(claims, name="smoke", meaningful=False)
+    shown += claims_json(claims, name="smoke", meaningful=False).split('"claims": [')[1]
+    for verdict in set(MEANINGS) - {NO_VERDICT, IN_RANGE}:  # definitions say what is in range
+        assert f"**{verdict}**" not in shown
+        assert f'"{verdict}"' not in shown
+    assert f'"{IN_RANGE}"' not in shown
+
+
+def test_each_claim_names_the_smallest_effect_that_counts(world, methods):
+    claims = measured(world, methods).values()
+    text = claims_markdown(claims, name="demo", meaningful=True)
+    assert [claim.counts_from for claim in claims] == [
+        "+0.0016",
+        "+0.0017",
+        "+0.016",
+        "3.4 %",
+        "2.2 points",
+        "1.3 %",
+        "3.8 %",
+        "0.01",
+    ]
+    for claim in claims:
+        assert f"The smallest effect that counts: {claim.counts_from}." in text
+
+
+def test_a_row_has_one_figure_with_one_interval(world, methods):
+    claims = measured(world, methods).values()
+    rows = [line.split(" | ") for line in claims_grid(claims).splitlines() if line[:2] == "| "][2:]
+    assert len(rows) == sum(1 + len(c.measures) * (len(c.measures) > 1) for c in claims)
+    for row in rows:
+        assert row[2].count("[") <= 1
+        assert " to " not in row[2]
+    several = [row for row in rows if row[0].startswith("| … ")]
+    assert [row[0] for row in several[:3]] == ["| … micro_s", "| … micro_m", "| … micro_l"]
+    assert "| … shuffle" in [row[0] for row in several]
+    for row in several:
+        assert "[" in row[2]
+
+
+def test_verdicts_that_are_given_are_explained_below(world, methods):
+    claims = measured(world, methods, models=("micro_m",)).values()
+    had = {claim.verdict for claim in claims}
+    shown = claims_grid(claims)
+    for verdict, says in MEANINGS.items():
+        assert (f"- **{verdict}**: {says}." in shown) is (verdict in had)
+
+
+def test_the_terminals_table_can_be_read_at_80_columns(make_world, methods):
     world = make_world()
     del world.kept["invert"]
-    claim = measured(world, methods)["C4"]
-    assert claim.verdict == DIRECTION
-    assert claim.note == "Not run: invert."
+    claims = tuple(measured(world, methods).values())
+    console = Console(file=io.StringIO(), width=80, soft_wrap=True)
+    console.print(claims_terminal(claims, name="demo", meaningful=True))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = " ".join(lines)
+    assert "partly measured: some of what" in shown
+    words = set(shown.split())
+    for claim in claims:  # no word is cut, no interval is broken
+        assert set(f"{claim.id} {claim.text} {claim.paper} {claim.shown_verdict}".split()) <= words
+        for measure in claim.measures:
+            assert claim.shown(measure) in shown
+            assert len(claim.measures) == 1 or set(measure.label.split()) <= words
 
 
 def test_c4_and_c5_where_the_signal_does_not_matter(make_world, methods):
@@ -236,7 +349,7 @@ def test_c8_never_compares_a_course_with_an_end(world, methods):
 
 def test_one_replicate_decides_nothing(world, methods):
     claims = measure_claims(
-        world.evaluations(models=("micro_s",), seeds=(0,)),
+        world.evaluations(models=("micro_s", "micro_m"), seeds=(0,)),
         [],
         world.sequentials((0,)),
         methods,
@@ -255,7 +368,8 @@ def test_one_replicate_decides_nothing(world, methods):
         methods,
         main_model="micro_m",
     )
-    assert "[" not in two[0].ours  # one of the two models has no interval
+    assert "[" not in two[0].shown(two[0].measures[0])  # one of the two has no interval
+    assert "[" in two[0].shown(two[0].measures[1])
     assert two[0].measures[1].interval.known
 
 
@@ -291,9 +405,11 @@ def test_shown_as_json_markdown_and_in_the_terminal(world, meaningful, methods):
         assert f"## {claim.id}: {claim.verdict}" in text
 
     grid = text.split("\n\n")[1 if meaningful else 2]
-    assert grid.startswith("| Claim | Paper | Ours [95 % interval] | Replicates | Items | Verdict")
+    assert grid.startswith(
+        "| Claim | Paper | Ours [95 % interval] | Replicates | Items | Counts from |"
+    )
     table = claims_terminal(claims, name="demo", meaningful=meaningful)
-    assert table.row_count == 8
+    assert table.row_count == 8 + 3 + 3 + 6 + 5
     assert (BANNER in table.title) is not meaningful
 
 
@@ -311,13 +427,13 @@ def test_a_verdict_that_another_study_may_not_reach_is_undecided(world, methods)
     """Two replicates whose intervals decide, and whose width another two would not have."""
     claim = measure_claims(
         world.evaluations(models=("micro_m",)), [], [], methods, main_model="micro_m"
-    )[0]
+    )[1]
     assert claim.judged.by_intervals == IN_RANGE
     assert claim.judged.again < 0.9
     assert claim.shown_verdict == "undecided (2 replicates)"
     text = claims_markdown([claim], name="demo", meaningful=True)
     assert "The intervals alone say: in range. Another study of 2 replicates would say so" in text
-    assert f"| undecided (2 replicates) | {claim.judged.again:.2f} |" in text
+    assert f"undecided (2 replicates) | {claim.judged.again:.2f} |" in text
 
 
 def test_what_a_calibration_study_saw_stands_beside_the_verdict(world, methods):

@@ -6,9 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
+from matplotlib.colors import to_rgba
 
 from steerlora.evaluation.statistics import Interval
 from steerlora.reporting import figures, routing_figures, sequence_figures
+from steerlora.reporting.drawing import STYLE, save
+from steerlora.reporting.evidence import evidence
 
 OWN = "sc_lora_context"
 LOST = {"lora": 0.4, "sc_lora": 0.3, OWN: 0.05, f"{OWN}_soft": 0.1}
@@ -47,6 +51,12 @@ def test_methods_look_the_same_everywhere_and_differ_from_each_other(methods):
     looks = {(methods.colour(name), methods.marker(name)["marker"]) for name in methods.order}
     assert len(looks) == len(methods.order)
     assert methods.colour(f"{OWN}_soft") == methods.colour(OWN)
+    methods = replace(methods, colours={"x_lora": "#882255", "sc_lora": "#009E73"})
+    assert methods.colour("sc_lora") == "#009E73"
+    orders = [methods.order, ("x_lora", "sc_lora", "moe_lora"), ("sc_lora",)]
+    found = {replace(methods, order=order).colour("sc_lora") for order in orders}
+    assert len(found) == 1  # whichever methods an experiment has
+    assert methods.colour("lora") not in methods.colours.values()
     assert methods.colour("another") not in {methods.colour(name) for name in methods.order}
 
 
@@ -116,6 +126,89 @@ def test_matrices_of_many_methods_are_those_that_matter(make_world, methods):
     figure = sequence_figures.forgetting_matrices(records, "micro_m", methods)
     titles = [axis.get_title().split("\n")[0] for axis in figure.axes if axis.get_title()]
     assert titles == ["lora", "moe_lora", "sc_lora", OWN]
+
+
+def test_matrices_have_the_same_columns_and_frame_what_was_just_learnt(world, methods):
+    orders = ("broad_first", "broad_last", "random_0")
+    records = [world.sequential("lora", order, seed) for order in orders for seed in (0, 1)]
+    axes = sequence_figures.forgetting_matrices(records, "micro_m", methods).axes[:3]
+    columns = [[label.get_text() for label in axis.get_xticklabels()] for axis in axes]
+    assert columns == [list(records[0].domains)] * 3
+    for axis, record in zip(axes, records[::2], strict=True):
+        corners = [np.round(np.add(frame.get_xy(), 0.46)).tolist() for frame in axis.patches]
+        assert corners == [
+            [record.domains.index(domain), stage] for stage, domain in enumerate(record.sequence, 1)
+        ]
+        shown = np.mean([r.matrix for r in records if r.order == record.order], axis=0)
+        assert axis.images[0].get_array().data == pytest.approx(shown)
+
+
+def test_a_method_has_one_colour_in_all_figures(world, methods):
+    """Of the bars, lines and areas that are drawn of the paper's method."""
+    colour = to_rgba(methods.colour("sc_lora"))
+    evaluations = [world.over_training(record) for record in world.evaluations()]
+    gains = figures.scale_gains(evaluations, "micro_m", methods).axes[0]
+    ranks = routing_figures.rank_by_domain(evaluations, "micro_m", methods).axes[0]
+    for axis in (gains, ranks):
+        bars = next(c for c in axis.containers if c.get_label() == "sc_lora")
+        assert {bar.get_facecolor() for bar in bars} == {colour}
+    ablations = [world.doses(world.ablation(seed)) for seed in (0, 1)]
+    (axis,) = figures.ablation(ablations, "micro_m", methods).axes
+    assert {bar.get_facecolor() for bar in axis.containers[0]} == {colour}
+    others = {to_rgba(methods.colour(name)) for name in methods.order}
+    marks = [line for line in axis.lines if line.get_label() in world.ablation(0).domains]
+    assert len(marks) == len({line.get_marker() for line in marks}) == 5
+    assert others.isdisjoint(to_rgba(line.get_color()) for line in marks)
+    dose = figures.dose_response(ablations, "micro_m", methods).axes[0]
+    assert colour in {to_rgba(line.get_color()) for line in dose.lines}
+
+
+def test_a_bar_without_height_is_there_and_one_that_was_not_measured_says_so(world, methods):
+    same = world.evaluations(models=("micro_m",), seeds=(0,))
+    base = next(r for r in same if r.method == "none").averages
+    flat = [replace(r, averages=base) if r.method == "lora" else r for r in same]
+    other = [world.evaluation("micro_s", name, 0) for name in ("none", "sc_lora")]
+    axis = figures.scale_gains([*flat, *other], "micro_m", methods).axes[0]
+    lora = next(c for c in axis.containers if c.get_label() == "lora")
+    assert lora[0].get_height() == 0
+    assert lora[0].get_linewidth() > axis.lines[-1].get_linewidth()  # that of the zero line
+    assert [text.get_text() for text in axis.texts] == ["not measured"] * 2  # two methods
+    places = [text.get_position()[0] for text in axis.texts]
+    assert all(place > 0.5 for place in places)  # of the second model
+
+
+def test_figures_call_stand_ins_by_their_own_name(world, methods):
+    titles = [
+        axis.get_title() for axis in figures.scale_gains(world.evaluations(), "", methods).axes
+    ]
+    assert "world-GSM8K" in titles
+    assert "world-MMLU-Pro" in titles
+
+
+def test_what_a_figure_rests_on(world, methods):
+    several = world.evaluations(models=("micro_m",), seeds=(0, 1, 2, 3))
+    assert evidence(several) == "4 replicates (seeds 0 to 3); 100 items a task"
+    assert evidence(several, tokens=True) == "4 replicates (seeds 0 to 3); 10,000 tokens"
+    mixed = [*several, *world.evaluations(models=("micro_s", "micro_l"), seeds=(0,))]
+    assert evidence(mixed) == (
+        "micro_m: 4 replicates (seeds 0 to 3); "
+        "micro_s, micro_l: 1 replicate (seed 0), no interval; 100 items a task"
+    )
+    assert evidence([world.ablation(seed) for seed in (1, 4)]) == (
+        "2 replicates (seeds 1, 4); 100 items a domain"
+    )
+    one = [world.sequential("lora", "broad_first", 7)]
+    assert evidence(one) == "1 replicate (seed 7), no interval; 100 items a domain"
+    bases = world.evaluations(models=("micro_m",), seeds=(0,))[:1]
+    assert evidence(bases).startswith("1 replicate (seed 0)")
+
+
+def test_the_note_stands_under_the_figure_and_below_what_is_there(world, tmp_path, methods):
+    records = [world.doses(world.ablation(0))]
+    with rc_context(STYLE):
+        figure = figures.dose_response(records, "micro_m", methods)
+        save(figure, tmp_path / "f.png", meaningful=True, note="one replicate")
+    assert figure.get_supxlabel() == "strength of the intervention\none replicate"
 
 
 def test_rank_by_layer_where_there_are_several_sites(world, methods):

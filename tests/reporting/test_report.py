@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -59,12 +60,17 @@ def everything(make_world):
 def test_everything_is_written_and_parses(full):
     names = {path.name for path in full.directory.iterdir()}
     assert names == {path.name for path in full.files}
-    assert names == TEXTS | TABLES | {f"{name}.png" for name in FIGURES}
+    drawn = {f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "pdf")}
+    assert names == TEXTS | TABLES | drawn
     for name in FIGURES:
         path = full.directory / f"{name}.png"
         with Image.open(path) as image:
             assert 500 <= image.width <= 1400
         assert path.stat().st_size < 300_000
+        vector = path.with_suffix(".pdf").read_bytes()
+        assert vector.startswith(b"%PDF-")
+        assert len(vector) < 100_000
+        assert b"/Type3" not in vector  # fonts that publishers refuse
     for name, data in full.tables.items():
         assert len(pd.read_csv(full.directory / f"{name}.csv")) == len(data)
     provenance = json.loads((full.directory / "provenance.json").read_text())
@@ -73,12 +79,17 @@ def test_everything_is_written_and_parses(full):
     assert provenance["versions"]["torch"]
     assert "ablation-sc_lora-1" in provenance["artifacts"]
     index = (full.directory / "results.md").read_text()
-    assert all(f"({name}.png)" in index for name in FIGURES)
+    for name, caption in FIGURES.items():
+        shown = index.split(f"({name}.png)\n\n")[1].split("\n\n")[0]
+        assert shown.startswith(caption)
+        assert re.search(r"\d replicates? \(seeds? 0.*; [0-9,]+ (items a|tokens)", shown), shown
+        assert f"As [PDF]({name}.pdf)." in shown
     assert "## Order effects" in index
     assert "\n- Positive forgetting at most 0.2 of lora's: " in index
     assert BANNER not in index
     assert BANNER not in full.terminal.title
-    assert full.terminal.row_count == 8
+    rows = [1 + len(c.measures) * (len(c.measures) > 1) for c in full.claims]
+    assert full.terminal.row_count == sum(rows)
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path, make_world, full, methods):
@@ -90,7 +101,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path, make_world, full, method
 def test_a_smoke_run_is_marked_everywhere(tmp_path, make_world, full, methods):
     smoke = report(tmp_path, methods, everything(make_world), meaningful=False)
     for path in smoke.files:
-        if path.suffix == ".png":
+        if path.suffix in (".png", ".pdf"):
             assert path.read_bytes() != (full.directory / path.name).read_bytes()
         elif path.name == "provenance.json":
             assert json.loads(path.read_text())["meaningful"] is False

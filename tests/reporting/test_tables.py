@@ -11,6 +11,7 @@ from scipy import stats
 
 from steerlora.evaluation.forgetting import forgetting_metrics
 from steerlora.evaluation.statistics import holm
+from steerlora.reporting.claim_measures import measure_claims
 from steerlora.reporting.controls import ablation_table, retrained_table
 from steerlora.reporting.drawing import STYLE, save
 from steerlora.reporting.labels import BANNER
@@ -258,4 +259,26 @@ def test_a_dollar_in_a_name_is_no_formula(tmp_path):
     with rc_context(STYLE):
         figure = Figure()
         figure.subplots().set_title("a$b_{$")
-        assert save(figure, tmp_path / "f.png", meaningful=True).is_file()
+        files = save(figure, tmp_path / "f.png", meaningful=True, note="a$b")
+    assert [path.name for path in files] == ["f.png", "f.pdf"]
+    assert all(path.is_file() for path in files)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "expected"),
+    [
+        (["gsm8k"], "GSM8K"),
+        (["micro_gsm8k"], "micro-GSM8K"),
+        (["gsm8k_cot"], "gsm8k_cot"),
+        (["gsm8k", "text_gsm8k"], "GSM8K, text-GSM8K"),
+        ([], "GSM8K"),
+    ],
+)
+def test_a_stand_in_has_its_own_name_in_table_and_claims(world, methods, tasks, expected):
+    records = [
+        replace(record, groups=record.groups | {"gsm8k": tasks})
+        for record in world.evaluations(models=("micro_m",))
+    ]
+    assert expected in scale_table(records, methods, meaningful=True).columns
+    marginal = measure_claims(records, [], [], methods, main_model="micro_m")[2]
+    assert f"micro_m, {expected}" in [measure.label for measure in marginal.measures]

@@ -9,8 +9,10 @@ from steerlora.reporting.verdicts import (
     DIRECTION,
     IN_RANGE,
     LEAST_AGAIN,
+    LEAST_SHARE,
     NOT_MEASURED,
     NOT_REPRODUCED,
+    PARTLY,
     UNDECIDED,
     again,
     judge,
@@ -34,7 +36,9 @@ WIDE, SMALL, BELOW = interval(-0.01, 0.03), interval(-0.01, 0.01), interval(-0.0
     [
         ([SURE], True, IN_RANGE),
         ([SURE], False, DIRECTION),
-        ([TINY], False, DIRECTION),  # above zero is enough, however small
+        ([interval(0.002, 0.03)], False, DIRECTION),
+        ([TINY], True, NOT_REPRODUCED),  # above zero, and too small to count
+        ([interval(0.001, 0.03)], True, UNDECIDED),  # may be too small to count
         ([WIDE], True, UNDECIDED),  # nothing is shown, and nothing refuted
         ([BELOW], True, NOT_REPRODUCED),
         ([SMALL], True, NOT_REPRODUCED),  # zero may be, what the paper says may not
@@ -72,9 +76,9 @@ def slow_again(effects, smallest, studies=20000):
             sigma = np.sqrt((count - 1) * s**2 / stats.chi2.rvs(count - 1, random_state=generator))
             mu = generator.normal(effect.value, sigma / np.sqrt(count))
             new = t_interval(generator.normal(mu, sigma, count))
-            above[study] &= new.low > 0
-            refuted[study] |= new.low <= 0 and new.high < smallest
-    first = all(effect.low > 0 for effect in effects)
+            above[study] &= new.low > LEAST_SHARE * smallest
+            refuted[study] |= new.low <= LEAST_SHARE * smallest and new.high < smallest
+    first = all(effect.low > LEAST_SHARE * smallest for effect in effects)
     return np.mean(above if first else refuted)
 
 
@@ -95,7 +99,8 @@ def test_again_is_what_new_studies_give(effects):
 
 def test_again_of_what_barely_decides_is_about_a_half():
     # The new mean misses by sqrt(2) standard errors, and the bound is as likely passed as not.
-    assert again([interval(1e-9, 1.0, 30)], smallest=0.5) == pytest.approx(0.5, abs=0.03)
+    barely = interval(LEAST_SHARE * 0.5 + 1e-9, 1.0, 30)
+    assert again([barely], smallest=0.5) == pytest.approx(0.5, abs=0.03)
     assert again([interval(10, 11, 30)], smallest=0.5) == 1.0
     assert again([interval(0.0, 0.0)], smallest=0.5) == 1.0
 
@@ -104,13 +109,20 @@ def test_only_a_verdict_that_comes_again_stands():
     sure = judge([interval(0.02, 0.03, 5)], smallest=0.016, agrees=True)
     assert (sure.verdict, sure.by_intervals, sure.replicates) == (IN_RANGE, IN_RANGE, 5)
     assert sure.again >= LEAST_AGAIN
-    close = judge([interval(0.001, 0.03, 5)], smallest=0.016, agrees=False)
+    close = judge([interval(0.0025, 0.03, 5)], smallest=0.016, agrees=False)
     assert (close.verdict, close.by_intervals) == (UNDECIDED, DIRECTION)
     assert 0.3 < close.again < LEAST_AGAIN
     open_ = judge([WIDE, interval(0.02, 0.03, 3)], smallest=0.016, agrees=True)
     assert (open_.verdict, open_.by_intervals, open_.replicates) == (UNDECIDED, UNDECIDED, 3)
     assert np.isnan(open_.again)
     assert judge([], smallest=0.016, agrees=True).verdict == NOT_MEASURED
+
+
+@pytest.mark.parametrize("effect", [SURE, TINY, WIDE, BELOW])
+def test_what_is_not_whole_has_no_verdict_whatever_it_says(effect):
+    judged = judge([effect], smallest=0.016, agrees=True, whole=False)
+    assert judged.verdict == PARTLY
+    assert judge([], smallest=0.016, agrees=True, whole=False).verdict == NOT_MEASURED
 
 
 def test_a_model_of_one_replicate_never_decides_again():
