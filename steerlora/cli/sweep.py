@@ -10,7 +10,7 @@ import tempfile
 import time
 import traceback
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +32,7 @@ from steerlora.cli.overrides import (
     spelt_out,
     with_folders,
 )
+from steerlora.cli.sweep_progress import job_done, job_started
 from steerlora.distributed import ranks
 from steerlora.engine.manifests import read_json, write_json
 from steerlora.errors import UserError, nearest
@@ -197,7 +198,9 @@ def prepare_outcomes(command: CommandLine) -> None:
     keys = list(dict.fromkeys(key for own in varied(jobs) for key in own))
     short = "-".join(key.rpartition(".")[2] for key in keys) or "sweep"
     name = f"{re.sub(r'[^0-9A-Za-z_-]+', '-', short)[:LONGEST]}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    about = {"name": name, "varied": keys, "searches": command.searches}
+    # How many trials a search will have is its sweeper's affair.
+    shown = [] if command.searches else [_shown(own) for own in varied(jobs)]
+    about = {"name": name, "varied": keys, "searches": command.searches, "jobs": shown}
     write_json(Path(os.environ[OUTCOMES]) / ABOUT, about)
 
 
@@ -208,6 +211,10 @@ def varied(jobs: Sequence[Sequence[str]]) -> list[dict[str, str]]:
         {key.lstrip("+"): value for key, _, value in (item.partition("=") for item in own)}
         for own in ([item for item in job if item not in common] for job in jobs)
     ]
+
+
+def _shown(own: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in own.items())
 
 
 def logged_as() -> list[str]:
@@ -238,10 +245,14 @@ def run_job(work: Callable[[], Sequence[Path]], objective: str) -> float | None:
         for name in OF_ONE_RUN:  # of the first job
             os.environ.pop(name, None)
     code, error, value = 0, "", None
+    number, folder = int(hydra.job.num), Path(os.environ[OUTCOMES])
+    about = read_json(folder / ABOUT)
+    if ranks.is_main():
+        print(job_started(folder, number, about["jobs"]), flush=True)
     began, found = time.monotonic(), ()
     try:
         found = work()
-        if read_json(Path(os.environ[OUTCOMES]) / ABOUT)["searches"] and ranks.is_main():
+        if about["searches"] and ranks.is_main():
             value = value_of(found, objective)
     except UserError as mistake:
         code, error = 2, str(mistake)
@@ -250,14 +261,15 @@ def run_job(work: Callable[[], Sequence[Path]], objective: str) -> float | None:
         code, error = 1, f"{type(failure).__name__}: {failure}"
     if ranks.is_main():
         Outcome(
-            job=int(hydra.job.num),
+            job=number,
             code=code,
             error=error,
             seconds=time.monotonic() - began,
             artifacts=tuple(map(str, found)),
             overrides=tuple(hydra.overrides.task),
             value=value,
-        ).write(Path(os.environ[OUTCOMES]))
+        ).write(folder)
+        print(job_done(folder, number, about["jobs"]), flush=True)
     return value
 
 

@@ -66,6 +66,9 @@ class Advanced:
     note: str
     """How the work goes, such as its loss. Empty for nothing to say."""
 
+    left: float | None = None
+    """Seconds that the rest will take, where the work knows better than its pace."""
+
 
 @dataclass(frozen=True)
 class Closed:
@@ -133,15 +136,29 @@ class Task:
     def __init__(self, progress: Progress, opened: Opened) -> None:
         self._progress, self._id = progress, opened.task
         self._steps, self._tokens, self._note = 0, 0, ""
+        self._left: float | None = None
         self._reported = time.monotonic()
         progress.emit(opened)
 
-    def advance(self, steps: int = 1, *, tokens: int = 0, note: str | None = None) -> None:
-        """Count ``steps`` done and ``tokens`` processed in them; ``note`` says how it goes."""
+    def advance(
+        self,
+        steps: int = 1,
+        *,
+        tokens: int = 0,
+        note: str | None = None,
+        left: float | None = None,
+    ) -> None:
+        """Count ``steps`` done and ``tokens`` processed in them; ``note`` says how it goes.
+
+        Args:
+            left: seconds that the rest will take, of work whose steps are too unlike for its pace
+                to say.
+        """
         self._steps += steps
         self._tokens += tokens
         self._note = self._note if note is None else note
-        if time.monotonic() - self._reported >= EVENT_INTERVAL:
+        self._left = left
+        if left is not None or time.monotonic() - self._reported >= EVENT_INTERVAL:
             self._report()
 
     def close(self, finished: bool) -> None:
@@ -149,7 +166,8 @@ class Task:
         self._progress.emit(Closed(self._id, finished))
 
     def _report(self) -> None:
-        self._progress.emit(Advanced(self._id, self._steps, self._tokens, self._note))
+        self._progress.emit(Advanced(self._id, self._steps, self._tokens, self._note, self._left))
+        self._left = None
         self._steps, self._tokens, self._reported = 0, 0, time.monotonic()
 
 
@@ -212,6 +230,7 @@ class Meter:
         self.opened, self.done, self.tokens, self.note = opened, opened.done, 0, ""
         self.began = time.monotonic()
         self._samples = deque([(self.began, self.done, self.tokens)])
+        self._end: float | None = None  # when it is expected to be done
         self.shown = self.began  # when a line about it was last printed
 
     def update(self, event: Advanced) -> None:
@@ -219,6 +238,8 @@ class Meter:
         self.tokens += event.tokens
         self.note = event.note
         now = time.monotonic()
+        if event.left is not None:
+            self._end = now + event.left
         self._samples.append((now, self.done, self.tokens))
         while len(self._samples) > 2 and self._samples[1][0] < now - RATE_WINDOW:
             self._samples.popleft()
@@ -238,6 +259,9 @@ class Meter:
     @property
     def remaining(self) -> float | None:
         """Seconds left, or ``None`` while they cannot be estimated."""
+        if self._end is not None:
+            left = self._end - time.monotonic()
+            return left if left > 0 else None  # late: better to say nothing
         speed, _ = self.rates
         if self.opened.total is None or speed <= 0:
             return None

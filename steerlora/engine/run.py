@@ -16,6 +16,7 @@ import psutil
 from steerlora.distributed import ranks
 from steerlora.engine import preemption
 from steerlora.engine.artifacts import Artifact, ArtifactStore
+from steerlora.engine.estimates import TimeLeft, stored_rates
 from steerlora.engine.manifests import plain
 from steerlora.engine.memory import shortage_explained
 from steerlora.engine.pool import WorkerPool
@@ -102,13 +103,18 @@ def run(
     with _PeakMemory() as memory:
         if missing:
             progress.message(f"{len(missing)} steps to build, {len(artifacts)} reused")
+            workers = min(workers, len(missing)) if ranks.current().world == 1 else 1
+            stored = stored_rates(store.root, (step.stage for step in missing))
+            left = TimeLeft(missing, workers, stored)
             with progress.task("all steps", len(missing)) as task:
+                task.advance(0, left=left.seconds)
                 facts = _Facts(store, tuple(plugins), asked_for and asked_for.fingerprint)
                 for step, built in _build(missing, artifacts, facts, workers, progress):
                     artifacts[step.fingerprint] = built.artifact
                     times.append(StepTime(step.label, step.stage, built.seconds, built.reused))
                     progress.message(f"{step.label}: {built.seconds:.1f} s")
-                    task.advance()
+                    left.finished(step, None if built.reused else built.seconds)
+                    task.advance(left=left.seconds)
     return RunReport(artifacts, times, time.monotonic() - began, memory.bytes)
 
 
@@ -217,8 +223,7 @@ def _build(
     def job(step: Step) -> _Job:
         return _Job(step, _inputs(step, artifacts), facts)
 
-    workers = min(workers, len(missing)) if ranks.current().world == 1 else 1
-    if workers <= 1:
+    if workers == 1:
         for step in missing:
             preemption.stop_if_requested("what was finished is stored")  # after a training's end
             try:
@@ -310,6 +315,7 @@ def _execute(job: _Job, progress: Progress) -> _Built:
                 "label": step.label,
                 "version": stage.version,
                 "seed": config.get("seed"),
+                "cost": step.cost,
                 "config": config,
                 "inputs": step.input_fingerprints,
             }

@@ -103,12 +103,13 @@ def bars(
     places = np.arange(len(bounds)) + width * (index - (count - 1) / 2)
     values, low, high = np.array(bounds, dtype=float).T
     look = {"color": colour, "edgecolor": colour, "linewidth": 1.5, "zorder": 2.5}
-    axis.bar(places, values, width * 0.92, label=label, **look)
+    axis.bar(places, values, width * 0.86, label=label, **look)
+    axis.set_xlim(-0.5, len(bounds) - 0.5)  # also where nothing was measured at an end
     arms = np.vstack([values - low, high - values]).clip(min=0)
     look = {"fmt": "none", "ecolor": "black", "elinewidth": 1, "capsize": 2.5, "zorder": 3}
     axis.errorbar(places, values, arms, **look)
     for place in places[np.isnan(values)]:
-        look = {"rotation": 90, "ha": "center", "va": "top", "fontsize": 6, "color": "#777777"}
+        look = {"rotation": 90, "ha": "center", "va": "top", "fontsize": 6, "color": "#444444"}
         axis.text(place, 0.98, "not measured", transform=axis.get_xaxis_transform(), **look)
     axis.grid(axis="y")
     axis.set_axisbelow(True)

@@ -98,6 +98,29 @@ def test_steps_done_before_do_not_count_as_speed(clock: Clock):
     assert meter.rates[0] == pytest.approx(2.0)
 
 
+def test_what_the_work_expects_counts_for_more_than_its_pace(clock: Clock):
+    meter = module.Meter(Opened("1", "all steps", 4, "step", 0))
+    meter.update(Advanced("1", 0, 0, "", left=600.0))
+    assert meter.remaining == 600
+    clock.now += 60
+    assert meter.remaining == 540
+    meter.update(Advanced("1", 3, 0, ""))  # a pace that would say 20 seconds
+    assert meter.remaining == 540
+    meter.update(Advanced("1", 0, 0, "", left=30.0))
+    clock.now += 31
+    assert meter.remaining is None  # late: nothing is known any more
+    assert not any("left" in figure for figure in meter.figures())
+
+
+def test_what_is_left_is_reported_at_once(clock: Clock):
+    target: queue.Queue = queue.Queue()
+    with QueueProgress(target).task("all steps", 2) as task:
+        task.advance(0, left=7.0)
+        task.advance()
+    events = [target.get() for _ in range(target.qsize())]
+    assert [e.left for e in events if isinstance(e, Advanced)] == [7.0, None]
+
+
 def test_bars_on_a_terminal():
     console = Console(file=io.StringIO(), width=160, force_terminal=True)
     with ConsoleProgress(console) as progress:

@@ -17,7 +17,7 @@ from steerlora.engine import run as engine
 from steerlora.engine.artifacts import ArtifactStore
 from steerlora.engine.manifests import read_json, write_json
 from steerlora.engine.pool import WorkerDied
-from steerlora.engine.progress import Event, Message, Opened, Progress
+from steerlora.engine.progress import Advanced, Event, Message, Opened, Progress
 from steerlora.engine.run import RunReport, run
 from steerlora.engine.steps import STAGES, Context, Step, stage
 from steerlora.engine.worker import sendable
@@ -441,3 +441,22 @@ def test_progress_comes_from_the_workers(store: ArtifactStore, log_file: Path):
             if getattr(event, "task", None) == opened[description].task
         )
         assert counted == total == opened[description].total
+
+
+def test_a_run_says_what_is_left_also_from_what_earlier_ones_took(store, log_file):
+    def said(name: str) -> list[float | None]:
+        recorder = Recorder()
+        build_all([step(log_file, f"{name}{n}", seconds=0.05) for n in (1, 2)], store, 1, recorder)
+        (task,) = [e.task for e in recorder.events if getattr(e, "description", "") == "all steps"]
+        return [
+            event.left
+            for event in recorder.events
+            if isinstance(event, Advanced) and event.task == task and event.left is not None
+        ]
+
+    first, again = said("first"), said("second")
+    assert len(first) == 2  # nothing is known before the first step is done
+    assert first[0] > 0.05
+    assert first[1] == 0
+    assert len(again) == 3
+    assert again[0] >= 0.1  # two steps, each as long as those that are stored
