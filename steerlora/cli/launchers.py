@@ -29,7 +29,9 @@ from hydra_plugins.hydra_submitit_launcher.config import (
 )
 from omegaconf import II
 
-from steerlora.cli.sweep import OUTCOMES, Outcome
+from steerlora.cli.sweep import ABOUT, OUTCOMES, Outcome
+from steerlora.cli.sweep_progress import job_done
+from steerlora.engine.manifests import read_json
 from steerlora.text import for_terminal
 
 if TYPE_CHECKING:
@@ -175,6 +177,7 @@ class Jobs:
     def _wait(self, jobs: dict[int, Job]) -> None:
         """Wait until every job has an outcome: its own, or one that says that it died."""
         folder = Path(self.outcomes)
+        shown = read_json(folder / ABOUT)["jobs"]
         silent: dict[int, float] = {}  # jobs that have ended without an outcome, and since when
         pause = 1.0
         ask_at = time.monotonic() + pause
@@ -186,6 +189,7 @@ class Jobs:
                     log = _log(jobs.pop(number))
                     if outcome.code == 1:
                         replace(outcome, error=f"{outcome.error}; {log}").write(folder)
+                    print(job_done(folder, number, shown), flush=True)
             if (now := time.monotonic()) < ask_at:
                 continue
             ended = self._ended(jobs)
@@ -196,6 +200,7 @@ class Jobs:
                         f"ended without reporting why ({ended[number]}); {_log(jobs.pop(number))}"
                     )
                     Outcome(number, code=1, error=line).write(folder)
+                    print(job_done(folder, number, shown), flush=True)
             pause = 1.0 if silent else min(2 * pause, LONGEST_PAUSE)
             ask_at = now + pause
 

@@ -86,17 +86,25 @@ def job(log: Path) -> SimpleNamespace:
     return SimpleNamespace(task=lambda rank: SimpleNamespace(paths=paths))
 
 
-def test_a_job_that_dies_without_an_outcome_is_named_with_its_log(tmp_path, monkeypatch):
+def test_a_job_that_dies_without_an_outcome_is_named_with_its_log(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(launchers, "OUTCOME_DELAY", 0.5)
     folder = tmp_path / "outcomes"
     folder.mkdir()
     monkeypatch.setenv(OUTCOMES, str(folder))
-    write_json(folder / ABOUT, {"name": "seed_today", "varied": ["seed"], "searches": False})
+    shown = [f"seed={number}" for number in range(4)]
+    about = {"name": "seed_today", "varied": ["seed"], "searches": False, "jobs": shown}
+    write_json(folder / ABOUT, about)
     Outcome(0, seconds=3.0).write(folder)
     Outcome(1, code=1, error="KeyError: 'x'").write(folder)
     (tmp_path / "1.out").touch()
     jobs = {number: job(tmp_path / f"{number}.out") for number in range(3)}
     Ending(folder, dead={0: "FINISHED", 2: "SLURM job 9_2 OUT_OF_MEMORY"})._wait(jobs)
+    said = capsys.readouterr().out.splitlines()  # as each ends
+    assert [line.split(";")[0] for line in said] == [
+        "job 1 of 4 (seed=0): done in 0:03",
+        "job 2 of 4 (seed=1): failed in 0:00",
+        "job 3 of 4 (seed=2): failed in 0:00",
+    ]
     console = Console(record=True, width=400, file=StringIO())
     overrides = [["seed=0"], ["seed=1"], ["seed=2"], ["seed=3"]]
     assert print_outcomes(overrides, console) == 1
@@ -113,6 +121,7 @@ def test_a_job_that_dies_without_an_outcome_is_named_with_its_log(tmp_path, monk
 
 def test_an_outcome_that_comes_late_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(launchers, "OUTCOME_DELAY", 1.5)
+    write_json(tmp_path / ABOUT, {"jobs": [""]})
     jobs = Ending(tmp_path, dead={0: "FAILED"})
     monkeypatch.setattr(jobs, "_ended", lambda _: Outcome(0).write(tmp_path) or {0: "FAILED"})
     jobs._wait({0: job(tmp_path / "0.out")})

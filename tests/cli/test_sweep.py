@@ -22,7 +22,7 @@ def test_an_id_of_a_run_belongs_to_the_first_job(first, monkeypatch, tmp_path):
     for name in OF_ONE_RUN:
         monkeypatch.setenv(name, "mine")
     monkeypatch.setenv(OUTCOMES, str(tmp_path))
-    write_json(tmp_path / ABOUT, {"name": "x", "varied": [], "searches": False})
+    write_json(tmp_path / ABOUT, {"searches": False, "jobs": ["", "", ""]})
     found = {}
     for number in range(first, 3):
         about = {"job": SimpleNamespace(num=number), "overrides": SimpleNamespace(task=["a=1"])}
