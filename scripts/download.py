@@ -27,6 +27,7 @@ from steerlora.data.domains.hub.source import heldout_split_of, open_split
 from steerlora.errors import UserError
 from steerlora.evaluation import registered
 from steerlora.evaluation.punkt import require_ifeval_packages
+from steerlora.saes.formats import hub_files
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 """Weights, configuration and tokenizer."""
@@ -146,9 +147,8 @@ def items_of(config: Config) -> Iterator[Item]:
             yield _repository("model", path, revision, MODEL_FILES)
     if config.sae.path and not Path(config.sae.path).expanduser().exists():
         sites = {*config.method.sites, config.method.monitor} - {None}
-        # Qwen-Scope reads what leaves a layer: the stream entering the next.
-        files = tuple(f"layer{site - 1}.sae.pt" for site in sorted(sites))
-        yield _repository("SAE", config.sae.path, None, files)
+        hub_id, files = hub_files(config.sae.path, sites)
+        yield _repository("SAE", hub_id, None, files)
     if config.domains.kind == "hub":
         for name in config.domains.names:
             if not config.domains.sources[name].local:

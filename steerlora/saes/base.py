@@ -60,7 +60,8 @@ class SparseAutoencoder(nn.Module):
         width: D.
         latents: N.
         normalize: ``none``; ``layer_norm``: zero mean and unit (unbiased) deviation per token, of
-            what is encoded and reconstructed; ``layer_norm_input``: of what is encoded alone. The
+            what is encoded and reconstructed; ``constant_norm_rescale``: norm sqrt(D) per token, of
+            both likewise; ``layer_norm_input``: layer norm of what is encoded alone. The
             activations themselves are then reconstructed, and ``b_dec``, which is one of them, is
             not subtracted before encoding.
         apply_b_dec_to_input: subtract ``b_dec`` before encoding.
@@ -202,9 +203,13 @@ class SparseAutoencoder(nn.Module):
     def normalized(self, x: Tensor) -> NormalizedInput:
         """x [..., D] of any floating type, in float32 and in the SAE's own units."""
         x = x.to(_at_least_float32(self.W_dec.dtype))
-        if self.normalize != "layer_norm":
-            return NormalizedInput(x, x.new_zeros(()), x.new_ones(()))
-        return _layer_normed(x)
+        if self.normalize == "layer_norm":
+            return _layer_normed(x)
+        if self.normalize == "constant_norm_rescale":
+            scale = x.norm(dim=-1, keepdim=True) / self.width**0.5
+            # A token of zeros stays one.
+            return NormalizedInput(x / scale.clamp_min(1e-30), x.new_zeros(()), scale)
+        return NormalizedInput(x, x.new_zeros(()), x.new_ones(()))
 
     def encoder_input(self, x: Tensor) -> Tensor:
         """What is encoded of x [..., D], which is in the SAE's units: x, or its layer norm."""
@@ -251,7 +256,7 @@ class SparseAutoencoder(nn.Module):
         return SparseFeatures(values.view(shape), indices.view(shape))
 
     def decode(self, features: SparseFeatures) -> Tensor:
-        """Reconstruction in the SAE's own units: before any layer norm is undone.
+        """Reconstruction in the SAE's own units: before any normalisation is undone.
 
         Args:
             features: values and indices, [..., K].

@@ -24,7 +24,7 @@ SAES: Registry[type[SAEConfig]] = Registry(
 )
 sae = SAES.register
 
-NORMALIZATIONS = ("none", "layer_norm", "layer_norm_input")
+NORMALIZATIONS = ("none", "layer_norm", "layer_norm_input", "constant_norm_rescale")
 JUMP_PENALTIES = ("l0", "tanh")
 
 
@@ -39,16 +39,17 @@ class SAEConfig(Section, key="sae"):
     architecture: str = "topk"
     """Registered name of the architecture."""
     path: Location | None = None
-    """Trained SAEs to use: a folder in SAELens' layout, or a folder of such folders called by their
-    hook names (``blocks.<site>.hook_resid_pre``); a Qwen-Scope folder or hub id, which has one for
-    every site but 0. Their files say what they are, and no other key counts. Null trains one a
-    site."""
+    """Trained SAEs to use, by SAELens, sparsify or dictionary_learning, or of Gemma Scope 1 or 2,
+    Llama Scope or Qwen-Scope: a weights file, its folder, a folder of such folders whose names say
+    each one's site (``blocks.<site>.hook_resid_pre``), or one of the hub (``owner/name/folder``).
+    Their files say what they are, and no other key counts. Null trains one a site."""
     latents: Annotated[int, Interval(ge=1, le=2**24)] = 512
     """N, from 1."""
     normalize: Annotated[str, OneOf(NORMALIZATIONS)] = "none"
     """What is done to every activation before it is encoded: "none", "layer_norm" (zero mean, unit
-    deviation; undone after decoding), or "layer_norm_input" (likewise, but the decoder reconstructs
-    the activation as it was; SAELens has no such SAE)."""
+    deviation; undone after decoding), "layer_norm_input" (likewise, but the decoder reconstructs
+    the activation as it was; SAELens has no such SAE), or "constant_norm_rescale" (norm sqrt(D);
+    undone after decoding)."""
     max_tokens: Annotated[int, Interval(ge=1, le=10**12)] = 200_000
     """Tokens of activations that are harvested, over all domains."""
     steps: Count | None = 1000

@@ -1,15 +1,16 @@
 """SAE checkpoints in SAELens' layout: ``cfg.json`` beside ``sae_weights.safetensors``.
 
-Version 6's is written; version 6's and earlier ones are read. One folder may hold the SAEs of
-several sites, each in a folder called by its hook's name.
+Version 6's is written; version 6's and earlier ones are read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from pathlib import Path
+import math
+import re
+from numbers import Real
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -21,17 +22,19 @@ from steerlora.engine.manifests import write_json
 from steerlora.errors import UserError, nearest
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.config import NORMALIZATIONS, SAES
-from steerlora.saes.qwen_scope import is_qwen_scope, load_qwen_scope, qwen_scope_files
+from steerlora.saes.places import Format, MeanNorm, Opened, Stored
 from steerlora.saes.saelens_config import (
     CONFIG_FILE,
-    FORMAT,
     SAELENS_NAMES,
+    VERSION,
     read_config,
     refuse_unknown_keys,
 )
-from steerlora.saes.weights import refuse_unusable
+from steerlora.saes.weights import decoder_norm_folded, input_scale_folded, refuse_unusable
 
 WEIGHTS_FILE = "sae_weights.safetensors"
+EXPECTED_NORM = "expected_average_only_in"
+"""SAELens's word for weights that expect activations of mean norm sqrt(D)."""
 
 
 def save_sae(sae: SparseAutoencoder, directory: Path, metadata: dict[str, Any]) -> None:
@@ -54,72 +57,35 @@ def save_sae(sae: SparseAutoencoder, directory: Path, metadata: dict[str, Any]) 
         "apply_b_dec_to_input": sae.apply_b_dec_to_input,
         "normalize_activations": sae.normalize,
         "reshape_activations": "none",
-        "metadata": {"sae_lens_version": FORMAT, **metadata},
+        "metadata": {"sae_lens_version": VERSION, **metadata},
         **sae.saelens_keys(),
     }
     save_file(_tensors(sae), directory / WEIGHTS_FILE)
     write_json(directory / CONFIG_FILE, config)
 
 
-def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
-    """Read an SAE, frozen and in evaluation mode.
+def load_sae(
+    path: str | Path, device: str | torch.device = "cpu", mean_norm: MeanNorm | None = None
+) -> SparseAutoencoder:
+    """Read an SAE in SAELens' layout, frozen and in evaluation mode.
 
     Args:
         path: a directory that holds a checkpoint, or its weights file.
         device: where the tensors go.
+        mean_norm: of the activations that it is to read. It is asked of a checkpoint that was
+            trained on activations of mean norm sqrt(D) (``expected_average_only_in``), had not that
+            scale folded into its weights, and does not say it (``norm_scaling_factor``).
 
     Returns:
         The SAE in its stored type, without gradients. A SAELens checkpoint that rescales its
-        activations by the decoder's norms comes with them folded in: same features, unit rows.
+        activations by the decoder's norms comes with them folded in: same features, unit rows; and
+        one that expects scaled activations with the scale folded in.
 
     Raises:
         UserError: no checkpoint there, or one that cannot be read here.
     """
-    weights = _weights_file(Path(path))
-    sae = _READERS[weights.name](weights)
+    sae = _read_saelens(_weights_file(Path(path)), mean_norm)
     return sae.to(device).requires_grad_(False).eval()
-
-
-def open_sae(path: str, site: int) -> tuple[SparseAutoencoder, dict[str, Any]]:
-    """The SAE of one site among those at ``path``, and the metadata saved with it.
-
-    Args:
-        path: what :func:`load_sae` reads; a folder of such folders, one a site, called
-            ``blocks.<site>.hook_resid_pre`` or ``blocks.<site - 1>.hook_resid_post``; or
-            Qwen-Scope's files (:mod:`steerlora.saes.qwen_scope`), which come without metadata.
-        site: the stream entering this layer.
-
-    Raises:
-        UserError: no SAE of that site there, or one that cannot be read.
-    """
-    if is_qwen_scope(path):
-        return load_qwen_scope(path, site), {}
-    folder = _folder_of(path, site)
-    return load_sae(folder), sae_metadata(folder)
-
-
-def sae_files(path: str, site: int) -> dict[str, Path]:
-    """{what it is: the file} of all that :func:`open_sae` reads; empty where it has to be fetched.
-
-    Raises:
-        UserError: no SAE of that site there.
-    """
-    if is_qwen_scope(path):
-        return qwen_scope_files(path, site)
-    weights = _weights_file(_folder_of(path, site))
-    return {weights.name: weights, CONFIG_FILE: weights.parent / CONFIG_FILE}
-
-
-def _folder_of(path: str, site: int) -> Path:
-    """The folder of a site's SAE, where ``path`` has one for each."""
-    folder = Path(path).expanduser()
-    for hook in (f"blocks.{site}.hook_resid_pre", f"blocks.{site - 1}.hook_resid_post"):
-        if (folder / hook).is_dir():
-            return folder / hook
-    hooks = sorted(found.name for found in folder.glob("blocks.*") if found.is_dir())
-    if hooks:
-        raise UserError(f"no SAE of site {site} in {path}: it has {', '.join(hooks)}")
-    return folder
 
 
 def sae_metadata(path: str | Path) -> dict[str, Any]:
@@ -149,18 +115,19 @@ def _tensors(sae: SparseAutoencoder) -> dict[str, Tensor]:
 
 def _weights_file(path: Path) -> Path:
     if path.is_dir():
-        for name in _READERS:
-            if (path / name).is_file():
-                return path / name
-        raise UserError(f"no SAE in {path}: expected {' or '.join(_READERS)} beside its config")
+        if (path / WEIGHTS_FILE).is_file():
+            return path / WEIGHTS_FILE
+        raise UserError(f"no SAE in {path}: expected {WEIGHTS_FILE} beside its config")
     if not path.is_file():
         raise UserError(f"no SAE at {path}: there is no such file or directory")
-    if path.name not in _READERS:
-        raise UserError(f"{path} is not an SAE's weights file: {nearest(path.name, _READERS)}")
+    if path.name != WEIGHTS_FILE:
+        raise UserError(
+            f"{path} is not an SAE's weights file: {nearest(path.name, [WEIGHTS_FILE])}"
+        )
     return path
 
 
-def _read_saelens(weights: Path) -> SparseAutoencoder:
+def _read_saelens(weights: Path, mean_norm: MeanNorm | None) -> SparseAutoencoder:
     """SAEs in SAELens' layout whose architecture is registered here."""
     path = weights.parent / CONFIG_FILE
     config = read_config(weights.parent)
@@ -172,7 +139,9 @@ def _read_saelens(weights: Path) -> SparseAutoencoder:
     absent = [key for key in module.own_settings if key not in config]
     if absent:
         raise UserError(f"{path}: an SAE of architecture {architecture} needs {', '.join(absent)}")
-    normalize = config.get("normalize_activations", "none")
+    normalize, scaled = config.get("normalize_activations", "none"), False
+    if normalize == EXPECTED_NORM:
+        normalize, scaled = "none", True
     if normalize not in NORMALIZATIONS:
         hint = nearest(str(normalize), NORMALIZATIONS)
         raise UserError(f"{path}: cannot read normalize_activations '{normalize}'; {hint}")
@@ -195,13 +164,15 @@ def _read_saelens(weights: Path) -> SparseAutoencoder:
         raise UserError(f"{path}: {error}") from error
     refuse_unknown_keys(config, sae.saelens_keys(), path)
     tensors = _read_tensors(weights, {name: p.shape for name, p in sae.state_dict().items()})
+    if scaled:
+        tensors = input_scale_folded(tensors, _input_scale(path, config, mean_norm))
     if config.get("rescale_acts_by_decoder_norm", False):
         if other := sorted(set(tensors) - {"W_enc", "b_enc", "W_dec", "b_dec"}):
             raise UserError(
                 f"{path}: rescale_acts_by_decoder_norm goes with no {architecture} SAE: what it "
                 f"makes of {', '.join(other)} is not known"
             )
-        tensors = _fold_decoder_norm(tensors)
+        tensors = decoder_norm_folded(tensors)
     sae.to(tensors["W_dec"].dtype).load_state_dict(tensors)
     return sae
 
@@ -256,15 +227,35 @@ def _read_tensors(weights: Path, shapes: dict[str, torch.Size]) -> dict[str, Ten
     return tensors
 
 
-def _fold_decoder_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """z |W_dec| selected and stored, z / |W_dec| decoded: the same features with unit rows."""
-    norm = tensors["W_dec"].norm(dim=1)
-    return tensors | {
-        "W_enc": tensors["W_enc"] * norm,
-        "b_enc": tensors["b_enc"] * norm,
-        "W_dec": tensors["W_dec"] / norm[:, None],
-    }
+def _input_scale(path: Path, config: dict[str, Any], mean_norm: MeanNorm | None) -> float:
+    """sqrt(D) over the mean norm of the activations: as the file says, or by those there are."""
+    said = config["metadata"].get("norm_scaling_factor")
+    if said is None and mean_norm is None:
+        raise UserError(
+            f"{path}: normalize_activations is {EXPECTED_NORM}, so norm_scaling_factor is needed: "
+            "sqrt(d_in) over the mean norm of the activations that it was trained on"
+        )
+    scale = math.sqrt(config["d_in"]) / mean_norm() if said is None else said
+    if not isinstance(scale, Real) or not 0 < scale < math.inf:
+        raise UserError(f"{path}: norm_scaling_factor is {scale}: a number above 0")
+    return float(scale)
 
 
-# Weights file -> its reader; another library's layout is one more line.
-_READERS: dict[str, Callable[[Path], SparseAutoencoder]] = {WEIGHTS_FILE: _read_saelens}
+def _hook(where: str) -> str | None:
+    folder = PurePath(where).parent.name
+    return folder if folder.startswith("blocks.") else None
+
+
+def _opened(stored: Stored) -> Opened:
+    return Opened(
+        load_sae(stored.weights, mean_norm=stored.mean_norm), sae_metadata(stored.weights)
+    )
+
+
+FORMAT = Format(
+    title=f"{WEIGHTS_FILE} (SAELens)",
+    weights=re.escape(WEIGHTS_FILE),
+    config=CONFIG_FILE,
+    hook=_hook,
+    read=_opened,
+)

@@ -8,15 +8,15 @@ nor known to leave the features alone is refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from steerlora.errors import UserError
+from steerlora.saes.weights import read_object
 
 CONFIG_FILE = "cfg.json"
-FORMAT = "6.0.0"
+VERSION = "6.0.0"
 """Version of SAELens whose layout is written: without one, SAELens takes a file for an older."""
 SAELENS_NAMES = {"relu": "standard", "skip_transcoder": "topk_skip_transcoder"}
 """{architecture: its name in files}, where it is another: SAELens's, or one that SAELens does not
@@ -33,7 +33,7 @@ _ACTIVATIONS = ("relu", "topk")
 _ABOUT = _keys(
     "model_name hook_name hook_layer hook_head_index context_size prepend_bos dataset_path "
     "sae_lens_version sae_lens_training_version neuronpedia_id seqpos_slice "
-    "model_from_pretrained_kwargs"
+    "model_from_pretrained_kwargs norm_scaling_factor"
 )
 """What an SAE was made for; beside the sizes before version 6, under ``metadata`` since."""
 _UNDERSTOOD = _keys(
@@ -69,14 +69,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             architecture here has.
     """
     path = directory / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"SAE in {directory} has no {CONFIG_FILE}")
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(said, dict):
-        raise UserError(f"{path} should hold a JSON object, not a {type(said).__name__}")
+    said = read_object(path)
     config = {_RENAMED.get(key, key): value for key, value in said.items()}
     metadata = config.get("metadata") or {}
     if not isinstance(metadata, dict):
@@ -113,7 +106,7 @@ def _before_version_6(config: dict[str, Any], metadata: dict[str, Any], path: Pa
         return "metadata" not in config
     major = str(version).partition(".")[0]
     if not major.isdecimal():
-        raise UserError(f"{path}: sae_lens_version is {version}: a version such as {FORMAT}")
+        raise UserError(f"{path}: sae_lens_version is {version}: a version such as {VERSION}")
     return int(major) < 6
 
 

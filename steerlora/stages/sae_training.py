@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import re
+import logging
 from dataclasses import dataclass, replace
+from functools import cache
 
-import torch
+from torch import Tensor
 
 from steerlora.config import Config, LoggerConfig, TrainerConfig
 from steerlora.data.activations import ActivationBatches, ActivationStore
-from steerlora.data.chat import batches_by_length, encode_chats
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
-from steerlora.engine.artifacts import Artifact
-from steerlora.engine.content import identity_of
 from steerlora.engine.manifests import write_json
 from steerlora.engine.steps import Context, Step, stage
-from steerlora.errors import UserError
-from steerlora.lm.decoder import first_real_token, residual_streams
 from steerlora.reporting.runs import RunLog
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.config import SAEConfig
-from steerlora.saes.metrics import ce_recovered, sae_metrics
-from steerlora.saes.qwen_scope import is_qwen_scope
-from steerlora.saes.saelens import open_sae, sae_files, sae_fingerprint, save_sae
+from steerlora.saes.saelens import sae_fingerprint, save_sae
 from steerlora.saes.training import SAEModule
 from steerlora.stages import activations, base
 from steerlora.stages.common import (
@@ -31,17 +25,23 @@ from steerlora.stages.common import (
     NOT_IDENTITY,
     POINTER,
     WHERE,
-    domain_names,
     load_base,
-    read_rows,
     run_log,
     train,
+)
+from steerlora.stages.given_saes import hook_name, identity_of_saes, open_given
+from steerlora.stages.sae_quality import (
+    TextBatch,
+    held_out_batches,
+    implausible,
+    quality,
+    streams_of,
 )
 
 FOLDER = "sae"
 """Folder of the artifact that holds the SAE, in SAELens' layout."""
-PROOF_ROWS = 64
-"""Held-out rows a domain on which quality is measured."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,21 +84,13 @@ def _step(config: Config, sae: SAEConfig, site: int) -> Step:
         sae=sae,
         site=site,
         max_length=config.trainer.max_length,
-        identity=_identity(config, sae, site),
+        identity=identity_of_saes(config, sae.path, site),
         spread=config.evaluation.spread,
         trainer=config.trainer,
         logger=config.logger,
     )
     label = f"sae_training {config.model.name} site {site}"
     return Step("sae_training", settings, inputs, label, cost=20)
-
-
-def _identity(config: Config, sae: SAEConfig, site: int) -> str:
-    """What is read for a site of ``sae.path``: the files' content, or a hub id; else nothing."""
-    if not sae.path:
-        return ""
-    files = sae_files(sae.path, site)
-    return identity_of(files, config.artifacts.root) if files else sae.path
 
 
 def _check(settings: SAESettings) -> None:
@@ -118,77 +110,49 @@ def _check(settings: SAESettings) -> None:
 def build(context: Context) -> dict:
     settings: SAESettings = context.config
     pointer = context.inputs["base"].json(POINTER)
+
+    @cache
+    def loaded() -> tuple:
+        return load_base(
+            context.inputs["base"], accelerator=settings.trainer.accelerator, spread=settings.spread
+        )
+
+    @cache
+    def batches() -> list[TextBatch]:
+        return held_out_batches(context.inputs["domains"], loaded()[1], settings.max_length)
+
+    def streams() -> Tensor:
+        return streams_of(loaded()[0], batches(), [settings.site])[:, 0]
+
     with run_log(context, settings.logger) as log:
         if settings.sae.path:
-            (sae, said), figures = open_sae(settings.sae.path, settings.site), {}
-            _check_fit(settings, sae, said, pointer)
+            sae, figures = open_given(settings.sae.path, settings.site, pointer, streams), {}
         else:
             sae, figures = _train(context, settings, log)
         if not ranks.is_main():
             return {}
-        model, tokenizer = load_base(
-            context.inputs["base"], accelerator=settings.trainer.accelerator, spread=settings.spread
-        )
+        model, _ = loaded()
         sae.to(model.device)
-        quality = _quality(context.inputs["domains"], settings, model, tokenizer, sae)
-        log.results({**figures, **quality})
+        measured = quality(model, sae, settings.site, batches())
+        log.results({**figures, **measured})
+    wrong = implausible(measured, sae.latents)
+    if settings.sae.path and wrong:
+        _log.warning("sae.path=%s: at site %d %s", settings.sae.path, settings.site, wrong)
     save_sae(
         sae,
         context.directory / FOLDER,
         metadata={
             "model_name": str(pointer["path"]),
-            "hook_name": _hook_name(settings.site, pointer["layers"]),
+            "hook_name": hook_name(settings.site, pointer["layers"]),
             "context_size": settings.max_length,
             "prepend_bos": False,
             "site": settings.site,
             "base_fingerprint": pointer["fingerprint"],
-            "mean_feature_norm": quality["mean_feature_norm"],
+            "mean_feature_norm": measured["mean_feature_norm"],
         },
     )
-    write_json(context.directory / "quality.json", quality)
-    return {**figures, **quality, "fingerprint": sae_fingerprint(sae)}
-
-
-def _hook_name(site: int, layers: int) -> str:
-    """TransformerLens' name of a stream; the one that leaves the last layer enters no other."""
-    return (
-        f"blocks.{site}.hook_resid_pre" if site < layers else f"blocks.{site - 1}.hook_resid_post"
-    )
-
-
-def _check_fit(settings: SAESettings, sae: SparseAutoencoder, said: dict, base: dict) -> None:
-    """Refuse an SAE of the user's that was made for another width, site or base."""
-    path, width = settings.sae.path, base["width"]
-    if sae.width != width:
-        raise UserError(f"sae.path={path} reads width {sae.width}; the model has {width}")
-    if not is_qwen_scope(path):  # its files are named by the layer
-        _check_hook(settings, said, base["layers"])
-    wanted = base["fingerprint"]
-    if said.get("base_fingerprint", wanted) != wanted:
-        raise UserError(f"sae.path={path} was trained on another base model")
-
-
-def _check_hook(settings: SAESettings, said: dict, layers: int) -> None:
-    """Refuse an SAE that reads anything but the stream of this site."""
-    path, wanted = settings.sae.path, _hook_name(settings.site, layers)
-    name = said.get("hook_name")
-    if not name:
-        raise UserError(
-            f"sae.path={path} does not say what it reads: set metadata.hook_name in its cfg.json "
-            f"to {wanted}, if it was trained on the stream entering layer {settings.site}"
-        )
-    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", str(name))
-    if not hook:
-        raise UserError(
-            f"sae.path={path} reads {name}, not {wanted}: give an SAE of the stream entering layer "
-            f"{settings.site}"
-        )
-    site = int(hook[1]) + (hook[2] == "post")
-    if site != settings.site:
-        raise UserError(
-            f"sae.path={path} reads the stream entering layer {site} ({name}), not {wanted}: "
-            f"method.sites={[settings.site]}"
-        )
+    write_json(context.directory / "quality.json", measured)
+    return {**figures, **measured, "fingerprint": sae_fingerprint(sae)}
 
 
 def _train(context: Context, settings: SAESettings, log: RunLog) -> tuple[SparseAutoencoder, dict]:
@@ -212,37 +176,3 @@ def _train(context: Context, settings: SAESettings, log: RunLog) -> tuple[Sparse
     # In full precision, whole batches: accumulation and mixed precision are the adapter's.
     trainer = replace(settings.trainer, precision="32-true", accumulate=1)
     return sae, train(context, module, batches, steps, log, trainer=trainer)
-
-
-@torch.no_grad()
-def _quality(
-    source: Artifact, settings: SAESettings, model, tokenizer, sae: SparseAutoencoder
-) -> dict[str, float]:
-    """Reconstruction, sparsity and cross-entropy recovered, on held-out rows of every domain.
-
-    Cross-entropy is recovered by splicing into a layer's input: no figure of it where the stream
-    leaves the last layer and enters none.
-    """
-    rows = []
-    for name in domain_names(source):
-        rows += read_rows(source / f"heldout/{name}.jsonl")[:PROOF_ROWS]
-    encoded = encode_chats(tokenizer, rows, settings.max_length)
-    batches = [
-        (batch.input_ids.to(model.device), batch.attention_mask.to(model.device))
-        for batch in batches_by_length(encoded, PROOF_ROWS, tokenizer.pad_token_id)
-    ]
-    sites = [settings.site, settings.site + sae.span] if sae.span else [settings.site]
-    streams = []
-    for ids, mask in batches:
-        found = residual_streams(model, ids, mask, sites)
-        kept = mask.bool() & ~first_real_token(mask)
-        tokens = [found[site][kept] for site in sites]
-        streams.append(torch.stack(tokens, 1) if sae.span else tokens[0])
-    activations = torch.cat(streams)
-    norms = sae.encode(sae.read(activations)).values.norm(dim=-1)
-    return {
-        **sae_metrics(sae, activations),
-        **ce_recovered(model, sae, settings.site, batches, span=sae.span),
-        "mean_feature_norm": float(norms.mean()),
-        "tokens": len(activations),
-    }

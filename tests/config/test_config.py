@@ -32,7 +32,7 @@ OPTIONS = {
     "model": 14,
     "order": 5,
     "sae": 8,
-    "stage": 14,
+    "stage": 15,
     "trainer": 6,
 }
 """How many options each group ships."""
@@ -59,7 +59,7 @@ def shipped() -> list[str]:
 
 def test_every_group_ships_what_is_counted_here():
     assert {name: len(options) for name, options in sections.groups().items()} == OPTIONS
-    assert len(shipped()) == sum(OPTIONS.values()) == 86
+    assert len(shipped()) == sum(OPTIONS.values()) == 87
 
 
 @pytest.mark.parametrize("option", shipped())
@@ -325,6 +325,7 @@ def test_a_mappings_keys_are_the_users():
 def test_the_sae_of_a_model_yields_to_the_command_line():
     scope = "Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50"
     assert compose.load(["model=qwen3_8b"]).sae.path == scope
+    assert compose.load(["model=gemma2_2b"]).sae.path == "google/gemma-scope-2b-pt-res"
     assert compose.load(["model=qwen3_8b", "model.sae_path=null"]).sae.path is None
     assert compose.load(["model=qwen3_4b", "sae.path=mine"]).sae.path == "mine"
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from steerlora.errors import UserError
 from steerlora.saes.base import SparseAutoencoder
+from steerlora.saes.formats import open_sae
 from steerlora.saes.relu import ReLU
-from steerlora.saes.saelens import load_sae, open_sae, sae_fingerprint, sae_metadata, save_sae
+from steerlora.saes.saelens import load_sae, sae_fingerprint, sae_metadata, save_sae
 from steerlora.saes.topk import TopK
 
 WIDTH, LATENTS, K = 6, 20, 3
@@ -278,7 +279,7 @@ def test_an_early_relu_is_read_as_one(changes, tmp_path):
         ({"architecture": "crosscoder"}, "cannot read architecture 'crosscoder'"),
         ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor is set"),
         ({"hook_head_index": 0}, "reads one attention head"),
-        ({"normalize_activations": True}, "normalize_activations 'expected_average_only_in'"),
+        ({"normalize_activations": True}, "expected_average_only_in, so norm_scaling_factor is"),
         ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input is no: true or false"),
         ({"features_to_zero": [1]}, "features_to_zero may change the features"),
     ],
@@ -315,3 +316,51 @@ def test_nonsense_is_one_line(config, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         load_sae(write(tmp_path, config))
     assert "\n" not in str(error.value)
+
+
+# Files that normalise activations
+
+
+def test_a_constant_norm_is_given_to_every_token_and_taken_back(tmp_path):
+    stored = make()
+    loaded = load_sae(write(tmp_path, {"normalize_activations": "constant_norm_rescale"}, stored))
+    x = torch.randn(50, WIDTH)
+    x[-1] = 0
+    norm = x.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(loaded(x[:-1]), (stored(x / norm * WIDTH**0.5) * norm)[:-1] / 6**0.5)
+    assert torch.equal(loaded(x)[-1], torch.zeros(WIDTH))
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_an_expected_norm_is_folded_into_the_weights(rescaled, tmp_path):
+    """By the file's factor, or by the activations that it is to read."""
+    stored = make()
+    expected = {
+        "normalize_activations": "expected_average_only_in",
+        "rescale_acts_by_decoder_norm": rescaled,
+    }
+    folder = write(tmp_path, expected, stored)
+    x = 3 * torch.randn(50, WIDTH)
+    scale = WIDTH**0.5 / 7.0
+    scaled = load_sae(write(tmp_path / "plain", expected | {"normalize_activations": "none"}))
+    for said in ({}, {"norm_scaling_factor": scale}):
+        write(tmp_path, expected | {"metadata": METADATA | said}, stored)
+        loaded = load_sae(folder, mean_norm=None if said else lambda: 7.0)
+        torch.testing.assert_close(loaded(x), scaled(scale * x) / scale)
+        assert loaded.normalize == "none"
+        if not rescaled:
+            torch.testing.assert_close(loaded.encode(x).values, scaled.encode(scale * x).values)
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (None, "norm_scaling_factor is needed"),
+        (0, "norm_scaling_factor is 0: a number above 0"),
+        ("3", "norm_scaling_factor is 3: a number above 0"),
+    ],
+)
+def test_an_expected_norm_without_a_factor_is_refused(factor, message, tmp_path):
+    changes = {"normalize_activations": "expected_average_only_in", "norm_scaling_factor": factor}
+    with pytest.raises(UserError, match=message):
+        load_sae(write(tmp_path, changes))

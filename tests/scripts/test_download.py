@@ -111,14 +111,14 @@ def test_what_is_here_is_said(hub, capsys):
 
 
 def test_a_revision_and_the_layers_of_an_sae(hub, capsys):
-    sae = ["sae.path=Qwen/SAE-Res-Qwen3-8B", "method.sites=[13]", "method.monitor=36"]
+    sae = ["sae.path=Qwen/SAE-Res-Qwen3-8B-L0_50", "method.sites=[13]", "method.monitor=36"]
     assert download.main(["model=qwen3_4b", "model.revision=abc", *sae]) == 0
     files = ("layer12.sae.pt", "layer35.sae.pt")
     assert hub.asked == [
         ("repository", "Qwen/Qwen3-4B", "abc", download.MODEL_FILES),
-        ("repository", "Qwen/SAE-Res-Qwen3-8B", None, files),
+        ("repository", "Qwen/SAE-Res-Qwen3-8B-L0_50", None, files),
     ]
-    assert "SAE Qwen/SAE-Res-Qwen3-8B: 400 B on the hub" in capsys.readouterr().out
+    assert "SAE Qwen/SAE-Res-Qwen3-8B-L0_50: 400 B on the hub" in capsys.readouterr().out
 
 
 def test_what_is_on_disk_or_generated_is_not_fetched(hub, capsys, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from steerlora.engine.artifacts import ArtifactStore
 from steerlora.engine.run import run
 from steerlora.errors import UserError
-from steerlora.saes.qwen_scope import load_qwen_scope
+from steerlora.saes.formats import open_sae
 from steerlora.saes.saelens import load_sae, sae_fingerprint, sae_metadata
 from steerlora.stages import adapter_training, base, sae_training
 from steerlora.stages.common import load_base
@@ -48,7 +48,7 @@ def test_qwen_scope_s_saes_serve_the_control_sites(smoke, store, tmp_path):
     built = run(steps, store)
     sae = load_sae(built[steps[0]] / "sae")
     assert (sae.k, sae.latents, sae.apply_b_dec_to_input) == (4, 80, False)
-    assert sae_fingerprint(sae) == sae_fingerprint(load_qwen_scope(str(folder), 1))
+    assert sae_fingerprint(sae) == sae_fingerprint(open_sae(str(folder), 1).sae)
     assert built[steps[0]].json("quality.json")["fvu"] > 0
     trained = adapter_training.step(smoke.config(*options, "method=sc_lora"))
     found = run([trained], store)[trained] / "adapter"

@@ -1,0 +1,103 @@
+"""How well an SAE does at its site: on rows of text, in figures that can be implausible.
+
+Shapes: B batch, S sequence, T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from steerlora.data.chat import batches_by_length, encode_chats
+from steerlora.engine.artifacts import Artifact
+from steerlora.lm.decoder import first_real_token, residual_streams
+from steerlora.saes.base import SparseAutoencoder
+from steerlora.saes.metrics import ce_recovered, sae_metrics
+from steerlora.stages.common import domain_names, read_rows
+
+PROOF_ROWS = 64
+"""Held-out rows a domain on which quality is measured."""
+MOST_ACTIVE = 0.25
+"""Share of the latents from which on it is implausible that a token has so many active."""
+
+
+class TextBatch(NamedTuple):
+    """Rows of token ids, and which of them are real; both [B, S]."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+def held_out_batches(source: Artifact, tokenizer, max_length: int) -> list[TextBatch]:
+    """Held-out rows of every domain of a domains artifact."""
+    rows = []
+    for name in domain_names(source):
+        rows += read_rows(source / f"heldout/{name}.jsonl")[:PROOF_ROWS]
+    encoded = encode_chats(tokenizer, rows, max_length)
+    return [
+        TextBatch(batch.input_ids, batch.attention_mask)
+        for batch in batches_by_length(encoded, PROOF_ROWS, tokenizer.pad_token_id)
+    ]
+
+
+@torch.no_grad()
+def streams_of(
+    model: PreTrainedModel, batches: Sequence[TextBatch], sites: Sequence[int]
+) -> Tensor:
+    """The streams entering these layers at every token but each row's first, [T, sites, D]."""
+    streams = []
+    for batch in batches:
+        ids, mask = (part.to(model.device) for part in batch)
+        found = residual_streams(model, ids, mask, sites)
+        kept = mask.bool() & ~first_real_token(mask)
+        streams.append(torch.stack([found[site][kept] for site in sites], 1))
+    return torch.cat(streams)
+
+
+@torch.no_grad()
+def quality(
+    model: PreTrainedModel, sae: SparseAutoencoder, site: int, batches: Sequence[TextBatch]
+) -> dict[str, float]:
+    """Reconstruction, sparsity and cross-entropy recovered.
+
+    Cross-entropy is recovered by splicing into a layer's input: no figure of it where the stream
+    leaves the last layer and enters none.
+
+    Args:
+        model: the base.
+        sae: on the model's device.
+        site: the stream that it reads.
+        batches: the text.
+    """
+    streams = streams_of(model, batches, [site, site + sae.span] if sae.span else [site])
+    activations = streams if sae.span else streams[:, 0]
+    norms = sae.encode(sae.read(activations)).values.norm(dim=-1)
+    on_device = [tuple(part.to(model.device) for part in batch) for batch in batches]
+    return {
+        **sae_metrics(sae, activations),
+        **ce_recovered(model, sae, site, on_device, span=sae.span),
+        "mean_feature_norm": float(norms.mean()),
+        "tokens": len(activations),
+    }
+
+
+def implausible(figures: dict[str, float], latents: int) -> str | None:
+    """What of an SAE's figures says that it was made for other activations; None: nothing.
+
+    Args:
+        figures: of :func:`quality`.
+        latents: N.
+    """
+    fvu, l0 = figures["fvu"], figures["l0"]
+    if not math.isfinite(fvu) or fvu >= 1:
+        return f"it leaves {fvu:.3g} of the variance unexplained, which their mean alone would not"
+    if l0 == 0:
+        return "no latent is active on any token"
+    if l0 > MOST_ACTIVE * latents:
+        return f"{l0:.4g} of {latents} latents are active on a token"
+    return None
