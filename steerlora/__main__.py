@@ -5,6 +5,7 @@ steerlora experiment=smoke                        the same path in under a minut
 steerlora stage=adapter_training method=lora      one stage, and whatever it needs
 steerlora -m method.rank=4,8 stage=evaluate       a sweep
 steerlora -m hydra/launcher=submitit_slurm ...    its jobs as SLURM jobs
+steerlora stage=inspect_sae sae.path=...          what a given SAE is, and whether it fits the model
 steerlora stage=status                            what is stored
 steerlora stage=runs method=lora                  what was trained and scored, by settings
 steerlora stage=compare runs=[...]                what differs, and which differences hold up

@@ -9,6 +9,7 @@ subtracted and no scaling. The repository's name says which stream of the layer 
 from __future__ import annotations
 
 import re
+from pathlib import PurePath
 
 from steerlora.errors import UserError
 from steerlora.saes.jumprelu import JumpReLU
@@ -29,9 +30,10 @@ _NAMES = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold
 
 
 def _hook(where: str) -> str | None:
-    if "embedding" in where:
+    folders = PurePath(where).parts[-4:-1]
+    if "embedding" in folders:
         return "hook_embed"
-    layer = re.search(r"layer_(\d+)", where)
+    layer = re.search(r"layer_(\d+)", "/".join(folders))
     kind = re.search(r"gemma-scope-\w+-\w+-(res|mlp|att|transcoders)\b", where)
     stream = _STREAMS.get(kind[1] if kind else "res", "hook_resid_post")
     return f"blocks.{layer[1]}.{stream}" if layer else None

@@ -9,6 +9,7 @@ b_enc, b_dec and threshold, read as Gemma Scope's (:mod:`steerlora.saes.gemma_sc
 from __future__ import annotations
 
 import re
+from pathlib import PurePath
 
 from steerlora.errors import UserError
 from steerlora.saes.jumprelu import JumpReLU
@@ -25,8 +26,9 @@ _NAMES = {
 
 
 def _hook(where: str) -> str | None:
-    layer = re.search(r"layer_(\d+)", where)
-    kind = re.search(r"(resid_post|attn_out|mlp_out|transcoder|clt)", where)
+    folders = "/".join(PurePath(where).parts[-3:-1])
+    layer = re.search(r"layer_(\d+)", folders)
+    kind = re.search(r"(resid_post|attn_out|mlp_out|transcoder|clt)", folders)
     if not layer or not kind:
         return None
     return f"blocks.{layer[1]}.hook_{kind[1]}"

@@ -182,12 +182,12 @@ def _check_sizes(weights: Path, config: dict[str, Any]) -> None:
     try:
         with safe_open(weights, framework="pt") as file:
             there = set(file.keys())
-            for name, size in (("b_dec", config["d_in"]), ("b_enc", config["d_sae"])):
-                shape = file.get_slice(name).get_shape() if name in there else [size]
-                if shape != [size]:
-                    raise UserError(
-                        f"{weights}: {name} is {shape}, but {CONFIG_FILE} says {[size]}"
-                    )
+            width, latents = config["d_in"], config["d_sae"]
+            sizes = {"b_dec": [width], "b_enc": [latents], "W_dec": [latents, width]}
+            for name, size in sizes.items():
+                shape = file.get_slice(name).get_shape() if name in there else size
+                if shape != size:
+                    raise UserError(f"{weights}: {name} is {shape}, but {CONFIG_FILE} says {size}")
     except (SafetensorError, OSError) as error:
         raise _unreadable(weights, error) from error
 

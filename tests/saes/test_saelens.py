@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from steerlora.errors import UserError
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.formats import open_sae
+from steerlora.saes.gated import Gated
 from steerlora.saes.relu import ReLU
 from steerlora.saes.saelens import load_sae, sae_fingerprint, sae_metadata, save_sae
 from steerlora.saes.topk import TopK
@@ -316,6 +317,16 @@ def test_nonsense_is_one_line(config, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         load_sae(write(tmp_path, config))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("architecture", [TopK, Gated])
+@pytest.mark.parametrize("size", [None, "20", 10**12, 0, -20, 2.5])
+def test_a_number_of_latents_that_is_none_is_one_line(architecture, size, tmp_path):
+    save_sae(make(architecture), tmp_path, METADATA)
+    config = json.loads((tmp_path / "cfg.json").read_text()) | {"d_sae": size}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"but cfg\.json says"):
+        load_sae(tmp_path)
 
 
 # Files that normalise activations
