@@ -277,7 +277,7 @@ def test_untrained_twin_has_the_shape_and_bias_but_other_directions(architecture
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"normalize": "batch"}, "choose from layer_norm, layer_norm_input, none"),
+        ({"normalize": "batch"}, "choose from constant_norm_rescale, layer_norm, layer_norm_input"),
         ({"normalize": "layernorm"}, "did you mean 'layer_norm'"),
         ({"k": LATENTS + 1}, f"1 <= k <= {LATENTS}"),
         ({"k": 0}, f"1 <= k <= {LATENTS}"),
