@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-fast lint bench clean
+.PHONY: help setup reproduce test test-all test-fast lint bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/ \t/'
@@ -24,7 +24,10 @@ reproduce: setup ## the paper's tables in the micro world, into results/micro
 
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test: setup ## the tests
+test: setup ## the tests, but for the longest
+	$(PYTEST) -m "not long"
+
+test-all: setup ## all tests
 	$(PYTEST)
 
 test-fast: setup ## the tests that take no seconds each

@@ -32,10 +32,25 @@ SLOW = (
 )
 """Folders and files whose tests take seconds: ``make test-fast`` leaves them out."""
 
+LONG = (
+    *("ranks/test_torchrun.py", "planning/test_measured.py", "stages/test_another_machine.py"),
+    *("[steerlora experiment=micro_full]", "[steerlora experiment=calibration]"),
+    *("[steerlora experiment=text", "[steerlora stage=plan"),
+    *("test_two_jobs_of_two_ranks_one", "test_a_plugin_of_the_current_folder_reaches_the_jobs"),
+    *("saves_the_step_that_it_came_in[base]", "saves_the_step_that_it_came_in[sae_training]"),
+    *("test_monitored_losses_and_second_forwards", "test_a_base_that_one_gpu_cannot_hold"),
+    *("test_disk_is_of_every_site", "test_offloading_is_named", "test_a_larger_gpu_is_advised"),
+    "test_where_nothing_helps_the_text",
+)
+"""Parts of the names of tests that take half a minute or repeat at length what others test:
+``make test`` leaves them to ``make test-all``."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the slow ones, and let them come first: what is quick fills both workers to the end."""
+    """Mark slow and long ones, the slow first: what is quick fills both workers to the end."""
     for item in items:
+        if any(part in item.nodeid for part in LONG):
+            item.add_marker("long")
         if set(SLOW) & set(item.path.relative_to(item.config.rootpath).parts):
             item.add_marker("slow")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -92,6 +92,8 @@ def shrunk(command: str, text_folder: Path, root: Path, pretrained: Path) -> lis
     if "experiment=calibration" in words:
         tiny |= {"study.seeds": "[0,1,2]", "study.scale_seeds": "[0,1,2]", "study.calibrate": "[2]"}
         tiny |= {"study.models": "[micro_m]", "study.interventions": "[shuffle]"}
+    if "experiment=published" in words:
+        tiny |= {"study.interventions": "[shuffle]", "study.methods": "[sc_lora_reference]"}
     if "experiment=micro_full" in words:
         tiny |= {f"study.{those}methods": "[lora,sc_lora]" for those in ("", "scale_")}
         tiny |= {"study.sequential_methods": "[lora,sc_lora]"}

@@ -207,6 +207,8 @@ HOW_NOT_WHAT = {
     "evaluation.spread",
     "study.name",
     "study.meaningful",
+    "study.objective",
+    "study.colours",
     "study.workers",
     "study.least_general",
     "study.calibrate",
