@@ -29,10 +29,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from steerlora.cli import compose, sections
+from steerlora.cli.command_line import CommandLine
 from steerlora.cli.overrides import SEARCH_PATH
 from steerlora.cli.places import refuse_unwritable
 from steerlora.cli.sweep import (
-    CommandLine,
     has_outcomes,
     logged_as,
     prepare_outcomes,

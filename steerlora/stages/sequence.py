@@ -115,10 +115,11 @@ class SequenceTrainer:
         ]
         kept = min(replay.batches, steps)
         options = {"ratio": replay.ratio, "kept": kept, "seed": settings.seed}
-        replaying = ReplayBatches(batches, earlier, **options)
         if replay.how == "rows":
             pad = attached.tokenizer.pad_token_id
             replaying = ReplayRows(batches, earlier, **options, pad_token_id=pad)
+        else:
+            replaying = ReplayBatches(batches, earlier, **options)
         count = f"{position + 1}/{len(settings.sequence)}"
         method_training.train_task(
             self.context,

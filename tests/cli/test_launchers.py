@@ -17,8 +17,9 @@ from rich.console import Console
 
 import steerlora.__main__ as command
 from steerlora.cli import launchers, suggestions
+from steerlora.cli.command_line import CommandLine
 from steerlora.cli.launchers import LocalJobs, SlurmJobs
-from steerlora.cli.sweep import ABOUT, OUTCOMES, CommandLine, Outcome, print_outcomes
+from steerlora.cli.sweep import ABOUT, OUTCOMES, Outcome, print_outcomes
 from steerlora.engine.manifests import write_json
 from steerlora.errors import UserError
 

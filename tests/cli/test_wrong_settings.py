@@ -9,9 +9,9 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from steerlora.cli import compose
+from steerlora.cli.command_line import CommandLine
 from steerlora.cli.overrides import MOST_JOBS, jobs_of, read, spelt_out, with_folders
 from steerlora.cli.places import refuse_unwritable
-from steerlora.cli.sweep import CommandLine
 from steerlora.errors import UserError, nearest, shown
 
 
