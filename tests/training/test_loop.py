@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import random
 import signal
 from pathlib import Path
 
 import lightning
+import numpy as np
 import pytest
 import torch
 import trainings
@@ -20,7 +22,7 @@ from steerlora.engine import preemption
 from steerlora.engine.progress import Closed, Opened, Progress
 from steerlora.errors import Preempted, UserError
 from steerlora.training.checkpoints import newest
-from steerlora.training.loop import Watch, fit, rise_hold_fall
+from steerlora.training.loop import Watch, fit, rise_hold_fall, seed_all
 
 STEPS = 12
 
@@ -378,3 +380,11 @@ def test_random_numbers_resume_with_the_training(tmp_path):
     resumed = Dropping()
     run(resumed, tmp_path)
     assert_same_end(resumed, unbroken)
+
+
+def test_seeds_are_those_of_lightning():
+    lightning.seed_everything(11, verbose=False)
+    wanted = random.random(), np.random.rand(), torch.rand(3)
+    seed_all(11)
+    assert (random.random(), np.random.rand()) == wanted[:2]
+    assert torch.equal(torch.rand(3), wanted[2])
