@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from steerlora.errors import UserError, nearest
-from steerlora.lm.decoder import first_real_token, residual_streams
+from steerlora.lm.decoder import residual_streams
+from steerlora.lm.signal_tokens import NOT_FIRST, SignalTokens
 
 STORE_FILE = "store.json"
 HARVEST_ROWS = 64
@@ -41,7 +42,8 @@ class Harvest:
     sites: tuple[int, ...]
     shard_tokens: tuple[int, ...]
     """Tokens of each shard, the same at every site."""
-    first_tokens_dropped: int
+    without_signal: int
+    """Real tokens that carry no signal, and are not stored."""
     outliers_dropped: int
 
 
@@ -89,11 +91,11 @@ def harvest(
     *,
     dtype: torch.dtype = torch.float32,
     max_tokens: int | None = None,
-    drop_first_token: bool = True,
+    signal_tokens: SignalTokens = NOT_FIRST,
     outlier_ratio: float = 10.0,
     progress: Callable[[int], None] | None = None,
 ) -> ActivationStore:
-    """Store the streams entering ``sites`` for all real tokens, in one forward per batch.
+    """Store the streams entering ``sites`` for all tokens that carry a signal, a forward a batch.
 
     The forward stops at the last layer needed; at most one shard per site is held in memory.
 
@@ -104,7 +106,7 @@ def harvest(
         directory: where the shards go.
         dtype: type to store.
         max_tokens: stop after so many stored tokens; None takes all.
-        drop_first_token: leave out each sequence's first real token, the usual attention sink.
+        signal_tokens: which tokens are stored; by default all but each sequence's first.
         outlier_ratio: leave out tokens whose norm, at any of the sites, is above so many times the
             batch's median there (massive activations, which would dominate the squared error).
         progress: called with the number of tokens just stored.
@@ -118,7 +120,7 @@ def harvest(
     sites = tuple(sorted(set(sites)))
     device = next(model.parameters()).device
     writer = _ShardWriter(directory, sites, dtype)
-    stored = firsts = outliers = width = 0
+    stored = without = outliers = width = 0
     was_training = model.training
     model.eval()
     try:
@@ -126,7 +128,7 @@ def harvest(
             input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
             streams = residual_streams(model, input_ids, attention_mask, sites)
             real = attention_mask.bool()
-            keep = real & ~first_real_token(attention_mask) if drop_first_token else real
+            keep = signal_tokens(input_ids, real)
             rows = {site: stream[keep] for site, stream in streams.items()}
             usual = _usual_rows(rows.values(), outlier_ratio)
             room = None if max_tokens is None else max_tokens - stored
@@ -135,7 +137,7 @@ def harvest(
 
             added, width = rows[sites[0]].shape
             stored += added
-            firsts += int((real & ~keep).sum())
+            without += int((real & ~keep).sum())
             outliers += int((~usual).sum())
             if progress is not None:
                 progress(added)
@@ -144,14 +146,14 @@ def harvest(
     finally:
         model.train(was_training)
     if not stored:
-        raise UserError("no activations to store: the texts hold no token beyond their first")
+        raise UserError("no activations to store: the texts hold no token that carries a signal")
     writer.flush()
     contents = Harvest(
         width=width,
         dtype=str(dtype).removeprefix("torch."),
         sites=sites,
         shard_tokens=tuple(writer.shard_tokens),
-        first_tokens_dropped=firsts,
+        without_signal=without,
         outliers_dropped=outliers,
     )
     (directory / STORE_FILE).write_text(json.dumps(asdict(contents), indent=2) + "\n", "utf-8")

@@ -17,6 +17,7 @@ from torch import Tensor
 from steerlora.data.conversations import Conversation, exchange
 from steerlora.data.templates import render
 from steerlora.errors import UserError
+from steerlora.lm.signal_tokens import ALL_TOKENS, SignalTokens
 
 IGNORED = -100
 """Label of a token that does not enter the loss (torch's cross_entropy convention)."""
@@ -130,12 +131,12 @@ class Shares(NamedTuple):
 
     Attributes:
         labelled: of the tokens that the loss counts, with their weights.
-        real: of the real tokens.
-        owned: of the real tokens of rows that have a domain.
+        signal: of the tokens that carry a signal.
+        owned: of such tokens of rows that have a domain.
     """
 
     labelled: float = 1.0
-    real: float = 1.0
+    signal: float = 1.0
     owned: float = 1.0
 
 
@@ -157,6 +158,7 @@ class ChatBatch:
             one conversation a row.
         shares: of a part; the whole's are 1.
         whole_tokens: real tokens of the whole batch; 0: this is the whole.
+        signal_tokens: which tokens carry a signal, by which parts have their shares.
     """
 
     input_ids: Tensor
@@ -168,6 +170,7 @@ class ChatBatch:
     position_ids: Tensor | None = None
     shares: Shares = WHOLE
     whole_tokens: int = 0
+    signal_tokens: SignalTokens = ALL_TOKENS
 
     def part(self, index: int, parts: int) -> ChatBatch:
         """Rows index, index + parts, ...: one of so many parts, with no more columns than it needs.
@@ -226,12 +229,13 @@ class ChatBatch:
         return replace(self, **held, tokens=int(held["attention_mask"].sum()))
 
     def _counts(self) -> tuple[float, float, float]:
-        """Labelled tokens with their weights, real tokens, real tokens of rows with a domain."""
+        """Labelled tokens with their weights, tokens with a signal, and those of rows that have a
+        domain."""
         labelled = self.labels[:, 1:] != IGNORED
         if self.weights is not None:
             labelled = labelled * self.weights[:, 1:]
-        real = self.attention_mask.sum(1)
-        return float(labelled.sum()), float(real.sum()), float(real[self.domains >= 0].sum())
+        held = self.signal_tokens(self.input_ids, self.attention_mask, self.position_ids).sum(1)
+        return float(labelled.sum()), float(held.sum()), float(held[self.domains >= 0].sum())
 
     def to(self, device: torch.device | str) -> ChatBatch:
         held = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, Tensor)}
@@ -244,6 +248,7 @@ def collate(
     pad_token_id: int,
     *,
     prompt_weight: float = 0.0,
+    signal_tokens: SignalTokens = ALL_TOKENS,
 ) -> ChatBatch:
     """Pad ``rows`` on the right to the longest and mark where the loss counts.
 
@@ -267,7 +272,15 @@ def collate(
                 weights[index, start:stop] = 1.0
     tokens = sum(len(row.input_ids) for row in rows)
     owners = torch.tensor(list(domains))
-    return ChatBatch(input_ids, attention_mask, labels, owners, tokens, weights)
+    return ChatBatch(
+        input_ids,
+        attention_mask,
+        labels,
+        owners,
+        tokens,
+        weights,
+        signal_tokens=signal_tokens,
+    )
 
 
 def by_length(rows: Sequence[EncodedChat], size: int) -> Iterator[list[int]]:
@@ -314,6 +327,7 @@ class ChatBatches:
         pad_token_id: fills the right.
         seed: of every order.
         prompt_weight: weight of prompt tokens in the loss; answers weigh 1.
+        signal_tokens: which tokens carry a signal.
     """
 
     WINDOW = 16
@@ -327,11 +341,13 @@ class ChatBatches:
         pad_token_id: int,
         seed: int,
         prompt_weight: float = 0.0,
+        signal_tokens: SignalTokens = ALL_TOKENS,
     ) -> None:
         assert rows, "no rows to train on"
         self.rows, self.domains = rows, domains
         self.batch_size = min(batch_size, len(rows))
         self.pad_token_id, self.seed, self.prompt_weight = pad_token_id, seed, prompt_weight
+        self.signal_tokens = signal_tokens
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def __call__(self, step: int) -> ChatBatch:
@@ -345,6 +361,7 @@ class ChatBatches:
             [self.domains[index] for index in chosen],
             self.pad_token_id,
             prompt_weight=self.prompt_weight,
+            signal_tokens=self.signal_tokens,
         )
 
     def part(self, step: int, index: int, parts: int) -> ChatBatch:

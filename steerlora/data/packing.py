@@ -14,6 +14,7 @@ import torch
 from steerlora.config import TrainerConfig
 from steerlora.data.chat import IGNORED, ChatBatch, ChatBatches, EncodedChat
 from steerlora.distributed import ranks
+from steerlora.lm.signal_tokens import ALL_TOKENS, SignalTokens
 
 WINDOW = 4096
 """Conversations that are fitted into rows together."""
@@ -28,9 +29,15 @@ def training_batches(
     *,
     pad_token_id: int,
     seed: int,
+    signal_tokens: SignalTokens = ALL_TOKENS,
 ) -> ChatBatches | PackedBatches:
     """The batches of an adapter's training, packed where ``trainer.packing`` says so."""
-    settings = {"batch_size": trainer.batch_size, "pad_token_id": pad_token_id, "seed": seed}
+    settings = {
+        "batch_size": trainer.batch_size,
+        "pad_token_id": pad_token_id,
+        "seed": seed,
+        "signal_tokens": signal_tokens,
+    }
     if not trainer.packing:
         return ChatBatches(rows, domains, **settings)
     packed = PackedBatches(rows, domains, length=trainer.max_length, **settings)
@@ -61,6 +68,7 @@ class PackedBatches:
         length: S; no conversation is longer.
         pad_token_id: fills what is left of a row.
         seed: of every order.
+        signal_tokens: which tokens carry a signal.
 
     Attributes:
         contents: of each packed row, the indices of its conversations in ``rows``.
@@ -77,10 +85,11 @@ class PackedBatches:
         length: int,
         pad_token_id: int,
         seed: int,
+        signal_tokens: SignalTokens = ALL_TOKENS,
     ) -> None:
         assert rows, "no rows to train on"
         self.rows, self.domains = rows, domains
-        self.pad_token_id, self.seed = pad_token_id, seed
+        self.pad_token_id, self.seed, self.signal_tokens = pad_token_id, seed, signal_tokens
         lengths = np.array([len(row.input_ids) for row in rows])
         assert lengths.max() <= length, "a conversation longer than a row"
         self.contents = _packed(lengths, np.array(domains), length, seed)
@@ -103,6 +112,7 @@ class PackedBatches:
             [self.domains[row[0]] for row in chosen],
             self.pad_token_id,
             self.length,
+            self.signal_tokens,
         )
 
     def part(self, step: int, index: int, parts: int) -> ChatBatch:
@@ -111,7 +121,11 @@ class PackedBatches:
 
 
 def collate_packed(
-    rows: Sequence[Sequence[EncodedChat]], domains: Sequence[int], pad_token_id: int, length: int
+    rows: Sequence[Sequence[EncodedChat]],
+    domains: Sequence[int],
+    pad_token_id: int,
+    length: int,
+    signal_tokens: SignalTokens = ALL_TOKENS,
 ) -> ChatBatch:
     """Rows of several conversations each, padded on the right to ``length``; answers count.
 
@@ -139,6 +153,7 @@ def collate_packed(
         domains=torch.tensor(list(domains)),
         tokens=int(real.sum()),
         position_ids=position_ids,
+        signal_tokens=signal_tokens,
     )
 
 

@@ -293,9 +293,3 @@ def spliced_logits(
     """Logits [B, S, V] with ``edit`` applied to the stream entering layer ``site``."""
     with edited(model, {site: edit}):
         return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-
-
-def first_real_token(attention_mask: Tensor) -> Tensor:
-    """Where each row's first real token is: [B, S] mask -> [B, S] bool, one True a row at most."""
-    real = attention_mask.bool()
-    return real & (real.cumsum(dim=1) == 1)

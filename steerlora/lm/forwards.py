@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from steerlora.lm.decoder import decoder_of
+from steerlora.lm.signal_tokens import ALL_TOKENS, SignalTokens
 
 
 @dataclass
 class ForwardArguments:
     """What a decoder's forward was called with, as far as those need to know who watch it."""
 
+    input_ids: Tensor | None = None
+    """[B, S]; None where embeddings were given."""
     attention_mask: Tensor | dict[str, Tensor | None] | None = None
     """[B, S so far] or None; or as layers read it, [B, 1, S, columns], one or one a kind."""
     position_ids: Tensor | None = None
@@ -35,6 +38,7 @@ class ForwardArguments:
 
     def note(self, given: dict[str, Any]) -> None:
         """Take over what the decoder is called with."""
+        self.input_ids = given.get("input_ids")
         self.attention_mask = given.get("attention_mask")
         self.position_ids = given.get("position_ids")
         self.cache = given.get("past_key_values")
@@ -64,6 +68,24 @@ class ForwardArguments:
         if positions is not None and positions.dim() == 2:
             return (positions >= 0).expand(batch, length)
         return torch.ones(batch, length, dtype=torch.bool, device=stream.device)
+
+    def signal_tokens(self, stream: Tensor, rule: SignalTokens) -> Tensor:
+        """True on the tokens of a stream [B, S, D] that carry a signal, [B, S]."""
+        real = self.real_tokens(stream)
+        if rule == ALL_TOKENS:
+            return real
+        return rule(self.input_ids, real, self._positions(real))
+
+    def _positions(self, real: Tensor) -> Tensor:
+        """Of each token in its own sequence, [B, S], where it is ``real`` [B, S]."""
+        batch, length = real.shape
+        if self.position_ids is not None and self.position_ids.dim() == 2:
+            return self.position_ids.expand(batch, length)
+        so_far = self.mask_so_far()
+        if so_far is None:
+            places = torch.arange(self.past, self.past + length, device=real.device)
+            return places.expand(batch, length)
+        return (so_far.long().cumsum(1) - 1)[:, -length:]
 
     def mask_so_far(self) -> Tensor | None:
         """Of all tokens of the sequences, those of this forward included: [B, S so far], 1 on real

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from steerlora.data.chat import ChatBatch, EncodedChat
 from steerlora.lm.decoder import attach_edits, decoder_of, layers_of, remove_edits
 from steerlora.lm.forwards import ObservedForward, cache_after, parameters_of_forward
+from steerlora.lm.signal_tokens import ALL_TOKENS, SignalTokens
 from steerlora.lm.targets import (
     ReplacedLinear,
     Target,
@@ -55,6 +56,8 @@ class Sources:
 
     saes: Mapping[int, SiteSAE] = field(default_factory=dict)
     taxonomies: Mapping[int, Taxonomy] = field(default_factory=dict)
+    signal_tokens: SignalTokens = ALL_TOKENS
+    """Which tokens of the base's text carry a signal."""
 
 
 class Health(Protocol):
@@ -91,6 +94,8 @@ class Method(nn.Module):
 
     Attributes:
         saes: those; a plain dict, so that they are no part of the state dict.
+        signal_tokens: which tokens carry a signal; saved with it. All do, until a kind of method
+            sets it.
         running: its forwards, and whether it is disabled.
     """
 
@@ -115,6 +120,7 @@ class Method(nn.Module):
         _check_saes(config, given, decoder_of(model).config.hidden_size)
         self.saes = {site: sae.eval().requires_grad_(False) for site, sae in given.items()}
         self.config, self.running = config, Running(self.forward_type)
+        self.signal_tokens = ALL_TOKENS
         # A list, so that the model is no part of this module.
         self._attached: list[Attachment] = []
         model.requires_grad_(False)

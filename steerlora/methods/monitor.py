@@ -1,6 +1,7 @@
 """The features of the adapted stream above a method, beside those of the base's own stream.
 
-B batch, S sequence, T real tokens, D model width, L layers, N latents, K active latents.
+B batch, S sequence, T tokens that carry a signal (``method.signal_tokens``), D model width,
+L layers, N latents, K active latents.
 
 The stream entering the first adapted layer c is the base model's own. So the base's stream at the
 monitor site needs layers [c, site) only, from that stream on: no second forward of the whole model.
@@ -116,7 +117,7 @@ class Monitor:
             observed.remove()
 
     def features(self) -> SparseFeatures:
-        """z_ft of the recorded forward's real tokens, [T, K], with gradient in the stream."""
+        """z_ft of the recorded forward's tokens, [T, K], with gradient in the stream."""
         return self._encode(self._streams[self.layer])
 
     @torch.no_grad()
@@ -145,7 +146,7 @@ class Monitor:
         """How far the general features have moved on a batch [B, S], as a ratio's two parts.
 
         Returns:
-            Sums over real tokens and general latents of (z_ft - z_base)^2 and of z_base^2.
+            Sums over tokens and general latents of (z_ft - z_base)^2 and of z_base^2.
         """
         with self.recording():
             decoder_of(self.model)(
@@ -167,4 +168,5 @@ class Monitor:
             self.sae.to(stream.device)
             for name in ("general", "domain", "prototypes"):
                 setattr(self, name, getattr(self, name).to(stream.device))
-        return self.sae.encode(stream[self._arguments.real_tokens(stream)])
+        counted = self._arguments.signal_tokens(stream, self.method.signal_tokens)
+        return self.sae.encode(stream[counted])

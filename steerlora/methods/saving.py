@@ -15,6 +15,7 @@ from torch import nn
 
 from steerlora.errors import UserError
 from steerlora.lm.identity import model_fingerprint
+from steerlora.lm.signal_tokens import SignalTokens
 from steerlora.methods.base import Method, SiteSAE, Sources
 from steerlora.methods.config import METHODS
 from steerlora.saes.base import SparseAutoencoder
@@ -22,7 +23,7 @@ from steerlora.saes.saelens import load_sae, sae_fingerprint, sae_metadata, save
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FORMAT = "steerlora"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised when ``adapter_config.json`` means something else; files of another one are refused."""
 
 
@@ -67,6 +68,7 @@ def save_adapter(
         "trained_under": trained_under,
         "saes": saes,
         "facts": method.facts(),
+        "signal_tokens": asdict(method.signal_tokens),
     }
     state = {name: tensor.detach().contiguous() for name, tensor in method.state_dict().items()}
     assert all(tensor.numel() for tensor in state.values()), "an adapter weight is empty"
@@ -137,7 +139,9 @@ def load_adapter(
     method = None
     try:
         config = _grown(METHODS[stored["method"]["kind"]], stored["method"])
-        method = config.build(model, Sources(saes=saes), seed=0)
+        rule = {name: _tuples(value) for name, value in stored["signal_tokens"].items()}
+        sources = Sources(saes=saes, signal_tokens=SignalTokens(**rule))
+        method = config.build(model, sources, seed=0)
         method.load_state_dict(weights)
         method.load_facts(stored["facts"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -184,6 +188,11 @@ def _grown(schema: type, stored: Mapping[str, Any]) -> Any:
     )
 
 
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that were written."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _write_config(directory: Path, stored: dict) -> None:
     (directory / CONFIG).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
 
@@ -201,7 +210,11 @@ def _read_config(path: Path) -> dict:
             f"{path} has format version {config.get('version')}, this code reads {FORMAT_VERSION}: "
             "train the adapter again"
         )
-    absent = [key for key in ("base_fingerprint", "method", "saes", "facts") if key not in config]
+    absent = [
+        key
+        for key in ("base_fingerprint", "method", "saes", "facts", "signal_tokens")
+        if key not in config
+    ]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}: copy or train the adapter again")
     entries = config["saes"]

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from steerlora.lm.decoder import first_real_token, residual_streams, spliced_logits
+from steerlora.lm.decoder import residual_streams, spliced_logits
+from steerlora.lm.signal_tokens import NOT_FIRST, SignalTokens
 from steerlora.saes.base import SparseAutoencoder
 
 
@@ -93,7 +94,7 @@ def ce_recovered(
     site: int,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    drop_first_token: bool = True,
+    signal_tokens: SignalTokens = NOT_FIRST,
     span: int = 0,
 ) -> dict[str, float]:
     """Next-token loss with the stream entering layer ``site`` reconstructed, and set to zero.
@@ -108,7 +109,7 @@ def ce_recovered(
         sae: trained on that stream.
         site: layer index.
         batches: (input_ids [B, S], attention_mask [B, S]).
-        drop_first_token: leave each sequence's first token as it is, as it was in harvesting.
+        signal_tokens: the stream of other tokens stays as it is; the same as in harvesting.
         span: so many layers after ``site`` the stream is replaced, by what the SAE writes from that
             of ``site`` (:attr:`SparseAutoencoder.span`).
 
@@ -125,10 +126,7 @@ def ce_recovered(
         for input_ids, attention_mask in batches:
             input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
             targets = _targets(input_ids, attention_mask)
-            replaced = attention_mask.bool()
-            if drop_first_token:
-                replaced = replaced & ~first_real_token(attention_mask)
-            where = replaced[..., None]
+            where = signal_tokens(input_ids, attention_mask)[..., None]
             read = None
             if span:
                 read = residual_streams(model, input_ids, attention_mask, [site])[site]

@@ -11,6 +11,7 @@ from torch import Tensor
 from steerlora.config import Config
 from steerlora.data.activations import HARVEST_ROWS, harvest
 from steerlora.data.chat import ChatBatches
+from steerlora.data.headers import signal_tokens_of
 from steerlora.engine.steps import Context, Step, stage
 from steerlora.stages import base
 from steerlora.stages.common import WHERE, general_text, load_base, training_rows
@@ -52,7 +53,7 @@ def step(config: Config) -> Step:
     )
 
 
-@stage("activations", 1, step=step, skip=WHERE)
+@stage("activations", 2, step=step, skip=WHERE)
 def build(context: Context) -> dict:
     settings: ActivationSettings = context.config
     model, tokenizer = load_base(
@@ -71,6 +72,7 @@ def build(context: Context) -> dict:
             settings.sites if settings.monitor is None else (*settings.sites, settings.monitor),
             context.directory / "activations",
             max_tokens=settings.max_tokens,
+            signal_tokens=signal_tokens_of(tokenizer),
             progress=lambda tokens: task.advance(tokens, tokens=tokens),
         )
     return {"tokens": store.tokens(settings.sites[0]), "width": store.width}

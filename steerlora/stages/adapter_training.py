@@ -58,7 +58,7 @@ def step(config: Config) -> Step:
 
 @stage(
     "adapter_training",
-    4,
+    5,
     step=step,
     skip=NOT_IDENTITY,
     shared=True,
@@ -82,6 +82,7 @@ def build(context: Context) -> dict:
         settings.trainer,
         pad_token_id=tokenizer.pad_token_id,
         seed=settings.seed,
+        signal_tokens=method.signal_tokens,
     )
     with run_log(context, settings.logger) as log:
         figures = method_training.train_task(

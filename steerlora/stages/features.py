@@ -1,7 +1,7 @@
 """Stage ``features``: which features are general, which a domain's own, and what they mean.
 
-Only training text is read (and where asked for, general text), one batch at a time; padding and
-each row's first token are left out.
+Only training text is read (and where asked for, general text), one batch at a time, and
+of it the tokens that carry a signal.
 Where an instruction-tuned version of the base is given, general features are those besides that
 drift little from the one to the other.
 """
@@ -19,12 +19,14 @@ from transformers import PreTrainedModel
 
 from steerlora.config import Config, FeaturesConfig, LoggerConfig
 from steerlora.data.chat import batches_by_length
+from steerlora.data.headers import signal_tokens_of
 from steerlora.engine.artifacts import Artifact
 from steerlora.engine.manifests import write_json
 from steerlora.engine.steps import Context, Step, stage
 from steerlora.errors import UserError
-from steerlora.lm.decoder import first_real_token, residual_streams
+from steerlora.lm.decoder import residual_streams
 from steerlora.lm.pretrained import open_model, open_tokenizer, shape_of
+from steerlora.lm.signal_tokens import SignalTokens
 from steerlora.reporting.tables import Cell, markdown_grid
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.saelens import load_sae
@@ -122,7 +124,7 @@ def load_taxonomy(artifact: Artifact) -> Taxonomy:
 
 
 # The place of the instruct model does not matter, its content does.
-@stage("features", 1, step=requested, skip=WHERE | {"logger", "features.instruct_model"})
+@stage("features", 2, step=requested, skip=WHERE | {"logger", "features.instruct_model"})
 def build(context: Context) -> dict:
     settings: FeatureSettings = context.config
     source = context.inputs["domains"]
@@ -134,12 +136,13 @@ def build(context: Context) -> dict:
     )
     sae = load_sae(context.inputs["sae"] / sae_training.FOLDER, model.device)
     rows = training_rows(source, names, tokenizer, settings.max_length)
+    rule = signal_tokens_of(tokenizer)
     if settings.features.frequency == GENERAL:
         most = max(map(len, rows.values()))
         rows[GENERAL] = general_text(source, tokenizer, settings.max_length, most)[:most]
 
     def tokens(reader: PreTrainedModel, name: str) -> Iterator[_Tokens]:
-        return _tokens(reader, tokenizer.pad_token_id, sae, settings.site, rows[name])
+        return _tokens(reader, tokenizer.pad_token_id, sae, settings.site, rows[name], rule)
 
     # The base, and its instruction-tuned version where one is given.
     readers = [model]
@@ -247,13 +250,15 @@ def _ordinary_tokens(tokenizer) -> set[tuple[str, int]]:
 
 
 @torch.no_grad()
-def _tokens(model, pad_token_id: int, sae: SparseAutoencoder, site: int, rows) -> Iterator[_Tokens]:
-    """The features of every real token but each row's first."""
+def _tokens(
+    model, pad_token_id: int, sae: SparseAutoencoder, site: int, rows, rule: SignalTokens
+) -> Iterator[_Tokens]:
+    """The features of every token that carries a signal."""
     for batch in batches_by_length(rows, BATCH_SIZE, pad_token_id):
         batch = batch.to(model.device)
         mask = batch.attention_mask
         stream = residual_streams(model, batch.input_ids, mask, [site])[site]
-        row, position = (mask.bool() & ~first_real_token(mask)).nonzero(as_tuple=True)
+        row, position = rule(batch.input_ids, mask).nonzero(as_tuple=True)
         yield _Tokens(sae.encode(stream[row, position]), row, position, batch.input_ids)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from steerlora.config import Config
+from steerlora.data.headers import signal_tokens_of
 from steerlora.data.jsonl import read_objects
 from steerlora.engine.content import absolute, identity_of, open_file
 from steerlora.engine.manifests import write_json
@@ -80,7 +81,7 @@ def requested(config: Config) -> tuple[Step, ...]:
 
 
 # The place of given files does not matter, their content does.
-@stage("inspect_sae", 1, step=requested, skip=WHERE | {"path", "text"})
+@stage("inspect_sae", 2, step=requested, skip=WHERE | {"path", "text"})
 def build(context: Context) -> dict:
     settings: InspectionSettings = context.config
     model, tokenizer = load_base(
@@ -91,10 +92,11 @@ def build(context: Context) -> dict:
         batches = held_out_batches(source, tokenizer, settings.max_length)
     else:
         batches = _text_batches(Path(settings.text), tokenizer, settings.max_length)
-    streams = cache(lambda: streams_of(model, batches, [settings.site])[:, 0])
+    rule = signal_tokens_of(tokenizer)
+    streams = cache(lambda: streams_of(model, batches, [settings.site], rule)[:, 0])
     pointer = context.inputs["base"].json(POINTER)
     sae = open_given(settings.path, settings.site, pointer, streams).to(model.device)
-    figures = quality(model, sae, settings.site, batches)
+    figures = quality(model, sae, settings.site, batches, rule)
     if wrong := implausible(figures, sae.latents):
         raise UserError(
             f"sae.path={settings.path}: on the stream entering layer {settings.site}, {wrong}: it "

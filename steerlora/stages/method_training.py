@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from steerlora.config import Config, InterventionConfig, LoggerConfig, TrainerConfig
 from steerlora.data.chat import ChatBatch, EncodedChat
 from steerlora.data.cuts import cuts_of
+from steerlora.data.headers import signal_tokens_of
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
 from steerlora.distributed.zero import sharding_settings
@@ -217,7 +218,7 @@ def attach(
         UserError: what is asked for does not fit the model.
     """
     settings, source = context.config, context.inputs["domains"]
-    sources = _open_sources(settings.method, context.inputs)
+    sources = _open_sources(settings.method, context.inputs, tokenizer)
     try:
         method = settings.method.build(model, sources, settings.seed)
     except ValueError as error:
@@ -271,7 +272,7 @@ def sae_paths(method: MethodConfig, inputs: Inputs) -> dict[int, Path]:
     return dict(zip(method.sites, folders, strict=False))
 
 
-def _open_sources(method: MethodConfig, inputs: Inputs) -> Sources:
+def _open_sources(method: MethodConfig, inputs: Inputs, tokenizer: Any) -> Sources:
     """The SAEs and features of the control sites, as far as they are among the inputs."""
     return Sources(
         saes={
@@ -282,6 +283,7 @@ def _open_sources(method: MethodConfig, inputs: Inputs) -> Sources:
             site: features.load_taxonomy(artifact)
             for site, artifact in zip(method.sites, inputs.get("features", ()), strict=False)
         },
+        signal_tokens=signal_tokens_of(tokenizer),
     )
 
 

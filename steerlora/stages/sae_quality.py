@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from steerlora.data.chat import batches_by_length, encode_chats
 from steerlora.engine.artifacts import Artifact
-from steerlora.lm.decoder import first_real_token, residual_streams
+from steerlora.lm.decoder import residual_streams
+from steerlora.lm.signal_tokens import SignalTokens
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.metrics import ce_recovered, sae_metrics
 from steerlora.stages.common import domain_names, read_rows
@@ -47,21 +48,25 @@ def held_out_batches(source: Artifact, tokenizer, max_length: int) -> list[TextB
 
 @torch.no_grad()
 def streams_of(
-    model: PreTrainedModel, batches: Sequence[TextBatch], sites: Sequence[int]
+    model: PreTrainedModel, batches: Sequence[TextBatch], sites: Sequence[int], rule: SignalTokens
 ) -> Tensor:
-    """The streams entering these layers at every token but each row's first, [T, sites, D]."""
+    """The streams entering these layers at every token that carries a signal, [T, sites, D]."""
     streams = []
     for batch in batches:
         ids, mask = (part.to(model.device) for part in batch)
         found = residual_streams(model, ids, mask, sites)
-        kept = mask.bool() & ~first_real_token(mask)
+        kept = rule(ids, mask)
         streams.append(torch.stack([found[site][kept] for site in sites], 1))
     return torch.cat(streams)
 
 
 @torch.no_grad()
 def quality(
-    model: PreTrainedModel, sae: SparseAutoencoder, site: int, batches: Sequence[TextBatch]
+    model: PreTrainedModel,
+    sae: SparseAutoencoder,
+    site: int,
+    batches: Sequence[TextBatch],
+    rule: SignalTokens,
 ) -> dict[str, float]:
     """Reconstruction, sparsity and cross-entropy recovered.
 
@@ -73,14 +78,16 @@ def quality(
         sae: on the model's device.
         site: the stream that it reads.
         batches: the text.
+        rule: which tokens of it carry a signal.
     """
-    streams = streams_of(model, batches, [site, site + sae.span] if sae.span else [site])
+    sites = [site, site + sae.span] if sae.span else [site]
+    streams = streams_of(model, batches, sites, rule)
     activations = streams if sae.span else streams[:, 0]
     norms = sae.encode(sae.read(activations)).values.norm(dim=-1)
     on_device = [tuple(part.to(model.device) for part in batch) for batch in batches]
     return {
         **sae_metrics(sae, activations),
-        **ce_recovered(model, sae, site, on_device, span=sae.span),
+        **ce_recovered(model, sae, site, on_device, signal_tokens=rule, span=sae.span),
         "mean_feature_norm": float(norms.mean()),
         "tokens": len(activations),
     }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from steerlora.config import Config, LoggerConfig, TrainerConfig
 from steerlora.data.activations import ActivationBatches, ActivationStore
+from steerlora.data.headers import signal_tokens_of
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
 from steerlora.engine.manifests import write_json
@@ -100,7 +101,7 @@ def _check(settings: SAESettings) -> None:
 
 @stage(
     "sae_training",
-    2,
+    3,
     step=requested,
     # The place of given files does not matter, their content does.
     skip=NOT_IDENTITY | ADAPTER_ONLY | WHERE | {"sae.max_tokens", "sae.path"},
@@ -122,7 +123,9 @@ def build(context: Context) -> dict:
         return held_out_batches(context.inputs["domains"], loaded()[1], settings.max_length)
 
     def streams() -> Tensor:
-        return streams_of(loaded()[0], batches(), [settings.site])[:, 0]
+        model, tokenizer = loaded()
+        rule = signal_tokens_of(tokenizer)
+        return streams_of(model, batches(), [settings.site], rule)[:, 0]
 
     with run_log(context, settings.logger) as log:
         if settings.sae.path:
@@ -131,9 +134,9 @@ def build(context: Context) -> dict:
             sae, figures = _train(context, settings, log)
         if not ranks.is_main():
             return {}
-        model, _ = loaded()
+        model, tokenizer = loaded()
         sae.to(model.device)
-        measured = quality(model, sae, settings.site, batches())
+        measured = quality(model, sae, settings.site, batches(), signal_tokens_of(tokenizer))
         log.results({**figures, **measured})
     wrong = implausible(measured, sae.latents)
     if settings.sae.path and wrong:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -108,9 +107,9 @@ class SequenceTrainer:
     def _train(self, position: int, attached: Attached) -> None:
         settings, replay = self.settings, self.settings.method.replay
         domain, steps = settings.sequence[position], settings.steps_per_domain
-        batches = self._batches_of(position, attached.tokenizer)
+        batches = self._batches_of(position, attached)
         earlier = [
-            self._batches_of(before, attached.tokenizer)
+            self._batches_of(before, attached)
             for before in (range(position) if replay.ratio else ())
         ]
         kept = min(replay.batches, steps)
@@ -134,22 +133,23 @@ class SequenceTrainer:
             run_logger=self.log.lightning(first_step=position * steps),
         )
 
-    def _batches_of(self, position: int, tokenizer: Any) -> ChatBatches | PackedBatches:
+    def _batches_of(self, position: int, attached: Attached) -> ChatBatches | PackedBatches:
         """A domain's own batches, a function of the step; replay asks for earlier ones again."""
         if position not in self._batches:
             settings = self.settings
             domain = settings.sequence[position]
             found, _ = method_training.rows_to_learn(
-                self.source, [domain], tokenizer, settings.trainer
+                self.source, [domain], attached.tokenizer, settings.trainer
             )
             rows = found[domain]
             self._batches[position] = training_batches(
                 rows,
                 [self.names.index(domain)] * len(rows),
                 settings.trainer,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=attached.tokenizer.pad_token_id,
                 # Of the domains that there are, not of those that the sequence has by now.
                 seed=settings.seed * len(self.names) + position,
+                signal_tokens=attached.method.signal_tokens,
             )
         return self._batches[position]
 

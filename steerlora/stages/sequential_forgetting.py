@@ -76,7 +76,7 @@ def step(config: Config) -> Step:
 
 @stage(
     "sequential_forgetting",
-    f"4.{SCHEMA}",
+    f"5.{SCHEMA}",
     step=step,
     skip=NOT_IDENTITY | {"trainer.max_steps", "evaluation.spread"} | evaluate.BY_CONTENT,
     shared=True,

@@ -11,7 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from steerlora.data import activations
 from steerlora.data.activations import ActivationBatches, ActivationStore, harvest
 from steerlora.errors import UserError
-from steerlora.lm.decoder import first_real_token
+from steerlora.lm.signal_tokens import SignalTokens
 
 WIDTH, LAYERS = 16, 3
 
@@ -60,7 +60,7 @@ def test_stored_rows_are_the_real_tokens_of_the_model_s_hidden_states(model, dro
         batches,
         [2, 0],
         tmp_path,
-        drop_first_token=drop_first,
+        signal_tokens=SignalTokens(first=drop_first),
         outlier_ratio=1e9,
         progress=seen.append,
     )
@@ -72,7 +72,7 @@ def test_stored_rows_are_the_real_tokens_of_the_model_s_hidden_states(model, dro
         expected = expected_rows(model, batches, site, drop_first)
         assert store.tokens(site) == len(expected) == sum(seen)
         torch.testing.assert_close(store.rows(site, torch.arange(len(expected))), expected)
-    assert store.contents.first_tokens_dropped == (12 if drop_first else 0)
+    assert store.contents.without_signal == (12 if drop_first else 0)
 
 
 def test_the_forward_stops_at_the_last_site(model, tmp_path, monkeypatch):
@@ -93,7 +93,7 @@ def test_outliers_at_any_site_are_left_out_at_all_of_them(model, tmp_path, monke
         return out
 
     monkeypatch.setattr(activations, "residual_streams", streams)
-    store = harvest(model, make_batches(1), [0, 2], tmp_path, drop_first_token=False)
+    store = harvest(model, make_batches(1), [0, 2], tmp_path, signal_tokens=SignalTokens())
     assert store.contents.outliers_dropped == 2
     assert store.tokens(0) == store.tokens(2) == 23 - 2
     rows = store.rows(2, torch.arange(21))
@@ -149,12 +149,6 @@ def test_batches_depend_on_seed_and_step_alone(model, tmp_path):
     assert not torch.equal(store.batch(1, 8, seed=5, step=0), store.batch(1, 8, seed=4, step=1))
 
 
-def test_first_real_token_on_either_padding_side():
-    mask = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 0, 0], [0, 0, 0]])
-    expected = [[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0]]
-    assert first_real_token(mask).int().tolist() == expected
-
-
 def test_what_is_missing_is_named(model, tmp_path):
     with pytest.raises(UserError, match=r"store\.json is missing"):
         ActivationStore(tmp_path)
@@ -162,7 +156,7 @@ def test_what_is_missing_is_named(model, tmp_path):
     with pytest.raises(UserError, match="no activations of site 3"):
         store.tokens(3)
     single = torch.ones(2, 1, dtype=torch.long)
-    with pytest.raises(UserError, match="no token beyond their first"):
+    with pytest.raises(UserError, match="no token that carries a signal"):
         harvest(model, [(single, single)], [1], tmp_path / "empty")
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from steerlora.data.activations import ActivationStore, harvest
+from steerlora.lm.signal_tokens import ALL_TOKENS
 
 
 @pytest.fixture
@@ -24,4 +25,4 @@ def store(tmp_path, monkeypatch) -> ActivationStore:
     )
     ones = torch.ones(1, 100, dtype=torch.long)
     model = torch.nn.Linear(1, 1)
-    return harvest(model, [(ones, ones)] * 20, [1], tmp_path / "store", drop_first_token=False)
+    return harvest(model, [(ones, ones)] * 20, [1], tmp_path / "store", signal_tokens=ALL_TOKENS)

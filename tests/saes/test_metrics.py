@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from steerlora.lm.decoder import residual_streams
+from steerlora.lm.signal_tokens import SignalTokens
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.metrics import ce_recovered, sae_metrics
 from steerlora.saes.relu import ReLU
@@ -131,7 +132,7 @@ def test_spliced_losses_equal_unpadded_rows_run_by_hand(model, padding, drop_fir
     ablated = loss["with_ablation"]
 
     halves = [(ids[:1], mask[:1]), (ids[1:], mask[1:])]
-    found = ce_recovered(model, sae, site, halves, drop_first_token=drop_first)
+    found = ce_recovered(model, sae, site, halves, signal_tokens=SignalTokens(first=drop_first))
     expected = {f"ce_loss_{name}": value for name, value in loss.items()} | {
         "ce_loss_score": (ablated - loss["with_sae"]) / (ablated - loss["without_sae"]),
         "kl_div_with_sae": kl["with_sae"] / tokens,

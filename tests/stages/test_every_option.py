@@ -92,6 +92,7 @@ CHANGES = {
     "method.context": "ema",
     "method.decay": 0.5,
     "method.router": "mlp",
+    "method.signal_tokens": "all",
     "method.router_hidden": 99,
     "method.rank_hidden": 99,
     "method.per_module": "true",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from steerlora.data.chat import ChatBatch
 from steerlora.lm.decoder import decoder_of, layers_path
 from steerlora.lm.targets import size_of
 from steerlora.methods.base import Method, Sources
@@ -121,6 +122,8 @@ class Adapter(Method):
             seed=seed,
         )
         adapter.taxonomies = dict(sources.taxonomies)
+        if config.signal_tokens == "text":
+            adapter.signal_tokens = sources.signal_tokens
         for site in config.sites if config.prototypes else ():
             if site in sources.taxonomies:
                 adapter.routers[str(site)].set_prototypes(sources.taxonomies[site].prototypes)
@@ -259,9 +262,14 @@ class Adapter(Method):
         names = list(self.layers)
         return self.active[[names.index(name) for name in self.modules_of(site)]]
 
-    def real_tokens(self, stream: Tensor) -> Tensor:
-        """True on real tokens of the last forward, [B, S]; with a KV cache, the mask's end."""
-        return self.forward_state.real_tokens(stream)
+    def tokens_with_signal(self, stream: Tensor) -> Tensor:
+        """True on tokens of the last forward that carry a signal, [B, S]; with a KV cache, of the
+        new ones."""
+        return self.forward_state.signal_tokens(stream, self.signal_tokens)
+
+    def with_signal(self, batch: ChatBatch) -> Tensor:
+        """True on tokens of a batch that carry a signal, [B, S]."""
+        return self.signal_tokens(batch.input_ids, batch.attention_mask, batch.position_ids)
 
     def configure(self, *, hard_rank: float = 0.0) -> None:
         """From now on, leave out mask values below ``hard_rank`` where no gradient is recorded."""

@@ -1,6 +1,6 @@
 """The features of the adapted streams at all control sites, beside those of the base's own.
 
-B batch, S sequence, D model width, T real tokens, N latents, K active latents.
+B batch, S sequence, D model width, T tokens that carry a signal, N latents, K active latents.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ComparedSite(NamedTuple):
     """One site after a forward.
 
     Attributes:
-        adapted: z_ft of the real tokens, values and indices [T, K], with gradient in the stream.
+        adapted: z_ft of the tokens, values and indices [T, K], with gradient in the stream.
         base: z_base of the same tokens, [T, K'].
         taxonomy: of the features, on the tokens' device.
     """
@@ -75,10 +75,10 @@ class ComparedSites:
             sae = self.adapter.saes[site]
             stream = stream.to(self.adapter.active.device)
             base = self.adapter.forward_state.base_streams[site].to(stream.device)
-            real = self.adapter.real_tokens(stream)
+            counted = self.adapter.tokens_with_signal(stream)
             with torch.no_grad():
-                before = sae.encode(base[real])
-            yield ComparedSite(sae.encode(stream[real]), before, self._taxonomy(site, sae))
+                before = sae.encode(base[counted])
+            yield ComparedSite(sae.encode(stream[counted]), before, self._taxonomy(site, sae))
 
     def _taxonomy(self, site: int, sae: SparseAutoencoder) -> Taxonomy:
         held = self.taxonomies[site]

@@ -24,6 +24,7 @@ CONTEXTS = ("token", "causal_mean", "ema")
 SOURCES = ("inline", "base", "base_last")
 READS = ("input", "output")
 ISOLATIONS = ("free", "frozen", "own")
+SIGNAL_TOKENS = ("text", "all")
 COLLAPSES = ("ignore", "warn", "stop")
 
 
@@ -121,6 +122,10 @@ class RoutedLoRAConfig(MethodConfig):
     """Registered name of the router: "linear" or "mlp" (two layers), learnt, or "prototype":
     nothing learnt, each token goes to the specialist of the domain whose mean signal its own is
     nearest to."""
+    signal_tokens: Annotated[str, OneOf(SIGNAL_TOKENS)] = "text"
+    """Which tokens carry the signal, and are counted in losses and in the health of routing:
+    "text", all but the chat template's header, special tokens and a sequence's first
+    (``lm/signal_tokens.py``); "all", every real token."""
     router_hidden: Annotated[int, Interval(ge=1, le=2**17)] = 256
     """Hidden width of "mlp", from 1."""
     rank_hidden: Annotated[int, Interval(ge=1, le=2**17)] | None = None

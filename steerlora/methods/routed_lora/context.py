@@ -23,7 +23,7 @@ class ContextState(NamedTuple):
     """What the tokens so far leave behind for the next ones.
 
     Attributes:
-        total: [B, O]; weighted sum of the logits of the real tokens so far.
+        total: [B, O]; weighted sum of the logits of the counted tokens so far.
         weight: [B, 1]; sum of their weights.
     """
 
@@ -33,24 +33,25 @@ class ContextState(NamedTuple):
 
 def average_so_far(
     logits: Tensor,
-    real: Tensor,
+    counted: Tensor,
     context: str,
     decay: float,
     state: ContextState | None = None,
     restarts: Tensor | None = None,
 ) -> tuple[Tensor, ContextState | None]:
-    """Average the logits over each sequence's real tokens up to and including every position.
+    """Average the logits over each sequence's counted tokens up to and including every position.
 
     - ``token``: the logits themselves.
-    - ``causal_mean``: (sum_{s <= t} l_s) / (number of real tokens up to t).
+    - ``causal_mean``: (sum_{s <= t} l_s) / (number of such tokens up to t).
     - ``ema``: sum_{s <= t} decay^(t - s) l_s, divided by the sum of the weights, where t - s counts
-      real tokens; so the first token is not drawn towards zero.
+      such tokens; so the first token is not drawn towards zero.
 
-    Padding neither counts nor receives: its own output is the average so far.
+    Other tokens (padding, and what carries no signal) do not count: their own output is the average
+    so far, and before any token that counts their own logits, which are those of no features.
 
     Args:
         logits: [B, S, O].
-        real: [B, S], True on real tokens.
+        counted: [B, S], True on tokens that carry a signal.
         context: one of ``CONTEXTS``.
         decay: of ``ema``, in (0, 1).
         state: of the same sequences, where these tokens continue them (a KV cache).
@@ -65,38 +66,39 @@ def average_so_far(
     if state is None:
         batch, _, outputs = logits.shape
         state = ContextState(logits.new_zeros(batch, outputs), logits.new_zeros(batch, 1))
-    counted = logits * real.unsqueeze(-1)
-    weights = real.to(logits.dtype).unsqueeze(-1)
+    own = logits * counted.unsqueeze(-1)
+    weights = counted.to(logits.dtype).unsqueeze(-1)
     if context == "causal_mean" and restarts is None:
-        totals = counted.cumsum(1) + state.total.unsqueeze(1)
+        totals = own.cumsum(1) + state.total.unsqueeze(1)
         weights = weights.cumsum(1) + state.weight.unsqueeze(1)
     else:
         # Not a difference of two running sums at a restart: that keeps a rounding error of what
         # came before, and so of another sample.
         decay = decay if context == "ema" else 1.0
-        totals, weights = _decayed_sums(counted, weights, real, decay, state, restarts)
+        totals, weights = _decayed_sums(own, weights, counted, decay, state, restarts)
     averages = totals / weights.clamp_min(torch.finfo(weights.dtype).tiny)
+    averages = torch.where(weights > 0, averages, logits)
     # Copies: a view would keep the sums of all tokens alive.
     return averages, ContextState(totals[:, -1].clone(), weights[:, -1].clone())
 
 
 def _decayed_sums(
-    counted: Tensor,
+    logits: Tensor,
     weights: Tensor,
-    real: Tensor,
+    counted: Tensor,
     decay: float,
     state: ContextState,
     restarts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Sums with weight decay^(real tokens since), of logits [B, S, O] and of ones [B, S, 1]."""
-    columns = torch.cat([counted, weights], -1)
+    """Sums with weight decay^(counted tokens since), of logits [B, S, O] and of ones [B, S, 1]."""
+    columns = torch.cat([logits, weights], -1)
     before = torch.cat(state, -1)
-    sample = torch.zeros_like(real, dtype=torch.long) if restarts is None else restarts.cumsum(1)
+    sample = torch.zeros_like(counted, dtype=torch.long) if restarts is None else restarts.cumsum(1)
     sample_before = torch.zeros_like(sample[:, :1])
     sums = []
     for start in range(0, columns.shape[1], CHUNK):
         part, own = columns[:, start : start + CHUNK], sample[:, start : start + CHUNK]
-        age = real[:, start : start + CHUNK].to(part.dtype).cumsum(1)
+        age = counted[:, start : start + CHUNK].to(part.dtype).cumsum(1)
         # [B, C, C]; later tokens have no say in earlier ones, nor other samples in this one.
         powers = decay ** (age.unsqueeze(2) - age.unsqueeze(1)).clamp_min(0)
         powers = powers.tril() * (own.unsqueeze(2) == own.unsqueeze(1))

@@ -1,7 +1,7 @@
 """Is the router using its specialists, and do specialists follow domains?
 
-Shapes: T real tokens, S sequences, E specialists, D domains; B batch, L positions, M modules, R
-rank components.
+Shapes: T tokens that carry a signal, S sequences, E specialists, D domains; B batch,
+L positions, M modules, R rank components.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ PERMUTATIONS = 200
 """Label permutations drawn for the null."""
 
 
-def on_real_tokens(
-    gate: torch.Tensor, mask: torch.Tensor, real: torch.Tensor
+def on_tokens(
+    gate: torch.Tensor, mask: torch.Tensor, counted: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `RoutingHealth.update` takes, from the routing of a batch.
 
     Args:
         gate: [B, L, E], or [B, L, M, E] where every module has a router of its own.
         mask: [B, L, R] or [B, L, M, R].
-        real: [B, L] bool.
+        counted: [B, L] bool, True on tokens that carry a signal.
 
     Returns:
-        Gates [T, E] and ranks [T] of the real tokens, means over the M modules.
+        Gates [T, E] and ranks [T] of those tokens, means over the M modules.
     """
-    gates, ranks = gate[real], mask[real].sum(-1)
+    gates, ranks = gate[counted], mask[counted].sum(-1)
     return (gates.mean(1), ranks.mean(1)) if gates.dim() == 3 else (gates, ranks)
 
 
 class RoutingHealth:
-    """Streaming statistics of gates and ranks over real tokens, in constant memory.
+    """Streaming statistics of gates and ranks over tokens that carry a signal, in constant memory.
 
     With ``g`` the gates [T, E] and ``usage`` their sum over tokens [E], scaled to sum to 1,
     `summary` gives
@@ -122,7 +122,7 @@ class RoutingHealth:
         domains: torch.Tensor | ArrayLike,
         sequences: torch.Tensor | ArrayLike | None = None,
     ) -> None:
-        """Add tokens. Padding must already be left out.
+        """Add tokens. Those that carry no signal must already be left out.
 
         Args:
             gates: [T, E], non-negative, every row summing to 1 (to 0 where no update applies).
@@ -254,12 +254,13 @@ class SiteHealth:
 
     def update(self, batch: ChatBatch, first: int) -> None:
         """Add the forward that has just been, of this batch, whose rows are numbered from first."""
-        real = batch.attention_mask.bool()
-        owners = batch.domains[:, None].expand_as(real)[real]
-        rows = torch.arange(len(real), device=real.device)[:, None].expand_as(real)[real]
+        counted = self.adapter.with_signal(batch)
+        owners = batch.domains[:, None].expand_as(counted)[counted]
+        rows = torch.arange(len(counted), device=counted.device)
+        rows = rows[:, None].expand_as(counted)[counted]
         for site, routing in self.adapter.routing().items():
-            ranks = routing.mask[real].sum(-1)
-            self.sites[site].update(routing.gate[real], ranks, owners, first + rows)
+            ranks = routing.mask[counted].sum(-1)
+            self.sites[site].update(routing.gate[counted], ranks, owners, first + rows)
 
     def result(self) -> dict[str, dict]:
         """{site: all statistics}, as plain numbers for JSON."""

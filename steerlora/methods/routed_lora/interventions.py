@@ -1,7 +1,9 @@
 """Changes of the control signal made on purpose: the causal controls of a routed adapter.
 
-B batch, S sequence, T real tokens, D model width, N latents, K active latents, E specialists,
-R rank components. Every draw is seeded and touches real tokens only; padding never enters a draw.
+B batch, S sequence, D model width, N latents, K active latents, E specialists,
+R rank components. Every draw is seeded. A change of the features touches the tokens that carry a
+signal and no draw reads another: those have none, before and after. A change of the routing touches
+every token, since every one is routed.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class SiteFacts:
 
     sae: SparseAutoencoder
     mean_rank: float
-    """Effective rank sum_j m_j that training ended with, over real tokens."""
+    """Effective rank sum_j m_j that training ended with, over tokens with a signal."""
     specialist_of_domain: dict[str, int]
     """The specialist that each domain used most when training ended."""
     active: Tensor | None = None
@@ -101,7 +103,7 @@ class Intervention:
         return self._fixed
 
     def apply_features(
-        self, features: SparseFeatures, stream: Tensor, real: Tensor, site: SiteFacts, layer: int
+        self, features: SparseFeatures, stream: Tensor, counted: Tensor, site: SiteFacts, layer: int
     ) -> SparseFeatures:
         """The signal of the control site at ``layer`` as the router shall see it.
 
@@ -112,14 +114,14 @@ class Intervention:
         Args:
             features: the intact signal, [B, S, K].
             stream: the residual at the site, [B, S, D].
-            real: [B, S], True on tokens.
+            counted: [B, S], True on tokens that carry a signal.
             site: what is known of it.
             layer: its number.
         """
-        share = self._share(layer, len(real))
+        share = self._share(layer, len(counted))
         if share is None:
             return features
-        changed = self.features(features, stream, real, site)
+        changed = self.features(features, stream, counted, site)
         if share == [1.0] or changed is features:
             return changed
         weight = _by_row(share, features.values)
@@ -144,9 +146,10 @@ class Intervention:
         )
 
     def features(
-        self, features: SparseFeatures, stream: Tensor, real: Tensor, site: SiteFacts
+        self, features: SparseFeatures, stream: Tensor, counted: Tensor, site: SiteFacts
     ) -> SparseFeatures:
-        """The control's signal in place of ``features``; ``real`` [B, S] is True on tokens."""
+        """The control's signal in place of ``features``; ``counted`` [B, S] is True on tokens that
+        carry a signal."""
         return features
 
     def routing(self, routing: Routing, site: SiteFacts) -> Routing:
@@ -188,7 +191,7 @@ class ReplaceDense(Intervention):
     its active latents, so that only the directions differ.
     """
 
-    def features(self, features, stream, real, site):
+    def features(self, features, stream, counted, site):
         projection = self._cache.get(id(site))
         if projection is None:
             projection = torch.empty(site.sae.width, site.sae.latents, device=stream.device)
@@ -209,7 +212,7 @@ class ReplaceDense(Intervention):
 class ReplaceRandomSAE(Intervention):
     """Features of an untrained SAE of the same shape."""
 
-    def features(self, features, stream, real, site):
+    def features(self, features, stream, counted, site):
         if id(site) not in self._cache:
             self._cache[id(site)] = site.sae.untrained_like(self.seed).to(stream.device)
         return self._cache[id(site)].encode(stream)
@@ -219,28 +222,28 @@ class ReplaceRandomSAE(Intervention):
 class Randomize(Intervention):
     """The same values on random latents, drawn anew for every token."""
 
-    def features(self, features, stream, real, site):
+    def features(self, features, stream, counted, site):
         active = features.values.shape[-1]
-        tokens = int(real.sum())
+        tokens = int(counted.sum())
         draw = torch.rand(
-            tokens, site.sae.latents, generator=self.draws(real.device), device=real.device
+            tokens, site.sae.latents, generator=self.draws(counted.device), device=counted.device
         )
         indices = features.indices.clone()
-        indices[real] = draw.topk(active, dim=-1).indices
+        indices[counted] = draw.topk(active, dim=-1).indices
         return SparseFeatures(features.values, indices)
 
 
 @intervention("shuffle")
 class Shuffle(Intervention):
-    """Another token's signal, permuted over the real tokens of the batch."""
+    """Another token's signal, permuted over the tokens of the batch that carry one."""
 
-    def features(self, features, stream, real, site):
+    def features(self, features, stream, counted, site):
         order = torch.randperm(
-            int(real.sum()), generator=self.draws(real.device), device=real.device
+            int(counted.sum()), generator=self.draws(counted.device), device=counted.device
         )
         values, indices = features.values.clone(), features.indices.clone()
-        values[real] = features.values[real][order]
-        indices[real] = features.indices[real][order]
+        values[counted] = features.values[counted][order]
+        indices[counted] = features.indices[counted][order]
         return SparseFeatures(values, indices)
 
 
@@ -253,7 +256,7 @@ class PermuteLatents(Intervention):
 
     in_training = False
 
-    def features(self, features, stream, real, site):
+    def features(self, features, stream, counted, site):
         if id(site) not in self._cache:
             device = features.indices.device
             self._cache[id(site)] = torch.randperm(
@@ -266,7 +269,7 @@ class PermuteLatents(Intervention):
 class Invert(Intervention):
     """The sign of every active latent flipped."""
 
-    def features(self, features, stream, real, site):
+    def features(self, features, stream, counted, site):
         return SparseFeatures(-features.values, features.indices)
 
 

@@ -1,6 +1,6 @@
 """How routed specialists train: losses, prototypes, memory, and which of them a domain may change.
 
-T real tokens, E specialists, R rank components.
+T tokens that carry a signal, E specialists, R rank components.
 """
 
 from __future__ import annotations
@@ -95,9 +95,11 @@ class RoutedLoRALearner(Learner):
         adapted = monitor.features()
         if weights.preservation:
             value = losses.preservation(adapted, monitor.base_features(), monitor.general)
-            terms["preservation"] = (weights.preservation, value * batch.shares.real)
+            terms["preservation"] = (weights.preservation, value * batch.shares.signal)
         if weights.steering:
-            value = losses.steering(adapted, monitor.prototypes, monitor.domain, _owners(batch))
+            value = losses.steering(
+                adapted, monitor.prototypes, monitor.domain, self._owners(batch)
+            )
             terms["steering"] = (weights.steering, value * batch.shares.owned)
         return terms
 
@@ -109,10 +111,10 @@ class RoutedLoRALearner(Learner):
             if weights.preservation:
                 kept.append(losses.preservation(adapted, base, taxonomy.general))
             if weights.steering:
-                own = (taxonomy.prototypes, taxonomy.domain, _owners(batch))
+                own = (taxonomy.prototypes, taxonomy.domain, self._owners(batch))
                 steered.append(losses.steering(adapted, *own))
         found = {
-            "preservation": (weights.preservation, kept, batch.shares.real),
+            "preservation": (weights.preservation, kept, batch.shares.signal),
             "steering": (weights.steering, steered, batch.shares.owned),
         }
         return {
@@ -123,13 +125,13 @@ class RoutedLoRALearner(Learner):
 
     def _on_routing(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
         weights, sites = self.config.losses, list(self.method.sites.values())
-        real, share = batch.attention_mask.bool(), batch.shares.real
+        counted, share = self._counted(batch), batch.shares.signal
         terms: dict[str, tuple[float, Tensor]] = {}
         if sites and weights.gate_sparsity:
-            values = [self._gate_sparsity(site, real) for site in sites]
+            values = [self._gate_sparsity(site, counted) for site in sites]
             terms["gate_sparsity"] = (weights.gate_sparsity, torch.stack(values).mean() * share)
         if sites and weights.load_balance:
-            usages = [site.routing.gate[real].mean(0) for site in sites]
+            usages = [site.routing.gate[counted].mean(0) for site in sites]
             if world() > 1:
                 usages = [mean_over_ranks(usage * share) for usage in usages]
             form = published_losses if self.config.published_losses else losses
@@ -139,15 +141,28 @@ class RoutedLoRALearner(Learner):
             ]
             terms["load_balance"] = (weights.load_balance, torch.stack(values).mean())
         if sites and weights.rank_budget and self.config.dynamic_rank:
-            values = [losses.rank_budget(site.routing.mask[real]) for site in sites]
+            values = [losses.rank_budget(site.routing.mask[counted]) for site in sites]
             terms["rank_budget"] = (weights.rank_budget, torch.stack(values).mean() * share)
         return terms
 
-    def _gate_sparsity(self, site: Site, real: Tensor) -> Tensor:
-        gate = site.routing.gate[real]
+    def _counted(self, batch: ChatBatch) -> Tensor:
+        """Tokens over which losses of routing are means, [B, S] bool.
+
+        Where a part of a batch has no token with a signal, all of its own: their mean has the
+        weight zero, but it is a number.
+        """
+        return self.method.with_signal(batch) if batch.shares.signal else batch.attention_mask > 0
+
+    def _gate_sparsity(self, site: Site, counted: Tensor) -> Tensor:
+        gate = site.routing.gate[counted]
         if self.config.published_losses:
             return published_losses.gate_sparsity(gate, self.method.active_at(site.layer))
         return losses.gate_sparsity(gate)
+
+    def _owners(self, batch: ChatBatch) -> Tensor:
+        """The domain of every token with a signal, [T]; -1: none."""
+        counted = self.method.with_signal(batch)
+        return batch.domains[:, None].expand_as(counted)[counted]
 
     def _diversity(self) -> Tensor:
         layers, count = self.method.layers.values(), self.config.specialists
@@ -262,9 +277,9 @@ class RoutedLoRALearner(Learner):
         decoder_of(self.model)(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         )
-        real = batch.attention_mask.bool()
+        counted = self.method.with_signal(batch)
         return {
-            layer: (routing.gate[real].mean(0), routing.mask[real].sum(-1))
+            layer: (routing.gate[counted].mean(0), routing.mask[counted].sum(-1))
             for layer, routing in self.method.routing().items()
         }
 
@@ -309,9 +324,3 @@ class RoutedLoRALearner(Learner):
         events = [event for state in self._states_of_memories() for event in state["events"]]
         found = {"routing": self.watch.history if self.watch else [], "events": events}
         return found | ({"metrics": self._metrics} if self._metrics else {})
-
-
-def _owners(batch: ChatBatch) -> Tensor:
-    """The domain of every real token, [T]; -1: none."""
-    real = batch.attention_mask.bool()
-    return batch.domains[:, None].expand_as(real)[real]

@@ -1,7 +1,7 @@
-"""Auxiliary losses of an adapter, over real tokens, on gates and features that have a gradient.
+"""Auxiliary losses of an adapter, on gates and features that have a gradient.
 
-T real tokens, E specialists, R rank components, N latents, K active latents, D domains. ``...`` is
-nothing, or the adapted modules where each has a router of its own.
+T tokens that carry a signal, E specialists, R rank components, N latents, K active latents,
+D domains. ``...`` is nothing, or the adapted modules where each has a router of its own.
 
 Published weights: preservation 1, steering 1, gate sparsity 1e-2, rank budget 1e-3, load balance
 1e-2, specialist diversity 1e-3.
@@ -27,7 +27,7 @@ def preservation(adapted: SparseFeatures, base: SparseFeatures, general: Tensor)
         base: z_base of the same tokens, [T, K'].
         general: M_general, [N] bool.
     """
-    return squared_change(adapted, base, general) / (len(base.values) * len(general))
+    return squared_change(adapted, base, general) / (max(len(base.values), 1) * len(general))
 
 
 def steering(adapted: SparseFeatures, prototypes: Tensor, masks: Tensor, domains: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ class MemoryPolicy(Callback):
     def _count(self, layer: int, site: Site) -> None:
         """Add the forward that has just been; nothing here waits for an accelerator."""
         gate = site.routing.gate
-        real = self.adapter.real_tokens(gate).flatten()
+        real = self.adapter.tokens_with_signal(gate).flatten()
         gate = gate.flatten(0, 1)
         gate = gate.unsqueeze(1) if gate.dim() == 2 else gate  # [T, M, E]
         if self.module is not None:

@@ -47,7 +47,7 @@ class Pooled(NamedTuple):
 def pooled(
     signal: SparseFeatures | Tensor,
     width: int,
-    real: Tensor,
+    counted: Tensor,
     config: RoutedLoRAConfig,
     state: ContextState | None = None,
     restarts: Tensor | None = None,
@@ -60,7 +60,7 @@ def pooled(
     Args:
         signal: features, values and indices [B, S, K], or a dense signal [B, S, W].
         width: W.
-        real: [B, S], True on real tokens.
+        counted: [B, S], True on tokens that carry a signal.
         config: context and decay.
         state: of the same sequences, where these tokens continue them (a KV cache).
         restarts: [B, S], True where another sample begins in the same row (packing).
@@ -78,7 +78,7 @@ def pooled(
             part = dense.scatter_add_(-1, signal.indices[:, chunk], part)
         again = None if restarts is None else restarts[:, chunk]
         averages, state = average_so_far(
-            part, real[:, chunk], config.context, config.decay, state, again
+            part, counted[:, chunk], config.context, config.decay, state, again
         )
         yield Pooled(start, averages, state)
 
@@ -107,7 +107,7 @@ def cosines_so_far(
     signal: SparseFeatures | Tensor,
     prototypes: Tensor,
     centre: Tensor,
-    real: Tensor,
+    counted: Tensor,
     config: RoutedLoRAConfig,
     state: ContextState | None = None,
     restarts: Tensor | None = None,
@@ -116,19 +116,21 @@ def cosines_so_far(
     """Cosine, under ``metric``, of the averaged signal and prototypes, both less ``centre``.
 
     Args:
-        signal, real, config, state, restarts: as for :func:`pooled`.
+        signal, counted, config, state, restarts: as for :func:`pooled`.
         prototypes: [P, W]; one that equals the centre has cosine zero.
         centre: [W].
         metric: None: the plain one.
 
     Returns:
-        [B, S, P] in [-1, 1], and the state after the last token, if there is one.
+        [B, S, P] in [-1, 1], zero where there is no signal, and the state after the last token, if
+        there is one.
     """
     measure = metric or (lambda rows: rows)
     directions = unit_rows(measure(prototypes - centre)).t()
     found = []
-    for part in pooled(signal, len(centre), real, config, state, restarts):
-        found.append(unit_rows(measure(part.values - centre)) @ directions)
+    for part in pooled(signal, len(centre), counted, config, state, restarts):
+        cosines = unit_rows(measure(part.values - centre)) @ directions
+        found.append(cosines * part.values.any(-1, keepdim=True))
         state = part.state
     return torch.cat(found, 1), state
 
@@ -148,6 +150,7 @@ class PrototypeRouter(nn.Module):
     - margin: no update for a token whose two nearest differ by less than ``config.margin``;
     - null specialist: general text has a prototype too, and its specialist is no update.
 
+    Where there is no signal so far every cosine is zero, and the margin leaves the token as it is.
     A prototype that comes alone has nothing to be told apart from, and takes every token. Gradients
     do not pass through here.
 
@@ -242,7 +245,7 @@ class PrototypeRouter(nn.Module):
         return Metric(self.basis, 1 - kept.sqrt())
 
     @torch.no_grad()
-    def forward(self, signal, real, active, state=None, restarts=None):
+    def forward(self, signal, counted, active, state=None, restarts=None):
         """As ``Router.forward``; ``active`` has no say."""
         config, rows = self.config, self.known.nonzero().flatten()
         if not len(rows):
@@ -253,7 +256,7 @@ class PrototypeRouter(nn.Module):
             signal,
             known,
             known.mean(0),
-            real,
+            counted,
             config,
             state and state.signal,
             restarts,

@@ -23,7 +23,7 @@ from steerlora.lm.decoder import decoder_of
 from steerlora.methods.monitor import squared_change
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.compared_sites import ComparedSite, ComparedSites
-from steerlora.methods.routed_lora.health import on_real_tokens
+from steerlora.methods.routed_lora.health import on_tokens
 from steerlora.saes.sparse import SparseFeatures
 
 STRONGEST = 16
@@ -79,14 +79,14 @@ def measure(
     by_site: dict[int, list[Seen]] = {site: [] for site in adapter.sites}
     for number, own in enumerate(rows.values()):
         batch = collate(own, [number] * len(own), pad_token_id).to(model.device)
-        real = batch.attention_mask.bool()
+        counted = adapter.with_signal(batch)
         with sites.recording():
             decoder_of(model)(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             )
         for site, found in zip(adapter.sites.values(), sites.found(), strict=True):
-            gates, ranks = on_real_tokens(site.routing.gate, site.routing.mask, real)
-            norms = site.features.values[real].norm(dim=-1)
+            gates, ranks = on_tokens(site.routing.gate, site.routing.mask, counted)
+            norms = site.features.values[counted].norm(dim=-1)
             own_latents = found.taxonomy.domain[number]
             changed = squared_change(found.adapted, found.base, own_latents)
             kept = (found.base.values.square() * own_latents[found.base.indices]).sum()

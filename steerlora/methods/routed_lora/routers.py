@@ -113,7 +113,7 @@ class Router(nn.Module):
     def forward(
         self,
         signal: SparseFeatures | Tensor,
-        real: Tensor,
+        counted: Tensor,
         active: Tensor,
         state: RouterState | None = None,
         restarts: Tensor | None = None,
@@ -122,7 +122,7 @@ class Router(nn.Module):
 
         Args:
             signal: features, values and indices [B, S, K], or a dense signal [B, S, width].
-            real: [B, S], True on real tokens.
+            counted: [B, S], True on tokens that carry a signal.
             active: [E], True on the specialists that may be used; [M, E] where every module has its
                 own.
             state: of the same sequences, where these tokens continue them.
@@ -131,7 +131,7 @@ class Router(nn.Module):
         config = self.config
         averaged, summed = average_so_far(
             self.project(signal),
-            real,
+            counted,
             config.context,
             config.decay,
             state and state.signal,
@@ -144,7 +144,7 @@ class Router(nn.Module):
                 signal,
                 self.prototypes,
                 torch.zeros_like(self.prototypes[0]),
-                real,
+                counted,
                 config,
                 state and state.similarity,
                 restarts,

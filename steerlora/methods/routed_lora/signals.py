@@ -25,6 +25,8 @@ def prompt_signals(
     """{site: [rows, W]}: the signal as routing reads it where each row's response begins.
 
     It is the base model's, averaged over the prompt as ``context`` says; the adapter has no say.
+    Tokens that carry no signal are passed over: of "token", it is the last one's that does. A
+    prompt without any has the signal zero.
 
     Args:
         model: with ``adapter`` attached.
@@ -38,14 +40,15 @@ def prompt_signals(
     for start in range(0, len(prompts), BATCH_SIZE):
         chosen = prompts[start : start + BATCH_SIZE]
         batch = collate(chosen, [-1] * len(chosen), pad_token_id).to(model.device)
-        real = batch.attention_mask.bool()
-        ends = real.sum(1) - 1
+        counted = adapter.with_signal(batch)
+        places = torch.arange(counted.shape[1], device=counted.device)
+        ends = (places * counted).amax(1)
         with adapter.disabled():
             streams = residual_streams(model, batch.input_ids, batch.attention_mask, sites)
         for site, stream in streams.items():
             width = adapter.routers[str(site)].prototypes.shape[1]
-            signal = adapter.sites[site].signal(stream, real)
-            for part in pooled(signal, width, real, adapter.config):
+            signal = adapter.sites[site].signal(stream, counted)
+            for part in pooled(signal, width, counted, adapter.config):
                 position = ends - part.start
                 here = (position >= 0) & (position < part.values.shape[1])
                 found[site].append(part.values[here, position[here]])

@@ -37,11 +37,11 @@ class SeenTokens(NamedTuple):
 
     Attributes:
         signal: as the router read it, features [B, S, K] or a dense signal [B, S, D].
-        real: [B, S] bool.
+        counted: [B, S] bool, which of them carry a signal.
     """
 
     signal: SparseFeatures | Tensor
-    real: Tensor
+    counted: Tensor
 
 
 @dataclass
@@ -145,16 +145,22 @@ class Site:
         return self.found.features
 
     def edit(self, stream: Tensor) -> Tensor:
-        """Route every token of the stream [B, S, D]; the stream itself passes unchanged."""
+        """Route every token of the stream [B, S, D]; the stream itself passes unchanged.
+
+        A token that carries no signal (``adapter.signal_tokens``) is read as one whose features are
+        all zero: it is routed by its context where that is an average, and otherwise, or before any
+        token that carries one, by what the router does of itself (a learnt one by its bias).
+        """
         forward, found = self.adapter.forward_state, self.found
         read = forward.base_streams.get(self.layer, stream).detach()
         read = read.to(self.adapter.active.device)  # where routers and SAEs are
-        real = forward.real_tokens(read)
-        signal = self.signal(read, real)
+        counted = self.adapter.tokens_with_signal(read)
+        signal = self.signal(read, counted)
         before = self._state_so_far(forward, len(stream))
         active = self.adapter.active_at(self.layer)
-        routing, found.state = self.router(signal, real, active, before, forward.restarts(real))
-        found.seen = SeenTokens(signal, real)
+        restarts = forward.restarts(forward.real_tokens(read))
+        routing, found.state = self.router(signal, counted, active, before, restarts)
+        found.seen = SeenTokens(signal, counted)
         if not is_empty(found.state):
             _refuse_unknown(forward, before)
         self._use(self._controlled(routing), stream)
@@ -164,19 +170,25 @@ class Site:
     def router(self) -> nn.Module:
         return self.adapter.routers[str(self.layer)]
 
-    def signal(self, stream: Tensor, real: Tensor) -> SparseFeatures | Tensor:
-        """What the router reads of a stream [B, S, D]: features [B, S, K], or the stream normed."""
+    def signal(self, stream: Tensor, counted: Tensor) -> SparseFeatures | Tensor:
+        """What the router reads of a stream [B, S, D]: features [B, S, K], or the stream normed.
+
+        It is zero where a token is not ``counted`` [B, S].
+        """
+        blank = ~counted.unsqueeze(-1)
         if self.facts is None:
             stream = stream.to(torch.promote_types(stream.dtype, torch.float32))
-            return stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-6)
+            scale = torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-6)
+            return (stream * scale).masked_fill(blank, 0)
         intervention = self.adapter.running.intervention
         with torch.no_grad():
             features = self.facts.sae.encode(stream)
             if intervention is not None:
                 features = intervention.apply_features(
-                    features, stream, real, self.facts, self.layer
+                    features, stream, counted, self.facts, self.layer
                 )
             values = features.values / self.adapter.scales[str(self.layer)]
+            values = values.masked_fill(blank, 0)
             self.found.features = SparseFeatures(values, features.indices)
         return self.found.features
 
@@ -196,12 +208,12 @@ class Site:
         layer = TokensLayer.of(forward.cache, f"site {self.layer}")
         if not forward.continuing or layer is None or layer.get_seq_length() != forward.past:
             return None
-        signal, real = layer.tokens
-        if len(real) != batch:
+        signal, counted = layer.tokens
+        if len(counted) != batch:
             return None
         if layer.together is None:  # some tokens were taken back
             active = self.adapter.active_at(self.layer)
-            _, layer.together = self.router(signal, real, active)
+            _, layer.together = self.router(signal, counted, active)
         return layer.together
 
     def _controlled(self, routing: Routing) -> Routing:

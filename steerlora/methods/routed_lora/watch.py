@@ -15,7 +15,7 @@ from steerlora.errors import UserError
 from steerlora.lm.decoder import decoder_of
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.config import HealthConfig
-from steerlora.methods.routed_lora.health import RoutingHealth, on_real_tokens
+from steerlora.methods.routed_lora.health import RoutingHealth, on_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +81,12 @@ class RoutingWatch(Callback):
                 input_ids=probe.input_ids, attention_mask=probe.attention_mask, use_cache=False
             )
         routing = adapter.sites[min(adapter.sites)].routing
-        real = probe.attention_mask.bool()
+        counted = adapter.with_signal(probe)
         health = RoutingHealth(
             self.domain_names, adapter.config.specialists, active=adapter.available()
         )
-        gates, ranks = on_real_tokens(routing.gate, routing.mask, real)
-        health.update(gates, ranks, probe.domains[:, None].expand_as(real)[real])
+        gates, ranks = on_tokens(routing.gate, routing.mask, counted)
+        health.update(gates, ranks, probe.domains[:, None].expand_as(counted)[counted])
         return health.summary()
 
     def _collapsed(self, step: int, entropy: float) -> None:

@@ -22,6 +22,7 @@ def slowly(logits, real, name: str, decay: float):
             if real[row, t]:
                 seen.append(logits[row, t])
             if not seen:
+                out[row, t] = logits[row, t]
                 continue
             ages = range(len(seen) - 1, -1, -1)
             weights = [1.0 if name == "causal_mean" else decay**age for age in ages]

@@ -10,7 +10,7 @@ from steerlora.methods.routed_lora import health as routing_health
 from steerlora.methods.routed_lora.health import (
     RoutingHealth,
     normalised_mutual_information,
-    on_real_tokens,
+    on_tokens,
 )
 
 DOMAINS = ["a", "b", "c", "d"]
@@ -197,12 +197,12 @@ def test_routing_of_a_batch_without_its_padding():
     gate = torch.rand(2, 3, 4, generator=generator)
     mask = torch.rand(2, 3, 5, generator=generator)
     real = torch.tensor([[True, True, False], [True, False, False]])
-    gates, ranks = on_real_tokens(gate, mask, real)
+    gates, ranks = on_tokens(gate, mask, real)
     assert torch.equal(gates, torch.stack([gate[0, 0], gate[0, 1], gate[1, 0]]))
     assert torch.allclose(ranks, torch.stack([mask[0, 0], mask[0, 1], mask[1, 0]]).sum(-1))
     # Two modules with routers of their own: the mean over them.
     both = (torch.stack([gate, 1 - gate], 2), torch.stack([mask, mask + 1], 2))
-    gates, ranks = on_real_tokens(*both, real)
+    gates, ranks = on_tokens(*both, real)
     assert torch.allclose(gates, torch.full((3, 4), 0.5))
     assert torch.allclose(ranks, mask[real].sum(-1) + 2.5)
 

@@ -160,7 +160,7 @@ def test_the_adapter_knows_the_real_tokens(context, rows, make_model, make_adapt
     adapter = make_adapter(model, context=context)
     together(model, rows)
     stream = torch.zeros(3, 16, 1)
-    real = adapter.real_tokens(stream)
+    real = adapter.tokens_with_signal(stream)
     assert real.sum(1).tolist() == [16, 12, 16]
     assert real[1, :12].all()
     restarts = adapter.forward_state.restarts(real)
