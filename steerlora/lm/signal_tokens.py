@@ -3,10 +3,10 @@
 B batch, S sequence.
 
 What a chat template writes before every conversation is the same in all of them and says nothing of
-any; a sequence's first token collects attention that has nowhere else to go, and its stream is up
-to two orders of magnitude longer than the others' (Xiao et al. 2023, arXiv 2309.17453; Sun et al.
-2024, arXiv 2402.17762); special tokens mark where turns begin and end. In an average over a context
-they would outweigh the text.
+any; a sequence's first token collects attention that has nowhere else to go, and from some layer on
+its stream is far longer than the others' (Xiao et al. 2023, arXiv 2309.17453; Sun et al. 2024,
+arXiv 2402.17762); special tokens mark where turns begin and end. In an average over a context they
+would outweigh the text.
 """
 
 from __future__ import annotations

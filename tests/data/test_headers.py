@@ -39,8 +39,7 @@ def test_a_conversation_with_a_system_prompt_keeps_it(make_tokenizer):
     tokenizer = make_tokenizer()
     turns = (Turn("system", "Be brief."), *exchange("why", "so"))
     (chat,) = encode_chats(tokenizer, [turns], 1000)
-    # Of "user" in the header's place "system" has the second letter.
-    assert left(tokenizer, chat).startswith("sytem\nBe brief.")
+    assert left(tokenizer, chat).startswith("system\nBe brief.")
 
 
 def test_raw_text_loses_its_first_token_alone(make_tokenizer):
