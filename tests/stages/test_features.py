@@ -51,11 +51,15 @@ def monitored(smoke, store):
 
 @torch.no_grad()
 def counted_by_hand(model, tokenizer, sae, path: Path, site: int) -> tuple:
-    """Mean and frequency [N] over the tokens of a jsonl file, each row's first left out."""
+    """Mean and frequency [N] over the tokens of a jsonl file, each row's first and those that mark
+    turns left out."""
     total, active, tokens = torch.zeros(sae.latents), torch.zeros(sae.latents), 0
     for row in encode_chats(tokenizer, read_rows(path), 128):
         ids = torch.tensor([row.input_ids])
-        for x in residual_streams(model, ids, torch.ones_like(ids), [site])[site][0, 1:]:
+        streams = residual_streams(model, ids, torch.ones_like(ids), [site])[site][0]
+        for token, x in list(zip(row.input_ids, streams, strict=True))[1:]:
+            if token in tokenizer.all_special_ids:
+                continue
             values, indices = sae.encode(x)
             total[indices] += values
             active[indices] += (values > 0).float()
