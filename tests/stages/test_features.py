@@ -49,17 +49,20 @@ def monitored(smoke, store):
     return build(features.monitor_step(smoke.config(MONITORED)), store)
 
 
+def text_of(model, tokenizer, ids: list[int], site: int) -> torch.Tensor:
+    """The stream [T, D] of a row's tokens but the first and those that mark turns."""
+    row = torch.tensor([ids])
+    stream = residual_streams(model, row, torch.ones_like(row), [site])[site][0]
+    kept = [i for i, token in enumerate(ids) if i and token not in tokenizer.all_special_ids]
+    return stream[kept]
+
+
 @torch.no_grad()
 def counted_by_hand(model, tokenizer, sae, path: Path, site: int) -> tuple:
-    """Mean and frequency [N] over the tokens of a jsonl file, each row's first and those that mark
-    turns left out."""
+    """Mean and frequency [N] over the tokens of a jsonl file."""
     total, active, tokens = torch.zeros(sae.latents), torch.zeros(sae.latents), 0
     for row in encode_chats(tokenizer, read_rows(path), 128):
-        ids = torch.tensor([row.input_ids])
-        streams = residual_streams(model, ids, torch.ones_like(ids), [site])[site][0]
-        for token, x in list(zip(row.input_ids, streams, strict=True))[1:]:
-            if token in tokenizer.all_special_ids:
-                continue
+        for x in text_of(model, tokenizer, row.input_ids, site):
             values, indices = sae.encode(x)
             total[indices] += values
             active[indices] += (values > 0).float()
@@ -219,10 +222,9 @@ def test_published_features_are_frequent_on_general_text_and_drift_by_the_token(
     for name in names:
         total, tokens = torch.zeros(sae.latents), 0
         for row in encode_chats(tokenizer, read_rows(source / f"train/{name}.jsonl"), 128):
-            ids = torch.tensor([row.input_ids])
             found = []
             for model in (base_model, moved):
-                x = residual_streams(model, ids, torch.ones_like(ids), [1])[1][0, 1:]
+                x = text_of(model, tokenizer, row.input_ids, 1)
                 values, indices = sae.encode(x)
                 found.append(torch.zeros(len(x), sae.latents).scatter(1, indices, values))
             total += (found[1] - found[0]).abs().sum(0)
@@ -235,10 +237,7 @@ def test_published_features_are_frequent_on_general_text_and_drift_by_the_token(
     assert 0 < len(rows) < len(read_rows(path))
     active, tokens = torch.zeros(sae.latents), 0
     for row in rows:
-        ids = torch.tensor([row.input_ids])
-        values, indices = sae.encode(
-            residual_streams(base_model, ids, torch.ones_like(ids), [1])[1][0, 1:]
-        )
+        values, indices = sae.encode(text_of(base_model, tokenizer, row.input_ids, 1))
         active.index_add_(0, indices.flatten(), (values > 0).float().flatten())
         tokens += len(values)
     frequency = (active / tokens).double()
