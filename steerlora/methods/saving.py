@@ -139,8 +139,7 @@ def load_adapter(
     method = None
     try:
         config = _grown(METHODS[stored["method"]["kind"]], stored["method"])
-        rule = {name: _tuples(value) for name, value in stored["signal_tokens"].items()}
-        sources = Sources(saes=saes, signal_tokens=SignalTokens(**rule))
+        sources = Sources(saes=saes, signal_tokens=_signal_tokens(stored["signal_tokens"]))
         method = config.build(model, sources, seed=0)
         method.load_state_dict(weights)
         method.load_facts(stored["facts"])
@@ -188,9 +187,16 @@ def _grown(schema: type, stored: Mapping[str, Any]) -> Any:
     )
 
 
-def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that were written."""
-    return tuple(value) if isinstance(value, list) else value
+def _signal_tokens(stored: Any) -> SignalTokens:
+    """The rule that was written; ValueError: it is none."""
+    held = stored if isinstance(stored, dict) else {}
+    ids = {name: held.get(name) for name in ("prefix", "special")}
+    numbers = [isinstance(v, list) and all(type(i) is int for i in v) for v in ids.values()]
+    if not all(numbers) or not isinstance(held.get("first"), bool):
+        raise ValueError("its signal_tokens are not lists of token ids")
+    return SignalTokens(
+        prefix=tuple(ids["prefix"]), special=tuple(ids["special"]), first=held["first"]
+    )
 
 
 def _write_config(directory: Path, stored: dict) -> None:

@@ -196,6 +196,7 @@ def test_edited_configs_are_refused(saved, make_model):
         "is not a SteerLoRA adapter": {"format": "peft"},
         f"format version 1, this code reads {FORMAT_VERSION}: train": {"version": 1},
         "format version None": {"version": None},
+        "signal_tokens are not lists": {"signal_tokens": {"prefix": "ab", "special": []}},
         "trained on another base model": {"base_fingerprint": "0" * 20},
     }
     for message, change in edits.items():
