@@ -6,6 +6,7 @@ import pytest
 
 from steerlora.data.chat import collate, encode_chat, encode_chats
 from steerlora.data.conversations import Turn, exchange
+from steerlora.data.domains.micro.tokenizer import build_tokenizer
 from steerlora.data.headers import signal_tokens_of
 
 LONG = (
@@ -53,6 +54,12 @@ def test_tokens_that_are_special_but_have_no_name_are_left_out(make_tokenizer):
     tokenizer = make_tokenizer()
     unnamed = tokenizer.convert_tokens_to_ids("<end_of_turn>")
     assert unnamed in signal_tokens_of(tokenizer).special
+
+
+def test_the_token_that_an_answer_follows_carries_a_signal_though_it_is_special(tmp_path):
+    tokenizer = build_tokenizer(tmp_path)
+    chat = encode_chat(tokenizer, "the river", "gade", 1000)
+    assert left(tokenizer, chat) == "the river <|assistant|> gade"
 
 
 def test_without_a_template_there_is_no_header(make_tokenizer):
