@@ -40,7 +40,7 @@ def pool(sae: SparseAutoencoder, tokens: Tensor, text: Tensor, texts: int) -> Po
     Args:
         sae: reads the activations.
         tokens: [T, D] activations, on the SAE's device.
-        text: [T] number of the text that each belongs to; every text has a token.
+        text: [T] number of the text that each belongs to; one without any is zero.
         texts: R.
     """
     inputs = sae.normalized(tokens)

@@ -10,11 +10,13 @@ from transformers import PreTrainedModel
 
 from steerlora.config import Config
 from steerlora.data.chat import EncodedChat, batches_by_length
+from steerlora.data.headers import signal_tokens_of
 from steerlora.engine.manifests import write_json
 from steerlora.engine.steps import Context, Step, stage
 from steerlora.errors import UserError
-from steerlora.lm.decoder import first_real_token, residual_streams
+from steerlora.lm.decoder import residual_streams
 from steerlora.lm.logit_effects import logit_effects
+from steerlora.lm.signal_tokens import SignalTokens
 from steerlora.reporting.dashboards import dashboard_page
 from steerlora.reporting.latent_activity import Batch, Seen
 from steerlora.saes.base import SparseAutoencoder
@@ -99,11 +101,12 @@ def build(context: Context) -> dict:
     names = domain_names(source)
     chosen = _chosen(context, settings, names, sae.latents)
     rows = training_rows(source, names, tokenizer, settings.max_length)
+    rule = signal_tokens_of(tokenizer)
     seen = Seen(list(chosen), sae.latents, settings.contexts)
     with context.progress.task(context.label, len(names), unit="domain") as task:
         for name in names:
             own = rows[name][:: max(1, len(rows[name]) // settings.rows)][: settings.rows]
-            for batch in _batches(model, sae, settings.site, own, tokenizer.pad_token_id):
+            for batch in _batches(model, sae, settings.site, own, tokenizer.pad_token_id, rule):
                 seen.update(name, batch)
             task.advance(note=name)
     effects = logit_effects(model, sae.W_dec.detach()[list(chosen)])
@@ -144,11 +147,12 @@ def _batches(
     site: int,
     rows: Sequence[EncodedChat],
     pad_token_id: int,
+    rule: SignalTokens,
 ) -> Iterator[Batch]:
-    """Every real token but each row's first."""
+    """Every token that carries a signal."""
     for batch in batches_by_length(rows, BATCH_SIZE, pad_token_id):
         batch = batch.to(model.device)
         mask = batch.attention_mask
         stream = residual_streams(model, batch.input_ids, mask, [site])[site]
-        row, position = (mask.bool() & ~first_real_token(mask)).nonzero(as_tuple=True)
+        row, position = rule(batch.input_ids, mask).nonzero(as_tuple=True)
         yield Batch(sae.encode(stream[row, position]), row, position, batch.input_ids, mask.sum(1))

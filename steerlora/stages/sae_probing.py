@@ -17,12 +17,14 @@ from torch import Tensor
 
 from steerlora.config import Config, LoggerConfig
 from steerlora.data.chat import EncodedChat, batches_by_length, encode_chats
+from steerlora.data.headers import signal_tokens_of
 from steerlora.data.labelled import FEWEST, LabelledRow, labelled_files, read_labelled
 from steerlora.engine.content import absolute, identity_of
 from steerlora.engine.manifests import write_json
 from steerlora.engine.steps import Context, Step, stage
 from steerlora.errors import UserError
-from steerlora.lm.decoder import first_real_token, residual_streams
+from steerlora.lm.decoder import residual_streams
+from steerlora.lm.signal_tokens import SignalTokens
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.perturbation import spurious_correlation_removal, targeted_probe_perturbation
 from steerlora.saes.probing import Pooled, pool, sparse_probing
@@ -134,10 +136,11 @@ def build(context: Context) -> dict:
     )
     sae = load_sae(context.inputs["sae"] / sae_training.FOLDER, model.device)
     saes = {TRAINED: sae, UNTRAINED: sae.untrained_like(SEED)}
+    rule = signal_tokens_of(tokenizer)
     texts = list(_texts(context, settings, tokenizer))
 
     def part(rows: Sequence[EncodedChat], labels: Sequence[int]) -> _Part:
-        pooled = _pooled(model, saes, settings.site, rows, tokenizer.pad_token_id)
+        pooled = _pooled(model, saes, settings.site, rows, tokenizer.pad_token_id, rule)
         return _Part(torch.tensor(labels), pooled)
 
     found, seen = [], []
@@ -218,8 +221,9 @@ def _pooled(
     site: int,
     rows: Sequence[EncodedChat],
     pad_token_id: int,
+    rule: SignalTokens,
 ) -> dict[str, Pooled]:
-    """{SAE: the rows in their own order}, over all tokens but each row's first."""
+    """{SAE: the rows in their own order}, over the tokens that carry a signal."""
     # Rows are read by length: a number beside each says where it belongs.
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
     parts: dict[str, list[Pooled]] = {name: [] for name in saes}
@@ -227,7 +231,7 @@ def _pooled(
         batch = batch.to(model.device)
         mask = batch.attention_mask
         stream = residual_streams(model, batch.input_ids, mask, [site])[site]
-        row, position = (mask.bool() & ~first_real_token(mask)).nonzero(as_tuple=True)
+        row, position = rule(batch.input_ids, mask).nonzero(as_tuple=True)
         for name, sae in saes.items():
             parts[name].append(pool(sae, stream[row, position], row, len(mask)))
     back = torch.tensor(order).argsort()

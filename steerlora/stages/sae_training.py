@@ -137,7 +137,6 @@ def build(context: Context) -> dict:
         model, tokenizer = loaded()
         sites = settings.sae.streams(settings.site)
         found = streams_of(model, batches(), sites, signal_tokens_of(tokenizer)).cpu()
-        del model
         loaded.cache_clear()
         return buffer_of(found if len(sites) > 1 else found[:, 0], settings.sae.batch_size)
 
