@@ -7,7 +7,7 @@ are those of SAEBench (arXiv 2503.09532) and SAELens's evaluation.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,29 +17,64 @@ from steerlora.lm.signal_tokens import NOT_FIRST, SignalTokens
 from steerlora.saes.base import SparseAutoencoder
 
 
+class Reconstruction(TypedDict):
+    """How an SAE reconstructs: its quality, shrinkage and sparsity.
+
+    x is an activation (of a transcoder the one written), y its reconstruction, z its features, and
+    E a mean over tokens.
+    """
+
+    explained_variance: float
+    """1 - ``fvu``."""
+    fvu: float
+    """Fraction of variance unexplained: sum |x - y|^2 / sum |x - E x|^2."""
+    mse: float
+    """E |x - y|^2 / D."""
+    cossim: float
+    """E cos(x, y)."""
+    l2_norm_in: float
+    """E |x|."""
+    l2_norm_out: float
+    """E |y|."""
+    l2_ratio: float
+    """E |y| / |x|."""
+    relative_reconstruction_bias: float
+    """E |y|^2 / E x.y; below 1 where reconstructions are shrunk."""
+    l0: float
+    """Active latents of a token."""
+    l1: float
+    """E |z|_1."""
+    frac_alive: float
+    """Share of the latents that are active on any of these tokens."""
+
+
+class Behavior(TypedDict):
+    """What a model's next-token predictions lose with its stream reconstructed (``with_sae``), and
+    with it set to zero (``with_ablation``). Losses and divergences are in nats a token."""
+
+    ce_loss_without_sae: float
+    ce_loss_with_sae: float
+    ce_loss_with_ablation: float
+    ce_loss_score: float
+    """(ablated - with SAE) / (ablated - without SAE); 1 is perfect."""
+    kl_div_with_sae: float
+    """KL(intact || with SAE)."""
+    kl_div_with_ablation: float
+    kl_div_score: float
+    """1 - KL(intact || with SAE) / KL(intact || ablated); 1 is perfect."""
+
+
 @torch.inference_mode()
 def sae_metrics(
     sae: SparseAutoencoder, activations: Tensor | Iterable[Tensor], *, batch_size: int = 4096
-) -> dict[str, float]:
+) -> Reconstruction:
     """Reconstruction and sparsity over tokens, streaming.
-
-    With x an activation (of a transcoder the one written), y its reconstruction, z its features and
-    E a mean over tokens:
-
-    - ``fvu``: sum |x - y|^2 / sum |x - E x|^2; ``explained_variance`` is 1 less that;
-    - ``mse``: E |x - y|^2 / D; ``cossim``: E cos(x, y);
-    - ``l2_ratio``: E |y| / |x|; ``relative_reconstruction_bias``: E |y|^2 / E x.y;
-    - ``l0``: active latents per token; ``l1``: E |z|_1;
-    - ``frac_alive``: share of latents active on any token.
 
     Args:
         sae: the autoencoder.
         activations: [T, D], [T, 2, D] for a transcoder, or an iterable of such; each is read in
             batches.
         batch_size: tokens at once.
-
-    Returns:
-        The figures above.
     """
     if isinstance(activations, Tensor):
         activations = [activations]
@@ -59,13 +94,16 @@ def sae_metrics(
             alive[features.indices[active]] = True
             total_x += x.sum(0)
             tokens += len(x)
+            norm_in, norm_out = x.norm(dim=1), y.norm(dim=1)
             sums = {
                 "error": (x - y).square().sum(),
                 "x_square": x.square().sum(),
                 "y_square": y.square().sum(),
                 "x_dot_y": (x * y).sum(),
                 "cossim": torch.cosine_similarity(x, y, dim=1).sum(),
-                "l2_ratio": (y.norm(dim=1) / x.norm(dim=1)).sum(),
+                "l2_norm_in": norm_in.sum(),
+                "l2_norm_out": norm_out.sum(),
+                "l2_ratio": (norm_out / norm_in).sum(),
                 "l0": active.sum().double(),
                 "l1": features.values.double().sum(),
             }
@@ -79,6 +117,8 @@ def sae_metrics(
         "fvu": fvu,
         "mse": total["error"] / (tokens * sae.width),
         "cossim": total["cossim"] / tokens,
+        "l2_norm_in": total["l2_norm_in"] / tokens,
+        "l2_norm_out": total["l2_norm_out"] / tokens,
         "l2_ratio": total["l2_ratio"] / tokens,
         "relative_reconstruction_bias": total["y_square"] / total["x_dot_y"],
         "l0": total["l0"] / tokens,
@@ -96,11 +136,8 @@ def ce_recovered(
     *,
     signal_tokens: SignalTokens = NOT_FIRST,
     span: int = 0,
-) -> dict[str, float]:
+) -> Behavior:
     """Next-token loss with the stream entering layer ``site`` reconstructed, and set to zero.
-
-    - ``ce_loss_score``: (ablated - with SAE) / (ablated - without SAE), 1 is perfect;
-    - ``kl_div_score``: 1 - KL(intact || with SAE) / KL(intact || ablated).
 
     Padding is neither replaced nor counted.
 
@@ -112,10 +149,6 @@ def ce_recovered(
         signal_tokens: the stream of other tokens stays as it is; the same as in harvesting.
         span: so many layers after ``site`` the stream is replaced, by what the SAE writes from that
             of ``site`` (:attr:`SparseAutoencoder.span`).
-
-    Returns:
-        ``ce_loss_without_sae``, ``ce_loss_with_sae``, ``ce_loss_with_ablation``, ``ce_loss_score``,
-        ``kl_div_with_sae``, ``kl_div_with_ablation``, ``kl_div_score``; losses in nats per token.
     """
     device = next(model.parameters()).device
     names = ("without_sae", "with_sae", "with_ablation")

@@ -184,7 +184,7 @@ def build(context: Context) -> dict:
         taxonomy = control(taxonomy, statistics.mean(), settings.features.seed)
         listing = {}
         for number, name in enumerate(names):
-            chosen = _strongest(taxonomy, number, settings.features.shown)
+            chosen = strongest(taxonomy, number, settings.features.shown)
             shown = _examples(tokens(model, name), chosen, tokenizer, settings.features.examples)
             listing[name] = [
                 {
@@ -276,7 +276,7 @@ def _token_drift(
     return total / max(count, 1)
 
 
-def _strongest(taxonomy: Taxonomy, domain: int, count: int) -> list[int]:
+def strongest(taxonomy: Taxonomy, domain: int, count: int) -> list[int]:
     """The domain's own features that set it apart most."""
     own = taxonomy.domain[domain]
     ranked = torch.where(own, taxonomy.selectivity[domain], -torch.inf).argsort(descending=True)

@@ -18,7 +18,7 @@ from steerlora.engine.artifacts import Artifact
 from steerlora.lm.decoder import residual_streams
 from steerlora.lm.signal_tokens import SignalTokens
 from steerlora.saes.base import SparseAutoencoder
-from steerlora.saes.metrics import ce_recovered, sae_metrics
+from steerlora.saes.metrics import Behavior, Reconstruction, ce_recovered, sae_metrics
 from steerlora.stages.common import domain_names, read_rows
 
 PROOF_ROWS = 64
@@ -32,6 +32,15 @@ class TextBatch(NamedTuple):
 
     input_ids: Tensor
     attention_mask: Tensor
+
+
+class Quality(Reconstruction, Behavior):
+    """How well an SAE does: the record ``quality.json``, in SAEBench's names."""
+
+    mean_feature_norm: float
+    """E |z|, which features are divided by where they route."""
+    tokens: int
+    """On how many tokens all this was measured."""
 
 
 def held_out_batches(source: Artifact, tokenizer, max_length: int) -> list[TextBatch]:
@@ -67,7 +76,7 @@ def quality(
     site: int,
     batches: Sequence[TextBatch],
     rule: SignalTokens,
-) -> dict[str, float]:
+) -> Quality:
     """Reconstruction, sparsity and cross-entropy recovered.
 
     Cross-entropy is recovered by splicing into a layer's input: no figure of it where the stream
@@ -93,7 +102,7 @@ def quality(
     }
 
 
-def implausible(figures: dict[str, float], latents: int) -> str | None:
+def implausible(figures: Reconstruction, latents: int) -> str | None:
     """What of an SAE's figures says that it was made for other activations; None: nothing.
 
     Args:

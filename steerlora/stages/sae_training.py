@@ -31,6 +31,7 @@ from steerlora.stages.common import (
     train,
 )
 from steerlora.stages.given_saes import hook_name, identity_of_saes, open_given
+from steerlora.stages.sae_held_out import HeldOut, buffer_of
 from steerlora.stages.sae_quality import (
     TextBatch,
     held_out_batches,
@@ -41,6 +42,8 @@ from steerlora.stages.sae_quality import (
 
 FOLDER = "sae"
 """Folder of the artifact that holds the SAE, in SAELens' layout."""
+HISTORY = "held_out.json"
+"""File of the artifact with `HeldOut`'s history of the training."""
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +104,7 @@ def _check(settings: SAESettings) -> None:
 
 @stage(
     "sae_training",
-    3,
+    4,
     step=requested,
     # The place of given files does not matter, their content does.
     skip=NOT_IDENTITY | ADAPTER_ONLY | WHERE | {"sae.max_tokens", "sae.path"},
@@ -127,11 +130,22 @@ def build(context: Context) -> dict:
         rule = signal_tokens_of(tokenizer)
         return streams_of(model, batches(), [settings.site], rule)[:, 0]
 
+    def buffer() -> Tensor | None:
+        """Held-out activations, for rank 0; the base is let go until the training is over."""
+        if not ranks.is_main():
+            return None
+        model, tokenizer = loaded()
+        sites = settings.sae.streams(settings.site)
+        found = streams_of(model, batches(), sites, signal_tokens_of(tokenizer)).cpu()
+        loaded.cache_clear()
+        return buffer_of(found if len(sites) > 1 else found[:, 0], settings.sae.batch_size)
+
     with run_log(context, settings.logger) as log:
         if settings.sae.path:
             sae, figures = open_given(settings.sae.path, settings.site, pointer, streams), {}
+            history = []
         else:
-            sae, figures = _train(context, settings, log)
+            sae, figures, history = _train(context, settings, log, buffer())
         if not ranks.is_main():
             return {}
         model, tokenizer = loaded()
@@ -155,10 +169,14 @@ def build(context: Context) -> dict:
         },
     )
     write_json(context.directory / "quality.json", measured)
+    write_json(context.directory / HISTORY, history)
     return {**figures, **measured, "fingerprint": sae_fingerprint(sae)}
 
 
-def _train(context: Context, settings: SAESettings, log: RunLog) -> tuple[SparseAutoencoder, dict]:
+def _train(
+    context: Context, settings: SAESettings, log: RunLog, held_out: Tensor | None
+) -> tuple[SparseAutoencoder, dict, list[dict[str, float]]]:
+    """The SAE, figures of its training, and how it did on held-out activations meanwhile."""
     config, store = settings.sae, ActivationStore(context.inputs["activations"] / "activations")
     streams = config.streams(settings.site)
     batches = ActivationBatches(store, settings.site, config.batch_size, config.seed, *streams[1:])
@@ -178,4 +196,6 @@ def _train(context: Context, settings: SAESettings, log: RunLog) -> tuple[Sparse
     )
     # In full precision, whole batches: accumulation and mixed precision are the adapter's.
     trainer = replace(settings.trainer, precision="32-true", accumulate=1)
-    return sae, train(context, module, batches, steps, log, trainer=trainer)
+    watch = HeldOut(held_out, steps)
+    found = train(context, module, batches, steps, log, trainer=trainer, callbacks=[watch])
+    return sae, found, watch.history

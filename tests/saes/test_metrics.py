@@ -59,6 +59,8 @@ def test_every_metric_equals_its_formula(settings):
         "fvu": fvu,
         "mse": F.mse_loss(y, x),
         "cossim": F.cosine_similarity(x, y).mean(),
+        "l2_norm_in": x.norm(dim=1).mean(),
+        "l2_norm_out": y.norm(dim=1).mean(),
         "l2_ratio": (y.norm(dim=1) / x.norm(dim=1)).mean(),
         "relative_reconstruction_bias": y.square().sum() / (x * y).sum(),
         "l0": (features.values > 0).sum() / 300,

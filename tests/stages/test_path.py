@@ -101,7 +101,10 @@ def test_every_artifact_is_whole_and_named_by_its_fingerprint(smoke):
         ("domains", ["domains.json", "pretrain.jsonl", "train/law.jsonl", "heldout/math.jsonl"]),
         ("base", ["base.json", "model/config.json", "model/model.safetensors"]),
         ("activations", ["activations"]),
-        ("sae_training", ["sae/cfg.json", "sae/sae_weights.safetensors", "quality.json"]),
+        (
+            "sae_training",
+            ["sae/cfg.json", "sae/sae_weights.safetensors", "quality.json", "held_out.json"],
+        ),
         ("adapter_training", ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]),
         ("evaluate", ["scores.json"]),
         ("causal_ablation", ["ablation.json"]),

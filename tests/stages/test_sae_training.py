@@ -42,7 +42,7 @@ def set_up(monkeypatch) -> Callable[..., SAEModule]:
         sae = SAES[architecture](latents=64, steps=STEPS, **options)
         settings = SimpleNamespace(sae=sae, site=1, trainer=TrainerConfig())
         context = SimpleNamespace(inputs={"activations": Path()})
-        sae_training._train(context, settings, None)
+        sae_training._train(context, settings, None, None)
         return found[-1]
 
     return set_up

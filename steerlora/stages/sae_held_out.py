@@ -1,0 +1,72 @@
+"""How an SAE does on held-out activations in the course of its training.
+
+Shapes: T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from steerlora.distributed import ranks
+from steerlora.distributed.strategies import editable
+from steerlora.saes.metrics import sae_metrics
+from steerlora.saes.training import SAEModule
+from steerlora.training.loop import LOG_EVERY, ends_step
+
+LOOKS = 10
+"""Measurements in a training, evenly spaced; the one at its end, on more text, is another."""
+
+
+def buffer_of(streams: Tensor, tokens: int) -> Tensor:
+    """So many tokens at most, evenly spaced over [T, ...]."""
+    return streams[:: max(1, math.ceil(len(streams) / tokens))].clone()
+
+
+class HeldOut(Callback):
+    """Measures reconstruction on a buffer of activations that training never reads.
+
+    With as many tokens in the buffer as in a batch, all looks together cost less than `LOOKS` steps
+    of training. Figures are logged as ``heldout/<name>``, in SAEBench's names.
+
+    Args:
+        buffer: [T, D], or [T, 2, D] for a transcoder; None on ranks that do not measure.
+        steps: of the training.
+
+    Attributes:
+        history: one entry a look: ``step``, optimizer steps done; ``tokens`` trained on; and every
+            figure of `steerlora.saes.metrics.Reconstruction` that is a finite number.
+    """
+
+    def __init__(self, buffer: Tensor | None, steps: int) -> None:
+        self.buffer = buffer
+        self.every = LOG_EVERY * max(1, steps // (LOOKS * LOG_EVERY))
+        self.history: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = state["history"]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: SAEModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if not ends_step(trainer, batch_idx) or step % self.every:
+            return
+        # Every rank comes here: one alone could not gather weights that are sharded.
+        with editable(trainer, list(module.sae.parameters())):
+            if self.buffer is None:
+                return
+            training = module.sae.training
+            figures = sae_metrics(module.sae.eval().for_inference(), self.buffer)
+            module.sae.train(training)
+        found = {name: value for name, value in figures.items() if math.isfinite(value)}
+        tokens = step * len(batch) * ranks.current().world
+        self.history.append({"step": step, "tokens": tokens, **found})
+        module.log_dict({f"heldout/{name}": value for name, value in found.items()})
