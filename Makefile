@@ -37,7 +37,7 @@ lint: setup ## style and common mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: setup ## a training step beside PEFT LoRA, an SAE step beside dense autograd
+bench: setup ## a training step beside PEFT LoRA, an SAE step beside its bound
 	$(BIN)/python scripts/bench_adapter.py
 	$(BIN)/python scripts/bench_sae.py
 

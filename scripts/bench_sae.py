@@ -1,12 +1,16 @@
-"""Time one SAE training step against dense autograd, its own lower bound, and installed libraries.
+"""Time one SAE training step beside its own lower bound and installed libraries.
 
-    python scripts/bench_sae.py [--json] [--tokens 4096 --width 512 --latents 8192 --k 32]
+    python scripts/bench_sae.py                                       # two sizes, a table each
+    python scripts/bench_sae.py --json --sizes 4096x512x8192 --k 32   # one object
 
 A step is forward, loss (fraction of variance unexplained), backward, Adam, and, where the contender
 has it, the unit-norm constraint of the decoder. All contenders take turns in every repetition, on
 the same batch, so that a busy machine slows all of them alike; ratios are per repetition. The
 *bound* is what exact TopK needs at least: the encoder's matrix product and ``torch.topk``.
 sparsify, dictionary_learning and SAELens join where they are installed.
+
+Memory is the peak of a few steps above parameters and optimizer, each contender in a process of its
+own.
 """
 
 from __future__ import annotations
@@ -14,12 +18,16 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import multiprocessing
+import resource
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
 
+import psutil
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -27,45 +35,98 @@ from torch import Tensor, nn
 from steerlora.saes.topk import TopK
 from steerlora.saes.training import SAEModule
 
-Step = Callable[[Tensor], None]
+OURS = "steerlora"
+
+
+class Size(NamedTuple):
+    """Attributes: tokens: of a batch; width: D; latents: N."""
+
+    tokens: int
+    width: int
+    latents: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+
+class Contender(NamedTuple):
+    """Attributes: step: one whole training step; kept: parameters, and numbers the optimizer keeps
+    between steps."""
+
+    step: Callable[[Tensor], None]
+    kept: int
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    generator = torch.Generator().manual_seed(0)
-    mixing = torch.randn(arguments.width, arguments.width, generator=generator)
-    x = torch.randn(arguments.tokens, arguments.width, generator=generator) @ mixing
-    x = (x / arguments.width**0.5).to(arguments.device)
-    steps = contenders(arguments)
-    seconds = measure(steps, x, arguments.repetitions)
-    report(seconds, arguments)
+    options = parse_arguments()
+    found = {str(size): figures(size, options) for size in options.sizes}
+    if options.json:
+        print(json.dumps(found))
+        return
+    for size, of_size in found.items():
+        report(size, of_size, options)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a batch")
-    parser.add_argument("--width", type=int, default=512, help="D, the model's width")
-    parser.add_argument("--latents", type=int, default=8192, help="N")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=read_size,
+        default=[Size(4096, 512, 8192), Size(4096, 1024, 32768)],
+        help="tokens x width x latents of each, such as 4096x512x8192",
+    )
     parser.add_argument("--k", type=int, default=32, help="active latents per token")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, no tables")
     return parser.parse_args()
 
 
-def contenders(a: argparse.Namespace) -> dict[str, Step]:
-    steps = {"steerlora": ours(a), "dense": dense(a), "bound": bound(a)}
-    if importlib.util.find_spec("sparsify"):
-        steps["sparsify"] = sparsify(a)
-    if importlib.util.find_spec("dictionary_learning"):
-        steps["dictionary_learning"] = dictionary_learning(a)
-    if importlib.util.find_spec("sae_lens"):
-        steps["sae_lens"] = sae_lens(a)
-    return steps
+def read_size(text: str) -> Size:
+    try:
+        size = Size(*map(int, text.split("x")))
+    except (TypeError, ValueError):
+        size = None
+    if size is None or min(size) < 1:
+        raise argparse.ArgumentTypeError(
+            f"'{text}': give tokens x width x latents, such as 4096x512x8192"
+        )
+    return size
 
 
-def ours(a: argparse.Namespace) -> Step:
-    sae = TopK(a.width, a.latents, k=a.k).to(a.device)
+def figures(size: Size, options: argparse.Namespace) -> dict:
+    """Milliseconds of our step, its ratio to every other's, and the memory of all."""
+    names = [name for name in CONTENDERS if name == OURS or installed(name)]
+    # In processes of their own first: this one's memory is then still what it was.
+    memory = {name: memory_in_a_process_of_its_own(name, size, options) for name in names}
+    made = {name: CONTENDERS[name](size, options) for name in names}
+    seconds = measure(made, batch_of(size, options.device), options.repetitions)
+    ours = seconds[OURS]
+    return {
+        "ours_ms": 1e3 * statistics.median(ours),
+        "ours_over": {
+            name: spread([mine / theirs for mine, theirs in zip(ours, values, strict=True)])
+            for name, values in seconds.items()
+            if name != OURS
+        },
+        "memory_mib": {"ours" if name == OURS else name: memory[name] / 2**20 for name in names},
+    }
+
+
+def installed(name: str) -> bool:
+    return name == "bound" or importlib.util.find_spec(name) is not None
+
+
+def batch_of(size: Size, device: str) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(size.width, size.width, generator=generator)
+    x = torch.randn(size.tokens, size.width, generator=generator) @ mixing
+    return (x / size.width**0.5).to(device)
+
+
+def steerlora(size: Size, options: argparse.Namespace) -> Contender:
+    sae = TopK(size.width, size.latents, k=options.k).to(options.device)
     module = SAEModule(sae, total_steps=1)
     optimizer = module.configure_optimizers()["optimizer"]
 
@@ -77,62 +138,60 @@ def ours(a: argparse.Namespace) -> Step:
         optimizer.zero_grad()
         sae.normalize_decoder()
 
-    return step
+    return Contender(step, with_adam(sae))
 
 
-def dense(a: argparse.Namespace) -> Step:
-    """The same mathematics by plain autograd, with dense latents."""
-    sae = TopK(a.width, a.latents, k=a.k).to(a.device)
-
-    def reconstruct(x: Tensor) -> Tensor:
-        scores = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
-        best = scores.topk(a.k, dim=1, sorted=False)
-        latents = torch.zeros_like(scores).scatter(1, best.indices, best.values.relu())
-        return latents @ F.normalize(sae.W_dec, dim=1) + sae.b_dec
-
-    return training_step(sae, reconstruct, after=sae.normalize_decoder)
-
-
-def bound(a: argparse.Namespace) -> Step:
-    weight = torch.randn(a.width, a.latents, device=a.device)
-    bias = torch.zeros(a.latents, device=a.device)
-
-    def step(x: Tensor) -> None:
-        torch.addmm(bias, x, weight).topk(a.k, dim=1, sorted=False)
-
-    return step
-
-
-def sparsify(a: argparse.Namespace) -> Step:
+def sparsify(size: Size, options: argparse.Namespace) -> Contender:
     from sparsify import SparseCoder, SparseCoderConfig
 
-    config = SparseCoderConfig(num_latents=a.latents, k=a.k)
-    sae = SparseCoder(a.width, config, device=a.device)
+    config = SparseCoderConfig(num_latents=size.latents, k=options.k)
+    sae = SparseCoder(size.width, config, device=options.device)
 
     def constrain() -> None:
         sae.set_decoder_norm_to_unit_norm()
 
-    return training_step(sae, lambda x: sae(x).sae_out, after=constrain)
+    return trained(sae, lambda x: sae(x).sae_out, after=constrain)
 
 
-def dictionary_learning(a: argparse.Namespace) -> Step:
+def dictionary_learning(size: Size, options: argparse.Namespace) -> Contender:
     from dictionary_learning.trainers.top_k import AutoEncoderTopK
 
-    sae = AutoEncoderTopK(a.width, a.latents, a.k).to(a.device)
-    return training_step(sae, sae)
+    sae = AutoEncoderTopK(size.width, size.latents, options.k).to(options.device)
+    return trained(sae, sae)
 
 
-def sae_lens(a: argparse.Namespace) -> Step:
+def sae_lens(size: Size, options: argparse.Namespace) -> Contender:
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 
-    config = TopKTrainingSAEConfig(d_in=a.width, d_sae=a.latents, k=a.k, device=a.device)
+    config = TopKTrainingSAEConfig(
+        d_in=size.width, d_sae=size.latents, k=options.k, device=options.device
+    )
     sae = TopKTrainingSAE(config)
-    return training_step(sae, sae)
+    return trained(sae, sae)
 
 
-def training_step(
+def bound(size: Size, options: argparse.Namespace) -> Contender:
+    weight = torch.randn(size.width, size.latents, device=options.device)
+    bias = torch.zeros(size.latents, device=options.device)
+
+    def step(x: Tensor) -> None:
+        torch.addmm(bias, x, weight).topk(options.k, dim=1, sorted=False)
+
+    return Contender(step, weight.numel() + bias.numel())
+
+
+CONTENDERS: dict[str, Callable[[Size, argparse.Namespace], Contender]] = {
+    OURS: steerlora,
+    "sparsify": sparsify,
+    "dictionary_learning": dictionary_learning,
+    "sae_lens": sae_lens,
+    "bound": bound,
+}
+
+
+def trained(
     sae: nn.Module, reconstruct: Callable[[Tensor], Tensor], after: Callable[[], None] | None = None
-) -> Step:
+) -> Contender:
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
 
     def step(x: Tensor) -> None:
@@ -143,17 +202,24 @@ def training_step(
         if after is not None:
             after()
 
-    return step
+    return Contender(step, with_adam(sae))
 
 
-def measure(steps: dict[str, Step], x: Tensor, repetitions: int) -> dict[str, list[float]]:
+def with_adam(sae: nn.Module) -> int:
+    """Parameters, and Adam's two moments of each."""
+    return 3 * sum(parameter.numel() for parameter in sae.parameters())
+
+
+def measure(
+    contenders: dict[str, Contender], x: Tensor, repetitions: int
+) -> dict[str, list[float]]:
     """Seconds of every repetition; the first, which allocates, is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for repetition in range(repetitions + 1):
-        for name, step in steps.items():
+        for name, contender in contenders.items():
             synchronize(x)
             started = time.perf_counter()
-            step(x)
+            contender.step(x)
             synchronize(x)
             if repetition:
                 seconds[name].append(time.perf_counter() - started)
@@ -165,33 +231,41 @@ def synchronize(x: Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def report(seconds: dict[str, list[float]], a: argparse.Namespace) -> None:
-    rows = {
-        name: {
-            "milliseconds": 1e3 * statistics.median(values),
-            "tokens_per_second": a.tokens / statistics.median(values),
-            "over_steerlora": spread(
-                [theirs / ours for theirs, ours in zip(values, seconds["steerlora"], strict=True)]
-            ),
-        }
-        for name, values in seconds.items()
-    }
-    if a.json:
-        sizes = {name: getattr(a, name) for name in ("tokens", "width", "latents", "k", "device")}
-        print(json.dumps({**sizes, "threads": torch.get_num_threads(), "contenders": rows}))
-        return
-    sizes = f"{a.tokens} tokens x {a.width} -> {a.latents}, k {a.k}, {a.device}"
-    table = Table(title=f"One SAE training step: {sizes}, {torch.get_num_threads()} threads")
-    for column in ("contender", "ms (median)", "tokens/s", "time over ours: median", "min", "max"):
+def memory_in_a_process_of_its_own(name: str, size: Size, options: argparse.Namespace) -> int:
+    """Bytes: one allocator's leftovers, and the peaks of others, would hide it."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(memory_above_kept, name, size, options).result()
+
+
+def memory_above_kept(name: str, size: Size, options: argparse.Namespace) -> int:
+    """Peak bytes of two steps above those of parameters and optimizer."""
+    on_gpu = torch.device(options.device).type == "cuda"
+    # The code that a first step loads is not memory of a step.
+    small = Size(tokens=2, width=8, latents=options.k)
+    CONTENDERS[name](small, options).step(batch_of(small, options.device))
+    x = batch_of(size, options.device)
+    before = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+    contender = CONTENDERS[name](size, options)
+    for _ in range(2):
+        contender.step(x)
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return max(0, peak - before - 4 * contender.kept)
+
+
+def report(size: str, found: dict, options: argparse.Namespace) -> None:
+    threads = f"{options.device}, {torch.get_num_threads()} threads"
+    table = Table(title=f"One SAE training step: {size}, k {options.k}, {threads}")
+    for column in ("contender", "ours over it: median", "min", "max", "memory, MiB"):
         table.add_column(column, justify="left" if column == "contender" else "right")
-    for name, row in rows.items():
-        ratio = row["over_steerlora"]
-        table.add_row(
-            name,
-            f"{row['milliseconds']:.1f}",
-            f"{row['tokens_per_second']:,.0f}",
-            *(f"{ratio[key]:.2f}" for key in ("median", "min", "max")),
-        )
+    memory = found["memory_mib"]
+    table.add_row(f"ours, {found['ours_ms']:.1f} ms", "", "", "", f"{memory['ours']:.0f}")
+    for name, ratio in found["ours_over"].items():
+        ratios = (f"{ratio[key]:.2f}" for key in ("median", "min", "max"))
+        table.add_row(name, *ratios, f"{memory[name]:.0f}")
     Console().print(table)
 
 

@@ -60,7 +60,9 @@ class SAEConfig(Section, key="sae"):
     batch_size: Count = 1024
     """Tokens a step, from 1."""
     learning_rate: Positive | None = None
-    """Adam's peak rate; null: 2e-4 / sqrt(latents / 2**14)."""
+    """Adam's peak rate; null: 8e-4 / sqrt(latents / 2**14)."""
+    adam_beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.95
+    """Decay a step of Adam's mean of squared gradients, from 0 to below 1."""
     warmup_fraction: Share = 0.05
     """Share of the steps, at the start, in which the rate rises linearly."""
     decay_fraction: Share = 0.2

@@ -23,6 +23,9 @@ from torch.autograd.function import once_differentiable
 # Pre-activations held at once: fits a CPU's cache (top-k then costs next to nothing beside the
 # matrix product); large enough on an accelerator to keep it busy.
 _CPU_BLOCK, _ACCELERATOR_BLOCK = 2**21, 2**27
+# But never fewer tokens, as long as there are: on a CPU the product of 1024 numbers a token with
+# 32768 latents took 11 % longer, and product and top-k 20 %, in blocks of 128.
+_LEAST_BLOCK_TOKENS = 512
 
 DENSE_FROM, PROBED = 1 / 4, 128
 """Features without a k are dense where one of the first so many tokens has more than this share of
@@ -131,7 +134,7 @@ class _Encode(torch.autograd.Function):
     def forward(ctx, x, W_enc, b_enc, shift, k, budget, extra_latents, extra_k):
         table = W_enc.t().contiguous()  # no copy in the layout that SparseAutoencoder keeps
         block = _CPU_BLOCK if x.device.type == "cpu" else _ACCELERATOR_BLOCK
-        block_tokens = max(128, block // table.shape[0])
+        block_tokens = max(_LEAST_BLOCK_TOKENS, block // table.shape[0])
         # One buffer for all blocks: fresh memory for each costs as much as the selection.
         buffer = x.new_empty(min(block_tokens, len(x)), table.shape[0])
         parts, extras = [], []
@@ -204,9 +207,20 @@ class _Decode(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_W = sparse_transposed_times(values, indices, grad_y, table.shape[0])
             if ctx.unit_rows:
-                along = torch.linalg.vecdot(grad_W, table)[:, None]
-                grad_W.addcmul_(along, table, value=-1)
+                along = _along(grad_W, table, values, indices, grad_values)
+                grad_W.addcmul_(along[:, None], table, value=-1)
         return grad_values, None, grad_W, None
+
+
+def _along(
+    grad_W: Tensor, table: Tensor, values: Tensor, indices: Tensor, grad_values: Tensor | None
+) -> Tensor:
+    """``grad_W[n] . table[n]``, [N]. The gradient of the values has these products already, an
+    entry at a time: summed by latent, they spare two passes over [N, D] and a matrix as large."""
+    if grad_values is None or is_dense(SparseFeatures(values, indices), len(table)):
+        return torch.linalg.vecdot(grad_W, table)
+    along = values.new_zeros(len(table))
+    return along.index_add_(0, indices.flatten(), (values * grad_values).flatten())
 
 
 def sparse_encode(

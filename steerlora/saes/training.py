@@ -36,12 +36,24 @@ class SAEModule(lightning.LightningModule):
     Where the SAE says so (`unit_norm`), decoder rows stay unit vectors. Ranks that share a batch
     divide by its deviation, not by that of their own parts.
 
+    The default rate and ``adam_beta2`` belong together. The gradient of the fraction unexplained
+    shrinks with it (25-fold in 300 steps at 2e-4); Adam's usual memory of a thousand steps keeps
+    dividing by the large first gradients, so that the steps shrink too. A memory of twenty follows.
+    Both numbers were chosen on the streams of two micro bases (pretraining and SAE seeds 3 and 4;
+    TopK, 512 latents, k 16, 307,200 tokens), among rates of 2e-4 to 1.6e-3 and memories of 0.9 to
+    0.999, for the fraction of held-out variance unexplained, where no more than 5 % of latents were
+    silent on 5000 held-out tokens: 0.0227 and 0.0249, against 0.0527 and 0.0573 at 2e-4 and 0.999.
+    Clipping the gradient's norm to 0.01 at the same rate reached 0.0219 and 0.0242; that norm would
+    have to be found anew for every shape and loss. With one of the seeds the choice also explained
+    more than 2e-4 and 0.999 at 256 to 8192 latents, k 8 to 64, and batches of 256 to 4096 tokens.
+
     Logged: ``sae/loss``, ``sae/fvu``, ``sae/l0``, ``sae/dead_fraction``, ``sae/lr``.
 
     Args:
         sae: trained in place; centre it on activations beforehand (`SparseAutoencoder.center_on`).
         total_steps: optimizer steps of the whole run.
-        lr: Adam's peak rate; None is 2e-4 / sqrt(N / 2^14), as in sparsify.
+        lr: Adam's peak rate; None is 8e-4 / sqrt(N / 2^14), sparsify's law at four times its rate.
+        adam_beta2: decay a step of Adam's mean of squared gradients.
         warmup_steps: linear rise from 0.
         decay_fraction: share of the run, at its end, that falls linearly to 0; 0: none.
         dead_after_tokens: a latent that has not fired for so many tokens is dead.
@@ -53,13 +65,15 @@ class SAEModule(lightning.LightningModule):
         *,
         total_steps: int,
         lr: float | None = None,
+        adam_beta2: float = 0.95,
         warmup_steps: int = 0,
         decay_fraction: float = 0.2,
         dead_after_tokens: int = 10_000_000,
     ) -> None:
         super().__init__()
         self.sae = sae
-        self.lr = 2e-4 / math.sqrt(sae.latents / 2**14) if lr is None else lr
+        self.lr = 8e-4 / math.sqrt(sae.latents / 2**14) if lr is None else lr
+        self.adam_beta2 = adam_beta2
         self.total_steps = total_steps
         self.warmup_steps = warmup_steps
         self.decay_steps = max(1, round(decay_fraction * total_steps)) if decay_fraction else 0
@@ -111,7 +125,8 @@ class SAEModule(lightning.LightningModule):
         return self.sae.training_flops_per_token()
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.Adam(self.sae.parameters(), lr=self.lr, fused=True)
+        betas = (0.9, self.adam_beta2)
+        optimizer = torch.optim.Adam(self.sae.parameters(), lr=self.lr, betas=betas, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {
             "optimizer": optimizer,

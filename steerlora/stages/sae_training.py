@@ -104,7 +104,7 @@ def _check(settings: SAESettings) -> None:
 
 @stage(
     "sae_training",
-    4,
+    5,
     step=requested,
     # The place of given files does not matter, their content does.
     skip=NOT_IDENTITY | ADAPTER_ONLY | WHERE | {"sae.max_tokens", "sae.path"},
@@ -189,6 +189,7 @@ def _train(
     module = SAEModule(
         sae,
         lr=config.learning_rate,
+        adam_beta2=config.adam_beta2,
         total_steps=steps,
         warmup_steps=int(config.warmup_fraction * steps),
         decay_fraction=config.decay_fraction,

@@ -207,7 +207,8 @@ def test_a_step_makes_nothing_of_tokens_by_latents_but_a_block_of_pre_activation
     name, monkeypatch
 ):
     tokens, width, latents = 3000, 32, 2048
-    monkeypatch.setattr("steerlora.saes.sparse._CPU_BLOCK", latents)  # 128 tokens a block
+    monkeypatch.setattr("steerlora.saes.sparse._CPU_BLOCK", 1)
+    monkeypatch.setattr("steerlora.saes.sparse._LEAST_BLOCK_TOKENS", 128)
     case = CASES[name]
     sae = case.make(width, latents)
     x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
@@ -225,7 +226,8 @@ def test_a_step_makes_nothing_of_tokens_by_latents_but_a_block_of_pre_activation
 @pytest.mark.parametrize("tokens", [0, 1, 128, 1000])
 @pytest.mark.parametrize("k", [1, 7, 64])
 def test_the_largest_of_a_batch_are_exactly_those(tokens, k, monkeypatch):
-    monkeypatch.setattr("steerlora.saes.sparse._CPU_BLOCK", 1)  # blocks of 128 tokens
+    monkeypatch.setattr("steerlora.saes.sparse._CPU_BLOCK", 1)
+    monkeypatch.setattr("steerlora.saes.sparse._LEAST_BLOCK_TOKENS", 128)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, 8, generator=generator) * torch.arange(1, tokens + 1)[:, None]
     weight = torch.randn(8, 64, generator=generator)

@@ -45,6 +45,7 @@ def test_the_published_recipe_can_be_chosen():
         4 * config.model.width,
     )
     assert (sae.batch_size, sae.learning_rate, sae.epochs, sae.steps) == (1024, 1e-3, 5, None)
+    assert sae.adam_beta2 == 0.999
     assert sae.path is None
     assert compose.load(["sae=relu", "sae.latents=100"]).sae.latents == 100
 

@@ -76,7 +76,7 @@ def test_steps_equal_a_dense_reference(dead_after, normalize, store, tmp_path):
     module = SAEModule(sae, total_steps=steps, lr=1e-2, dead_after_tokens=dead_after)
     twin = TopK(WIDTH, LATENTS, k=K, normalize=normalize).double()
     losses, dead_seen = [], 0
-    optimizer = torch.optim.Adam(twin.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(twin.parameters(), lr=1e-2, betas=(0.9, 0.95))
     idle = torch.zeros(LATENTS)
     for step in range(steps):
         x = twin.normalized(store.batch(1, size, seed=0, step=step)).x
@@ -200,7 +200,20 @@ def test_learning_rate_rises_holds_and_falls():
     assert factors[5:15] == [1.0] * 10
     assert factors[15:20] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     assert factors[20] == 0
-    assert module.lr == pytest.approx(2e-4 / (LATENTS / 2**14) ** 0.5)
+    assert module.lr == pytest.approx(8e-4 / (LATENTS / 2**14) ** 0.5)
+
+
+def test_steps_do_not_shrink_with_the_gradient():
+    """Adam that remembers large first gradients makes small steps for long."""
+    module = SAEModule(TopK(WIDTH, LATENTS, k=K), total_steps=200, lr=1e-3)
+    bias, optimizer = module.sae.b_enc, module.configure_optimizers()["optimizer"]
+    moved = []
+    for step in range(200):
+        bias.grad = torch.full_like(bias, 50.0 if step < 20 else 1.0)
+        before = bias.detach().clone()
+        optimizer.step()
+        moved.append((before - bias).mean().item())
+    assert moved[-1] == pytest.approx(moved[0], rel=0.1)
 
 
 def test_without_decay_the_rate_stays():
