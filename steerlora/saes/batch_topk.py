@@ -67,6 +67,11 @@ class BatchTopK(TopK):
         moved = self.threshold + rate * (lowest - self.threshold)
         self.threshold.copy_(torch.where(lowest.isfinite(), moved, self.threshold))
 
+    def continue_from(self, saved: SparseAutoencoder) -> None:
+        state = saved.state_dict()
+        self.load_state_dict(state | {"threshold": state["threshold"].amax()})
+        self.initial_k, self.training_k = None, self.mean_k
+
     def for_inference(self) -> SparseAutoencoder:
         thresholds = {"threshold": self.threshold.expand(self.latents)}
         return self.converted(JumpReLU, self.state_dict() | thresholds)
