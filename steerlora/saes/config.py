@@ -15,7 +15,7 @@ from steerlora.config.checks import Section
 from steerlora.config.ranges import Count, Location, NotNegative, OneOf, Positive, Seed, Share
 from steerlora.errors import UserError
 from steerlora.registry import Registry
-from steerlora.saes.end_to_end_config import EndToEndConfig
+from steerlora.saes.end_to_end.config import EndToEndConfig
 
 if TYPE_CHECKING:
     from steerlora.saes.base import SparseAutoencoder

@@ -16,7 +16,7 @@ from steerlora.engine.artifacts import Artifact
 from steerlora.lm.decoder import first_real_token, residual_streams
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.config import SAEConfig
-from steerlora.saes.end_to_end import EndToEndModule
+from steerlora.saes.end_to_end.training import EndToEndModule
 from steerlora.saes.saelens import load_sae
 from steerlora.stages.common import general_text, training_rows
 

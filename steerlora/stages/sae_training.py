@@ -19,7 +19,7 @@ from steerlora.engine.steps import Context, Step, stage
 from steerlora.reporting.runs import RunLog
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.config import SAEConfig
-from steerlora.saes.end_to_end_config import EndToEndConfig
+from steerlora.saes.end_to_end.config import EndToEndConfig
 from steerlora.saes.saelens import sae_fingerprint, save_sae
 from steerlora.saes.training import SAEModule
 from steerlora.stages import activations, base

@@ -16,7 +16,7 @@ from steerlora.engine.progress import SilentProgress
 from steerlora.lm import divergence
 from steerlora.lm.decoder import edited, first_real_token, layers_of
 from steerlora.saes.config import SAES
-from steerlora.saes.end_to_end import EndToEndModule, spliced
+from steerlora.saes.end_to_end.training import EndToEndModule, spliced
 from steerlora.saes.topk import TopK
 from steerlora.training.loop import fit
 

@@ -1,4 +1,4 @@
-"""End-to-end training as stage ``sae_training`` runs it: from which SAE, on what, with what result."""
+"""End-to-end training as stage ``sae_training`` runs it: of which SAE, on what, to what end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build(tmp_path_factory) -> Callable[..., Artifact]:
 def test_fine_tuning_lowers_the_divergence_on_held_out_rows(architecture, build):
     before, after = (build(f"sae={architecture}", *more) for more in ([], [FINE_TUNED]))
     was, now = before.json("quality.json"), after.json("quality.json")
-    assert now["kl_div_with_sae"] < 0.9 * was["kl_div_with_sae"]
+    assert now["kl_div_with_sae"] < was["kl_div_with_sae"]
     assert now["ce_loss_without_sae"] == was["ce_loss_without_sae"]
     summary = after.manifest["summary"]
     for name in sae_training.COMPARED:
