@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from steerlora.data.chat import ChatBatches, EncodedChat
 from steerlora.engine.artifacts import Artifact
-from steerlora.lm.decoder import first_real_token, residual_streams
+from steerlora.lm.decoder import residual_streams
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.config import SAEConfig
 from steerlora.saes.end_to_end.training import EndToEndModule
@@ -47,7 +47,8 @@ class Replaced:
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[B, S] and [B, S] -> [B, S] bool."""
         special = torch.isin(input_ids, self.special.to(input_ids.device))
-        return attention_mask.bool() & ~first_real_token(attention_mask) & ~special
+        later = attention_mask.cumsum(1) > 1
+        return attention_mask.bool() & later & ~special
 
 
 def starting_sae(config: SAEConfig, trained: Artifact | None, width: int) -> SparseAutoencoder:

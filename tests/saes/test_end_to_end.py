@@ -14,7 +14,7 @@ from steerlora.config import TrainerConfig
 from steerlora.data.chat import EncodedChat, collate
 from steerlora.engine.progress import SilentProgress
 from steerlora.lm import divergence
-from steerlora.lm.decoder import edited, first_real_token, layers_of
+from steerlora.lm.decoder import edited, layers_of
 from steerlora.saes.config import SAES
 from steerlora.saes.end_to_end.training import EndToEndModule, spliced
 from steerlora.saes.topk import TopK
@@ -30,7 +30,8 @@ ARCHITECTURES = (
 
 def but_first(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Every real token but a row's first and one kind of special token."""
-    return attention_mask.bool() & ~first_real_token(attention_mask) & (input_ids != SPECIAL)
+    later = attention_mask.cumsum(1) > 1
+    return attention_mask.bool() & later & (input_ids != SPECIAL)
 
 
 @pytest.fixture
