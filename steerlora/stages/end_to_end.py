@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from steerlora.data.chat import ChatBatches, EncodedChat
+from steerlora.data.chat import ChatBatches
 from steerlora.engine.artifacts import Artifact
 from steerlora.lm.decoder import residual_streams
 from steerlora.saes.base import SparseAutoencoder
@@ -24,14 +24,21 @@ _UNIT = 1e-3
 """By how much the norms of rows may differ from 1 that are held there."""
 
 
-def text_rows(
-    source: Artifact, domains: tuple[str, ...], tokenizer, max_length: int
-) -> list[EncodedChat]:
+def text_batches(
+    config: SAEConfig, source: Artifact, domains: tuple[str, ...], tokenizer, max_length: int
+) -> ChatBatches:
     """The domains' training rows, and as much general text as of one domain."""
     found = training_rows(source, domains, tokenizer, max_length)
     rows = list(chain.from_iterable(found.values()))
     wanted = len(rows) // len(domains)
-    return rows + general_text(source, tokenizer, max_length, wanted)[:wanted]
+    rows += general_text(source, tokenizer, max_length, wanted)[:wanted]
+    return ChatBatches(
+        rows,
+        [-1] * len(rows),
+        batch_size=config.end_to_end.batch_size,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=config.seed,
+    )
 
 
 class Replaced:

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from steerlora.config import Config, LoggerConfig, TrainerConfig
 from steerlora.data.activations import ActivationBatches, ActivationStore
-from steerlora.data.chat import ChatBatches
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
 from steerlora.engine.manifests import write_json
@@ -36,7 +35,7 @@ from steerlora.stages.end_to_end import (
     Replaced,
     end_to_end_module,
     starting_sae,
-    text_rows,
+    text_batches,
 )
 from steerlora.stages.given_saes import hook_name, identity_of_saes, open_given
 from steerlora.stages.sae_quality import (
@@ -212,13 +211,8 @@ def _train_end_to_end(
     """The SAE and its figures, of which some are those of the SAE that was fine-tuned."""
     own, start = settings.sae.end_to_end, context.inputs.get("sae")
     sae = starting_sae(settings.sae, start and start / FOLDER, model.config.hidden_size)
-    rows = text_rows(context.inputs["domains"], settings.domains, tokenizer, settings.max_length)
-    batches = ChatBatches(
-        rows,
-        [-1] * len(rows),
-        batch_size=own.batch_size,
-        pad_token_id=tokenizer.pad_token_id,
-        seed=settings.sae.seed,
+    batches = text_batches(
+        settings.sae, context.inputs["domains"], settings.domains, tokenizer, settings.max_length
     )
     replaced = Replaced(tokenizer.all_special_ids)
     module = end_to_end_module(settings.sae, sae, model, settings.site, batches, replaced)
