@@ -6,6 +6,7 @@ B batch, S sequence.
 from __future__ import annotations
 
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class Replaced:
         return attention_mask.bool() & later & ~special
 
 
-def starting_sae(config: SAEConfig, trained: Artifact | None, width: int) -> SparseAutoencoder:
+def starting_sae(config: SAEConfig, trained: Path | None, width: int) -> SparseAutoencoder:
     """The SAE that the training begins with, in float32.
 
     One that was trained here goes on as the architecture that it is; one of ``sae.path`` as what

@@ -15,6 +15,7 @@ from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
 from steerlora.engine.manifests import write_json
 from steerlora.engine.steps import Context, Step, stage
+from steerlora.errors import UserError
 from steerlora.reporting.runs import RunLog
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.config import SAEConfig
@@ -115,6 +116,11 @@ def _step(config: Config, sae: SAEConfig, site: int) -> Step:
 def _check(settings: SAESettings) -> None:
     own, world = settings.sae.end_to_end, ranks.current().world
     if own.steps:
+        if settings.spread:
+            raise UserError(
+                f"evaluation.spread=true with sae.end_to_end.steps={own.steps}: an SAE trains end "
+                "to end in a model on one device; set evaluation.spread=false, and evaluate apart"
+            )
         check_divides("sae.end_to_end.batch_size", own.batch_size, world)
     elif not settings.sae.path:
         check_divides("sae.batch_size", settings.sae.batch_size, world)

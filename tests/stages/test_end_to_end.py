@@ -12,6 +12,7 @@ from steerlora.cli import compose
 from steerlora.config import Config
 from steerlora.engine.artifacts import Artifact, ArtifactStore
 from steerlora.engine.run import run
+from steerlora.engine.steps import STAGES
 from steerlora.errors import UserError
 from steerlora.saes.relu import ReLU
 from steerlora.saes.saelens import load_sae, save_sae
@@ -99,6 +100,12 @@ def test_features_are_those_of_the_fine_tuned_sae():
 def test_a_new_sae_and_a_given_one_exclude_each_other():
     with pytest.raises(UserError, match=r"start=new trains an SAE from nothing, and sae.path"):
         config_of(FINE_TUNED, "sae.end_to_end.start=new", "sae.path=mine")
+
+
+def test_a_base_that_is_spread_over_devices_trains_no_sae():
+    (step,) = sae_training.steps(config_of(FINE_TUNED, "evaluation.spread=true"))
+    with pytest.raises(UserError, match=r"set evaluation\.spread=false"):
+        STAGES["sae_training"].check(step.config)
 
 
 def test_special_tokens_first_ones_and_padding_pass_as_they_are():
