@@ -50,3 +50,30 @@ def sum_over_ranks(values: Iterable[Tensor]) -> list[Tensor]:
     dist.all_reduce(joined)
     parts = joined.split([value.numel() for value in values])
     return [part.view(v.shape).to(v.dtype) for part, v in zip(parts, values, strict=True)]
+
+
+@torch.no_grad()
+def largest_over_ranks(values: Tensor, count: int) -> Tensor:
+    """The ``count`` largest of all ranks' values, or all of them where they are fewer.
+
+    Args:
+        values: [n] of this rank, all above 0; n at most ``count``.
+        count: how many, the same on every rank.
+    """
+    if world() == 1:
+        return values
+    own = values.new_zeros(count)  # ranks exchange tensors of one size
+    own[: len(values)] = values
+    found = [torch.empty_like(own) for _ in range(world())]
+    dist.all_gather(found, own)
+    largest = torch.cat(found).topk(count, sorted=False).values
+    return largest[largest > 0]
+
+
+@torch.no_grad()
+def least_over_ranks(value: Tensor) -> Tensor:
+    """The smallest of every rank's values, entry by entry."""
+    if world() > 1:
+        value = value.clone()
+        dist.all_reduce(value, dist.ReduceOp.MIN)
+    return value

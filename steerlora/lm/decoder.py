@@ -205,10 +205,11 @@ def remove_edits(model: nn.Module, sites: Iterable[int]) -> None:
         setattr(owner, name, getattr(owner, name).layer)
 
 
-def _layer_range(model: nn.Module, start: int, stop: int) -> tuple[nn.Module, nn.ModuleList]:
+def _layer_range(model: nn.Module, start: int, stop: int | None) -> tuple[nn.Module, nn.ModuleList]:
     """The decoder with layers [start, stop) only and nothing after them, and its layers.
 
-    Every weight is shared; the ``last_hidden_state`` is the stream entering layer ``stop``.
+    Every weight is shared; the ``last_hidden_state`` is the stream entering layer ``stop``. With no
+    ``stop`` the decoder goes on to its end, and that is what leaves the final norm.
     """
     decoder = decoder_of(model)
     part = copy.copy(decoder)
@@ -216,31 +217,33 @@ def _layer_range(model: nn.Module, start: int, stop: int) -> tuple[nn.Module, nn
     part._modules = dict(decoder._modules)
     layers = nn.ModuleList(layers_of(model)[start:stop])
     setattr(part, _layers_name(decoder), layers)
-    for name in AFTER_LAYERS:
+    for name in AFTER_LAYERS if stop is not None else ():
         if isinstance(getattr(part, name, None), nn.Module):
             setattr(part, name, nn.Identity())
     part.config = copy.copy(decoder.config)
-    part.config.num_hidden_layers = stop - start
+    part.config.num_hidden_layers = len(layers)
     if getattr(part.config, "layer_types", None):
         part.config.layer_types = part.config.layer_types[start:stop]
     return part, layers
 
 
-def continued(model: nn.Module, stream: Tensor, start: int, stop: int, **inputs) -> Tensor:
+def continued(model: nn.Module, stream: Tensor, start: int, stop: int | None, **inputs) -> Tensor:
     """The stream entering layer ``stop``, computed from the one that enters layer ``start``.
 
     Args:
         model: a causal language model.
         stream: [B, S, D]. It replaces what reaches layer ``start``, since families scale
             embeddings, or add positions to them, before their first layer.
-        start, stop: layers [start, stop) run.
+        start, stop: layers [start, stop) run; with no ``stop`` all from ``start`` on and the final
+            norm, whose output is then returned.
         inputs: what else the decoder takes, such as a mask.
 
     Returns:
         [B, S, D].
     """
     part, layers = _layer_range(model, start, stop)
-    layers[0] = EditedLayer(layers[0], lambda _: stream)
+    owner, name = (layers, "0") if len(layers) else (part, _norm_name(part))
+    setattr(owner, name, EditedLayer(getattr(owner, name), lambda _: stream))
     return part(inputs_embeds=stream, use_cache=False, **inputs).last_hidden_state
 
 

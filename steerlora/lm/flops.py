@@ -63,5 +63,22 @@ def training_flops_per_token(
     return forward + backward + head + 2 * sae_parameters
 
 
+def splicing_flops_per_token(shape: DecoderShape, first_layer: int, sequence: float) -> float:
+    """Of a step that trains what takes the place of the stream entering a layer of a frozen base.
+
+    The base runs once, and the layers from there on a second time, with a backward with respect to
+    activations only; the head, on all tokens, likewise. What is trained is not counted.
+
+    Args:
+        shape: of the base.
+        first_layer: the layer whose incoming stream is replaced.
+        sequence: S, tokens of a row.
+    """
+    above = shape.layers - first_layer
+    forward = harvesting_flops_per_token(shape, shape.layers + above, sequence)
+    backward = above * (2 * layer_weights(shape) + 2 * attention_flops(shape, sequence))
+    return forward + backward + 3 * 2 * shape.vocabulary * shape.width
+
+
 _FIRST_INPUTS = ("q_proj", "k_proj", "v_proj")
 """Modules whose input, in the first adapted layer, comes from the frozen layers below."""

@@ -38,12 +38,17 @@ class NormalizedInput(NamedTuple):
 class TrainingErrors(NamedTuple):
     """What an architecture makes of one batch in training."""
 
-    error: Tensor
-    """Squared error of the reconstruction, summed over tokens; in the SAE's own units."""
+    residual: Tensor
+    """What the reconstruction leaves of the stream written, [T, D]; in the SAE's own units."""
     penalty: Tensor
     """What else is minimised, already weighted; a mean over tokens, or a ratio of two sums."""
     fired: Tensor
     """On how many tokens each latent was active, [N]."""
+
+    @property
+    def error(self) -> Tensor:
+        """Squared error of the reconstruction, summed over tokens."""
+        return self.residual.square().sum()
 
 
 class SparseAutoencoder(nn.Module):
@@ -158,6 +163,10 @@ class SparseAutoencoder(nn.Module):
     def for_inference(self) -> SparseAutoencoder:
         """What is saved: an SAE with these features, of an architecture that needs no training."""
         return self
+
+    def continue_from(self, saved: SparseAutoencoder) -> None:
+        """Take over what :meth:`for_inference` gave, to train it further."""
+        self.load_state_dict(saved.state_dict())
 
     # What all have
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlora.distributed.reductions import sum_over_ranks, world
+from steerlora.distributed.reductions import least_over_ranks, sum_over_ranks
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.jumprelu import JumpReLU, latents_above
 from steerlora.saes.sparse import SparseFeatures
@@ -26,8 +26,8 @@ class BatchTopK(TopK):
     Bussmann et al., "BatchTopK sparse autoencoders" (arXiv 2412.06410). In training the T k largest
     positive s of the T tokens of a batch are kept, exactly, and theta follows the smallest of them:
     it is its running average over steps, and so does in inference, token by token, what the
-    selection did in training. Until a step has been taken it is 0. Of several ranks each keeps k
-    per token of its own tokens, and theta averages over ranks.
+    selection did in training. Until a step has been taken it is 0. Ranks that share a batch
+    select among all of its tokens.
 
     What is saved is the JumpReLU SAE with all thresholds theta (:meth:`for_inference`), as in
     SAELens.
@@ -52,7 +52,8 @@ class BatchTopK(TopK):
         return latents_above(self, x, self.threshold.expand(self.latents))
 
     def training_latents(self, x: Tensor, dead: Tensor | None, aux_k: int) -> SparseFeatures:
-        budget = self.training_k * len(x)
+        (tokens,) = sum_over_ranks([x.new_tensor(float(len(x)))])
+        budget = self.training_k * int(tokens)
         features = self.positive_latents(x, None, dead, aux_k, budget=budget)
         values = features.values.detach()
         self._follow(values[:, : values.shape[1] - aux_k])
@@ -61,11 +62,15 @@ class BatchTopK(TopK):
     @torch.no_grad()
     def _follow(self, kept: Tensor) -> None:
         """Move theta towards the smallest positive of a batch's values [T, K], if there is one."""
-        lowest = torch.where(kept > 0, kept, torch.inf).amin()
-        (lowest,) = sum_over_ranks([lowest / world()])
+        lowest = least_over_ranks(torch.where(kept > 0, kept, torch.inf).amin())
         rate = torch.where(self.threshold > 0, _THRESHOLD_RATE, 1.0)
         moved = self.threshold + rate * (lowest - self.threshold)
         self.threshold.copy_(torch.where(lowest.isfinite(), moved, self.threshold))
+
+    def continue_from(self, saved: SparseAutoencoder) -> None:
+        state = saved.state_dict()
+        self.load_state_dict(state | {"threshold": state["threshold"].amax()})
+        self.initial_k, self.training_k = None, self.mean_k
 
     def for_inference(self) -> SparseAutoencoder:
         thresholds = {"threshold": self.threshold.expand(self.latents)}

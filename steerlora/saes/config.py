@@ -6,7 +6,7 @@ a module of the user's (``plugins``), may hold a configuration and its module to
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Interval
@@ -15,6 +15,7 @@ from steerlora.config.checks import Section
 from steerlora.config.ranges import Count, Location, NotNegative, OneOf, Positive, Seed, Share
 from steerlora.errors import UserError
 from steerlora.registry import Registry
+from steerlora.saes.end_to_end.config import EndToEndConfig
 
 if TYPE_CHECKING:
     from steerlora.saes.base import SparseAutoencoder
@@ -76,9 +77,16 @@ class SAEConfig(Section, key="sae"):
     """A latent is dead that has not fired for this share of the training's tokens."""
     seed: Seed = 0
     """Of initialisation and token order."""
+    end_to_end: EndToEndConfig = field(default_factory=EndToEndConfig)
+    """Training by the model around the SAE, after that on reconstruction or in its place."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.path and self.end_to_end.steps and self.end_to_end.start == "new":
+            raise UserError(
+                "sae.end_to_end.start=new trains an SAE from nothing, and sae.path gives one: set "
+                "sae.path=null, or sae.end_to_end.start=trained to fine-tune it"
+            )
         if (self.steps is None) == (self.epochs is None):
             raise UserError(
                 f"sae.steps={self.steps} and sae.epochs={self.epochs}: give one of them, and null "
@@ -92,7 +100,7 @@ class SAEConfig(Section, key="sae"):
 
     def build(self, width: int) -> SparseAutoencoder:
         """The SAE, untrained, of activations of this width."""
-        common = {field.name for field in fields(SAEConfig)}
+        common = {f.name for f in fields(SAEConfig)}
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in common}
         common = {"normalize": self.normalize, "unit_norm": self.unit_norm, "seed": self.seed}
         return self.module()(width, self.latents, **common, **own)

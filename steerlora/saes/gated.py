@@ -84,7 +84,7 @@ class Gated(SparseAutoencoder):
         deviation = squared_deviation(x)
         rho = (deviation / len(x)).sqrt()
         penalty = by_gate.square().sum() / deviation + self.l1 * gate.values.sum() / rho / len(x)
-        return TrainingErrors(residual.square().sum(), penalty, self.times_fired(magnitude))
+        return TrainingErrors(residual, penalty, self.times_fired(magnitude))
 
     def untrained_like(self, seed: int) -> Self:
         """As for any SAE; gates and magnitudes are the same too, or half of all were active."""

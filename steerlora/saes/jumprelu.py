@@ -94,11 +94,8 @@ class JumpReLU(SparseAutoencoder):
             penalty = active.sum()
         else:
             penalty = (_STEEPNESS * values / sigma).tanh().sum()
-        return TrainingErrors(
-            residual.square().sum(),
-            self.sparsity * penalty / len(x),
-            self.times_fired(features),
-        )
+        penalty = self.sparsity * penalty / len(x)
+        return TrainingErrors(residual, penalty, self.times_fired(features))
 
     def untrained_like(self, seed: int) -> Self:
         """As for any SAE; biases and thresholds are the same too, or half of all were active."""

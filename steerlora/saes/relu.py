@@ -42,9 +42,10 @@ class ReLU(SparseAutoencoder):
         shift = self.b_dec if self.apply_b_dec_to_input else 0
         with torch.autocast(x.device.type, enabled=False):
             latents = torch.relu((self.encoder_input(x) - shift) @ self.W_enc + self.b_enc)
-            residual = x - self.b_dec - latents @ F.normalize(self.W_dec, dim=1)
+            rows = F.normalize(self.W_dec, dim=1) if self.unit_norm else self.W_dec
+            residual = x - self.b_dec - latents @ rows
         penalty = self.l1 * latents.sum() / len(x)
-        return TrainingErrors(residual.square().sum(), penalty, (latents > 0).sum(0).to(x.dtype))
+        return TrainingErrors(residual, penalty, (latents > 0).sum(0).to(x.dtype))
 
     def training_flops_per_token(self) -> float:
         """Two dense products forward; backward both weights', the latents', and ``b_dec``'s where

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from steerlora.distributed.reductions import largest_over_ranks
+
 # Pre-activations held at once: fits a CPU's cache (top-k then costs next to nothing beside the
 # matrix product); large enough on an accelerator to keep it busy.
 _CPU_BLOCK, _ACCELERATOR_BLOCK = 2**21, 2**27
@@ -154,6 +156,9 @@ class _Encode(torch.autograd.Function):
                 extra = scores[:, extra_latents].topk(extra_k, dim=1, sorted=False)
                 extras.append(SparseFeatures(extra.values, extra_latents[extra.indices]))
         if budget:
+            largest = largest_over_ranks(largest, budget)
+            if len(largest) == budget:
+                floor = torch.nextafter(largest.min(), largest.new_zeros(()))
             parts = [part.among(part.values > floor) for part in parts]
         width = max((part.values.shape[1] for part in parts), default=k or 1)
         values = torch.cat([F.pad(p.values, (0, width - p.values.shape[1])) for p in parts])
@@ -247,8 +252,8 @@ def sparse_encode(
         extra_latents: [n] latents of which the ``extra_k`` best are appended to every token's
             features (the auxiliary loss on dead latents); they may repeat the first k.
         extra_k: how many, at most n.
-        budget: with no k, active latents kept of all tokens together, the largest, and whatever
-            equals the last of them; None keeps every positive one.
+        budget: with no k, active latents kept of all tokens of all ranks together, the largest, and
+            whatever equals the last of them; None keeps every positive one.
 
     Returns:
         values and indices, [T, K + extra_k]; with no k, K is the largest number of active latents,

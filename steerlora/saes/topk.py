@@ -63,6 +63,10 @@ class TopK(SparseAutoencoder):
     def encode_normalized(self, x: Tensor) -> SparseFeatures:
         return self.positive_latents(x, self.k)
 
+    def continue_from(self, saved: SparseAutoencoder) -> None:
+        super().continue_from(saved)
+        self.initial_k, self.training_k = None, self.mean_k  # there is nothing left to anneal
+
     def begin_step(self, progress: float) -> None:
         if self.initial_k is not None:
             behind = min(1.0, progress / self.anneal_fraction)
@@ -92,7 +96,7 @@ class TopK(SparseAutoencoder):
             error = (target - self.directions(aux, unit_rows=self.unit_norm)).square().sum()
             scale = min(1.0, len(dead) / half)
             penalty = penalty + self.auxiliary * scale * error / squared_deviation(target)
-        return TrainingErrors(residual.square().sum(), penalty, self.times_fired(main))
+        return TrainingErrors(residual, penalty, self.times_fired(main))
 
     def training_flops_per_token(self) -> float:
         """The encoder's product, and k rows of a table four times over.

@@ -24,6 +24,8 @@ class SAELosses(NamedTuple):
     """What is minimised: the FVU and the penalty."""
     fvu: Tensor
     """Fraction of variance unexplained."""
+    kl: Tensor | None = None
+    """Divergence of the spliced model from the base, in nats per token, where there is one."""
 
 
 class SAEModule(lightning.LightningModule):
@@ -88,9 +90,11 @@ class SAEModule(lightning.LightningModule):
         self.sae.begin_step(self.global_step / self.total_steps)
         losses, fired = self.losses(batch)
         (fired,) = sum_over_ranks([fired])
-        tokens = len(batch) * world()
+        tokens = self.tokens_in(batch)
         self.count_idle_tokens(fired, tokens)
         self.log("sae/loss", losses.total.detach(), sync_dist=True)
+        if losses.kl is not None:
+            self.log("sae/kl", losses.kl.detach(), sync_dist=True)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # else no logger sees it
             self.log_dict(
                 {
@@ -106,9 +110,13 @@ class SAEModule(lightning.LightningModule):
     def losses(self, batch: Tensor) -> tuple[SAELosses, Tensor]:
         """batch [T, D] -> the losses, and how often each latent fired [N]."""
         x = self.sae.normalized(batch).x
-        error, penalty, fired = self.sae.training_errors(x, self.dead())
-        fvu = error / squared_deviation(self.sae.written(x))
-        return SAELosses(fvu + penalty, fvu), fired
+        errors = self.sae.training_errors(x, self.dead())
+        fvu = errors.error / squared_deviation(self.sae.written(x))
+        return SAELosses(fvu + errors.penalty, fvu), errors.fired
+
+    def tokens_in(self, batch: Tensor) -> int:
+        """Tokens that the SAE reads in this step, over all ranks."""
+        return len(batch) * world()
 
     def dead(self) -> Tensor:
         """[N] bool, latents that have not fired for long."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from steerlora.config import Config, LoggerConfig, TrainerConfig
 from steerlora.data.activations import ActivationBatches, ActivationStore
@@ -15,9 +16,11 @@ from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
 from steerlora.engine.manifests import write_json
 from steerlora.engine.steps import Context, Step, stage
+from steerlora.errors import UserError
 from steerlora.reporting.runs import RunLog
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.config import SAEConfig
+from steerlora.saes.end_to_end.config import EndToEndConfig
 from steerlora.saes.saelens import sae_fingerprint, save_sae
 from steerlora.saes.training import SAEModule
 from steerlora.stages import activations, base
@@ -29,6 +32,11 @@ from steerlora.stages.common import (
     load_base,
     run_log,
     train,
+)
+from steerlora.stages.end_to_end import (
+    end_to_end_module,
+    starting_sae,
+    text_batches,
 )
 from steerlora.stages.given_saes import hook_name, identity_of_saes, open_given
 from steerlora.stages.sae_held_out import HeldOut, buffer_of
@@ -44,6 +52,10 @@ FOLDER = "sae"
 """Folder of the artifact that holds the SAE, in SAELens' layout."""
 HISTORY = "held_out.json"
 """File of the artifact with `HeldOut`'s history of the training."""
+QUALITY = "quality.json"
+"""File of the artifact with its figures on held-out rows."""
+COMPARED = ("kl_div_with_sae", "ce_loss_with_sae", "fvu", "l0")
+"""Figures that a fine-tuned SAE reports as they were before, too."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,11 +63,13 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class SAESettings:
     """Attributes: site: the layer whose incoming stream it reads, the number of layers for the
-    stream that leaves the last; max_length: of a row; identity: of the files behind ``sae.path``,
-    empty where none are given; spread: the base over all GPUs, when quality is measured."""
+    stream that leaves the last; domains: whose text it is trained on end to end, none where it is
+    not; max_length: of a row; identity: of the files behind ``sae.path``, empty where none are
+    given; spread: the base over all GPUs, when quality is measured."""
 
     sae: SAEConfig
     site: int
+    domains: tuple[str, ...]
     max_length: int
     identity: str
     spread: bool
@@ -82,11 +96,15 @@ def requested(config: Config) -> tuple[Step, ...]:
 
 def _step(config: Config, sae: SAEConfig, site: int) -> Step:
     inputs = base.inputs(config)
-    if sae.path is None:
+    own = sae.end_to_end
+    if own.steps and own.start == "trained":
+        inputs["sae"] = _step(config, replace(sae, end_to_end=EndToEndConfig()), site)
+    elif sae.path is None and not own.steps:
         inputs["activations"] = activations.step(config)
     settings = SAESettings(
         sae=sae,
         site=site,
+        domains=tuple(config.domains.names) if own.steps else (),
         max_length=config.trainer.max_length,
         identity=identity_of_saes(config, sae.path, site),
         spread=config.evaluation.spread,
@@ -94,17 +112,26 @@ def _step(config: Config, sae: SAEConfig, site: int) -> Step:
         logger=config.logger,
     )
     label = f"sae_training {config.model.name} site {site}"
+    label += " end to end" if own.steps else ""
     return Step("sae_training", settings, inputs, label, cost=20)
 
 
 def _check(settings: SAESettings) -> None:
-    if not settings.sae.path:
-        check_divides("sae.batch_size", settings.sae.batch_size, ranks.current().world)
+    own, world = settings.sae.end_to_end, ranks.current().world
+    if own.steps:
+        if settings.spread:
+            raise UserError(
+                f"evaluation.spread=true with sae.end_to_end.steps={own.steps}: an SAE trains end "
+                "to end in a model on one device; set evaluation.spread=false, and evaluate apart"
+            )
+        check_divides("sae.end_to_end.batch_size", own.batch_size, world)
+    elif not settings.sae.path:
+        check_divides("sae.batch_size", settings.sae.batch_size, world)
 
 
 @stage(
     "sae_training",
-    5,
+    6,
     step=requested,
     # The place of given files does not matter, their content does.
     skip=NOT_IDENTITY | ADAPTER_ONLY | WHERE | {"sae.max_tokens", "sae.path"},
@@ -141,7 +168,10 @@ def build(context: Context) -> dict:
         return buffer_of(found if len(sites) > 1 else found[:, 0], settings.sae.batch_size)
 
     with run_log(context, settings.logger) as log:
-        if settings.sae.path:
+        if settings.sae.end_to_end.steps:
+            sae, figures = _train_end_to_end(context, settings, *loaded(), log)
+            history = []
+        elif settings.sae.path:
             sae, figures = open_given(settings.sae.path, settings.site, pointer, streams), {}
             history = []
         else:
@@ -168,7 +198,7 @@ def build(context: Context) -> dict:
             "mean_feature_norm": measured["mean_feature_norm"],
         },
     )
-    write_json(context.directory / "quality.json", measured)
+    write_json(context.directory / QUALITY, measured)
     write_json(context.directory / HISTORY, history)
     return {**figures, **measured, "fingerprint": sae_fingerprint(sae)}
 
@@ -195,8 +225,28 @@ def _train(
         decay_fraction=config.decay_fraction,
         dead_after_tokens=round(config.dead_fraction * steps * config.batch_size),
     )
-    # In full precision, whole batches: accumulation and mixed precision are the adapter's.
-    trainer = replace(settings.trainer, precision="32-true", accumulate=1)
     watch = HeldOut(held_out, steps)
+    trainer = _in_full(settings)
     found = train(context, module, batches, steps, log, trainer=trainer, callbacks=[watch])
     return sae, found, watch.history
+
+
+def _in_full(settings: SAESettings) -> TrainerConfig:
+    """In full precision, whole batches: accumulation and mixed precision are the adapter's."""
+    return replace(settings.trainer, precision="32-true", accumulate=1)
+
+
+def _train_end_to_end(
+    context: Context, settings: SAESettings, model: PreTrainedModel, tokenizer, log: RunLog
+) -> tuple[SparseAutoencoder, dict]:
+    """The SAE and its figures, of which some are those of the SAE that was fine-tuned."""
+    own, start = settings.sae.end_to_end, context.inputs.get("sae")
+    sae = starting_sae(settings.sae, start and start / FOLDER, model.config.hidden_size)
+    batches = text_batches(
+        settings.sae, context.inputs["domains"], settings.domains, tokenizer, settings.max_length
+    )
+    replaced = signal_tokens_of(tokenizer)
+    module = end_to_end_module(settings.sae, sae, model, settings.site, batches, replaced)
+    figures = train(context, module, batches, own.steps, log, trainer=_in_full(settings))
+    before = start.json(QUALITY) if start else {}
+    return sae, {**figures, **{f"{name}_before": before[name] for name in COMPARED if before}}

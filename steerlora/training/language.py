@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from steerlora.data.chat import IGNORED, ChatBatch
 from steerlora.lm.decoder import hidden_states, layers_of
+from steerlora.lm.divergence import output_logits
 from steerlora.lm.flops import pretraining_flops_per_token
 from steerlora.lm.shapes import DecoderShape
 from steerlora.training.loop import begins_step
@@ -33,11 +34,7 @@ def next_token_loss(model: nn.Module, batch: ChatBatch) -> Tensor:
     counted = targets != IGNORED
     if not batch.shares.labelled:  # a part may have nothing to learn from, and still takes part
         return hidden.sum() * 0
-    logits = model.get_output_embeddings()(hidden[:, :-1][counted])
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    if cap:
-        logits = torch.tanh(logits / cap) * cap
+    logits = output_logits(model, hidden[:, :-1][counted])
     if batch.weights is None:
         return F.cross_entropy(logits, targets[counted]) * batch.shares.labelled
     weights = batch.weights[:, 1:][counted]

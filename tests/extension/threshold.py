@@ -42,8 +42,8 @@ class Threshold(SparseAutoencoder):
         shape = (*x.shape[:-1], values.shape[1])
         return SparseFeatures(values.view(shape), indices.view(shape))
 
-    def training_errors(self, x, dead):  # [T, D] -> squared error, penalty, times fired [N]
+    def training_errors(self, x, dead):  # [T, D] -> residual [T, D], penalty, times fired [N]
         features = self.encode_normalized(x)
         residual = x - self.b_dec - self.directions(features, unit_rows=self.unit_norm)
         penalty = self.sparsity * features.values.sum() / len(x)
-        return TrainingErrors(residual.square().sum(), penalty, self.times_fired(features))
+        return TrainingErrors(residual, penalty, self.times_fired(features))

@@ -30,6 +30,8 @@ from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.config import LossWeights, MemoryConfig, RoutedLoRAConfig
 from steerlora.methods.routed_lora.memory import MemoryPolicy
 from steerlora.methods.saving import save_adapter
+from steerlora.saes.batch_topk import BatchTopK
+from steerlora.saes.end_to_end.training import EndToEndModule
 from steerlora.saes.relu import ReLU
 from steerlora.saes.taxonomy import Taxonomy
 from steerlora.saes.topk import TopK
@@ -235,11 +237,25 @@ def sae_training(folder: Path, trainer: TrainerConfig, architecture: str = "topk
     sae = {
         "topk": lambda: TopK(32, LATENTS, k=5, auxiliary=0.5),
         "relu": lambda: ReLU(32, LATENTS),
+        "batch_topk": lambda: BatchTopK(32, LATENTS, k=5, auxiliary=0.5),
     }[architecture]()
     batches = activations(store)
     sae.center_on(batches(0))
     module = SAEModule(sae, total_steps=STEPS, lr=1e-2, dead_after_tokens=100)
     facts = train(module, batches, folder, trainer)
+    note(folder, facts, {**sae.state_dict(), "idle": module.tokens_since_fired})
+
+
+def end_to_end_training(folder: Path, trainer: TrainerConfig) -> None:
+    """Ranks have unlike numbers of tokens; the second of a row passes unreconstructed, too."""
+
+    def replaced(ids, mask):
+        return mask.bool() & (torch.arange(ids.shape[1]) > 1)
+
+    sae = BatchTopK(32, LATENTS, k=5, auxiliary=0.0)
+    settings = {"total_steps": STEPS, "lr": 1e-2, "replaced": replaced, "mse_weight": 0.5}
+    module = EndToEndModule(sae, model(), 1, **settings)
+    facts = train(module, chats(), folder, trainer)
     note(folder, facts, {**sae.state_dict(), "idle": module.tokens_since_fired})
 
 
@@ -257,6 +273,8 @@ def runs(strategies: dict[str, dict]) -> dict[str, tuple]:
         found[f"memory {name}"] = (memory_training, options, {})
         if options["strategy"] in ("single", "ddp"):  # whole on every rank, always
             found[f"base {name}"] = (pretraining, options, {})
+            found[f"batch_topk {name}"] = (sae_training, options, {"architecture": "batch_topk"})
+            found[f"end_to_end {name}"] = (end_to_end_training, options, {})
         found[f"sae {name}"] = (sae_training, options, {})
         found[f"relu {name}"] = (sae_training, options, {"architecture": "relu"})
         # Of parts that a rank takes in turn, load balance sees one at a time.

@@ -65,6 +65,11 @@ CHANGES = {
     "sae.unit_norm": "false",
     "sae.dead_fraction": 0.3,
     "sae.seed": 5,
+    "sae.end_to_end.steps": 7,
+    "sae.end_to_end.start": None,  # with steps only: tests/stages/test_end_to_end.py
+    "sae.end_to_end.batch_size": None,
+    "sae.end_to_end.mse_weight": None,
+    "sae.end_to_end.learning_rate": None,
     "features.frequency": "general_text",
     "features.general_quantile": 0.6,
     "features.largest_variation": 0.6,

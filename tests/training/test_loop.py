@@ -345,7 +345,9 @@ def test_the_gradient_norm_is_the_one_before_clipping(tmp_path):
     assert clipped["train/gradient_norm"] > 1e-3  # not 1e-9
 
 
-@pytest.mark.parametrize("training", ["adapter_training", "pretraining", "sae_training"])
+@pytest.mark.parametrize(
+    "training", ["adapter_training", "pretraining", "sae_training", "end_to_end_training"]
+)
 def test_utilisation_is_logged_by_every_kind_of_training(training, tmp_path, monkeypatch):
     seen = {}
     figures = Watch.figures
