@@ -38,9 +38,8 @@ LONG = (
     *("[steerlora experiment=text", "[steerlora stage=plan"),
     *("test_two_jobs_of_two_ranks_one", "test_a_plugin_of_the_current_folder_reaches_the_jobs"),
     *("saves_the_step_that_it_came_in[base]", "saves_the_step_that_it_came_in[sae_training]"),
-    *("test_monitored_losses_and_second_forwards", "test_a_base_that_one_gpu_cannot_hold"),
-    *("test_disk_is_of_every_site", "test_offloading_is_named", "test_a_larger_gpu_is_advised"),
-    "test_where_nothing_helps_the_text",
+    *("test_a_base_that_one_gpu_cannot_hold", "test_offloading_is_named"),
+    *("test_a_larger_gpu_is_advised", "test_where_nothing_helps_the_text"),
 )
 """Parts of the names of tests that take half a minute or repeat at length what others test:
 ``make test`` leaves them to ``make test-all``."""

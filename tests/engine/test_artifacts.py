@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import random
 import re
 import time
 from dataclasses import dataclass
@@ -206,21 +207,23 @@ def test_damage_is_found_named_and_rebuilt(store: ArtifactStore, caplog, kind: s
     assert not caplog.records
 
 
-def test_every_bit_of_a_manifest_counts(store: ArtifactStore):
-    """Or the manifest says the same all the same, as where white space is another."""
+def test_a_changed_bit_of_any_byte_of_a_manifest_counts(store: ArtifactStore):
+    """Or the manifest says the same all the same, as where white space is another.
+
+    Of each byte one bit is drawn; over all bytes each of the eight is drawn often.
+    """
     artifact = build(store)
     path = artifact / "manifest.json"
     intact = path.read_bytes()
-    found = 0
+    found, draw = 0, random.Random(0)
     for place in range(len(intact)):
-        for bit in range(0, 8, 3):
-            changed = bytearray(intact)
-            changed[place] ^= 1 << bit
-            path.write_bytes(changed)
-            manifest, problem = read_manifest(artifact.path)
-            assert problem is not None or manifest == artifact.manifest
-            found += problem is not None
-    assert found > 2 * len(intact)
+        changed = bytearray(intact)
+        changed[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+        manifest, problem = read_manifest(artifact.path)
+        assert problem is not None or manifest == artifact.manifest
+        found += problem is not None
+    assert found > 2 / 3 * len(intact)
     path.write_bytes(intact)
     assert store.find("sae_training", NAME) == artifact
 

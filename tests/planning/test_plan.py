@@ -33,6 +33,10 @@ QWEN3_32B = (
     *("trainer=gpu", "trainer.accumulate=1", "trainer.max_length=256"),
 )
 
+# A dry run takes as long as it has operations: an SAE's are per block of tokens. For what does not
+# depend on how many tokens there are.
+FEW = ("trainer.batch_size=4", "trainer.max_length=64")
+
 
 @pytest.fixture(autouse=True, scope="module")
 def measured_once() -> Iterator[None]:
@@ -178,9 +182,9 @@ def test_more_ranks_take_less_each():
 
 
 def test_what_is_trained_is_what_is_planned():
-    assert [*plan_of(*QWEN3_8B).memories] == [HARVEST, SAE, ADAPTER]
-    assert [*plan_of(*QWEN3_8B, "method=lora").memories] == [ADAPTER]
-    given = plan_of(*QWEN3_8B, "sae.path=elsewhere")
+    assert [*plan_of(*QWEN3_8B, *FEW).memories] == [HARVEST, SAE, ADAPTER]
+    assert [*plan_of(*QWEN3_8B, *FEW, "method=lora").memories] == [ADAPTER]
+    given = plan_of(*QWEN3_8B, *FEW, "sae.path=elsewhere")
     assert [*given.memories] == [ADAPTER]
     assert given.disk == 0
     assert next(work.name for work in plan_of().works) == "base pretraining"
@@ -201,15 +205,16 @@ def test_packed_rows_are_full():
 
 
 def test_disk_is_of_every_site_and_the_monitor():
-    one = plan_of(*QWEN3_8B, "sae.max_tokens=1000")
+    stored = (*QWEN3_8B, *FEW, "sae.max_tokens=1000")
+    one = plan_of(*stored)
     assert one.disk == 4 * 4096 * 1000
-    more = plan_of(*QWEN3_8B, "sae.max_tokens=1000", "method.sites=[1,2]", "method.monitor=4")
+    more = plan_of(*stored, "method.sites=[1,2]", "method.monitor=4")
     assert more.disk == 3 * one.disk
 
 
 def test_monitored_losses_and_second_forwards_cost_their_share():
     def each(*changes: str) -> float:
-        found = plan_of(*QWEN3_8B, *changes).works
+        found = plan_of(*QWEN3_8B, *FEW, *changes).works
         (work,) = (work for work in found if work.name == ADAPTER)
         return work.model + work.single
 
