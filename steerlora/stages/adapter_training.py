@@ -33,6 +33,7 @@ class AdapterSettings(method_training.TrainingSettings):
 
 
 def step(config: Config) -> Step:
+    config.method.check_trains()
     retrained = config.intervention.retrained
     if retrained:
         method_training.check_intervention(config)

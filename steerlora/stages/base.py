@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
@@ -15,10 +16,11 @@ from steerlora.data.domains.micro import build_tokenizer as build_micro_tokenize
 from steerlora.data.domains.text.tokenizer import build_tokenizer as build_text_tokenizer
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
-from steerlora.engine.content import absolute
+from steerlora.engine.content import MEMORY, ContentHashes, absolute
 from steerlora.engine.manifests import write_json
 from steerlora.engine.steps import Context, Step, stage
 from steerlora.errors import UserError
+from steerlora.lm.gguf import convert, gguf_file
 from steerlora.lm.identity import model_fingerprint
 from steerlora.lm.pretrained import (
     PretrainedFacts,
@@ -49,11 +51,13 @@ HELD_OUT_BATCH = 128
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSettings:
-    """Attributes: identity: of the files behind ``model.path``; the others, where none are given,
-    are those of the pretraining."""
+    """Attributes: identity: of the files behind ``model.path``; gguf: the GGUF file that is
+    dequantised into the artifact; the others, where no model is given, are those of the
+    pretraining."""
 
     model: ModelConfig
     identity: str = ""
+    gguf: str = ""
     kind: str = ""
     max_length: int = 0
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -62,6 +66,14 @@ class BaseSettings:
 
 def step(config: Config) -> Step:
     model = config.model
+    if file := gguf_file(model):
+        settings = BaseSettings(
+            # Its content alone counts: nothing that follows reads the file.
+            model=replace(model, path="gguf", gguf_file=None),
+            identity=_identity_of_gguf(file, config),
+            gguf=str(file),
+        )
+        return Step("base", settings, {}, f"base {model.name}", cost=5)
     if model.path:
         # By one name, wherever the run starts: later ones may start elsewhere.
         model = replace(model, path=absolute(model.path))
@@ -78,6 +90,17 @@ def step(config: Config) -> Step:
     cost = model.steps * model.layers * model.width**2 * 1e-6
     inputs = {"domains": domains.step(config)}
     return Step("base", settings, inputs, f"base {model.name}", cost=cost)
+
+
+def _identity_of_gguf(file: Path, config: Config) -> str:
+    (content,) = ContentHashes(Path(config.artifacts.root).expanduser() / MEMORY).of([file])
+    wanted = config.model.sha256
+    if wanted not in (None, content):
+        raise UserError(
+            f"model.path={file} is another file than model.sha256={wanted}: its SHA-256 is "
+            f"{content}: fetch it again, or set model.sha256=null"
+        )
+    return content
 
 
 def inputs(config: Config) -> dict[str, Step]:
@@ -97,7 +120,8 @@ def _check(settings: BaseSettings) -> None:
     step=step,
     skip=NOT_IDENTITY
     | ADAPTER_ONLY
-    | {"model.name", "model.control_sites", "model.sae_latents", "model.sae_path"},
+    | {"model.name", "model.control_sites", "model.sae_latents", "model.sae_path"}
+    | {"gguf", "model.gguf_file", "model.sha256", "model.wheel", "model.instead"},
     shared=True,
     check=_check,
 )
@@ -107,9 +131,11 @@ def build(context: Context) -> dict:
     if given.path:
         if not ranks.is_main():
             return {}
-        open_tokenizer(given.path, given.revision, thinking=given.thinking, date=given.date)
-        facts = describe(given.path, given.revision)
-        _refuse_other_shape(given, facts.shape)
+        if settings.gguf:
+            given = replace(given, path=settings.gguf)
+            facts = _from_gguf(context, given)
+        else:
+            facts = _at(given.path, given)
     else:
         model, figures = _pretrain(context, settings)
         if not ranks.is_main():
@@ -119,9 +145,11 @@ def build(context: Context) -> dict:
     write_json(
         context.directory / POINTER,
         {
-            "path": given.path,
+            "path": None if settings.gguf else given.path,
             # The commit, so that all that follows reads what is described here.
-            "revision": given.path and commit_of(given.path, given.revision),
+            "revision": None
+            if settings.gguf or given.path is None
+            else commit_of(given.path, given.revision),
             "thinking": given.thinking,
             "date": given.date,
             "fingerprint": facts.fingerprint,
@@ -130,6 +158,31 @@ def build(context: Context) -> dict:
         },
     )
     return {**figures, "parameters": facts.parameters, "fingerprint": facts.fingerprint}
+
+
+def _at(path: str, given: ModelConfig) -> PretrainedFacts:
+    """The facts of a given model in a Hugging Face folder or at a hub id."""
+    try:
+        open_tokenizer(path, given.revision, thinking=given.thinking, date=given.date)
+        facts = describe(path, given.revision)
+    except UserError as error:
+        if given.instead is None or "hub" not in str(error):
+            raise
+        raise UserError(
+            f"{error}; model={given.instead} is the same model from elsewhere"
+        ) from error
+    _refuse_other_shape(given, facts.shape)
+    return facts
+
+
+def _from_gguf(context: Context, given: ModelConfig) -> PretrainedFacts:
+    """Dequantise a GGUF file into the artifact; the facts of what is written."""
+    home = context.directory / BASE
+    convert(Path(given.path), home)
+    try:
+        return _at(str(home), replace(given, revision=None))
+    except UserError as error:
+        raise UserError(str(error).replace(str(home), given.path)) from error
 
 
 def _refuse_other_shape(declared: ModelConfig, found: dict[str, int | bool]) -> None:

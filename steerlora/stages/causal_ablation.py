@@ -36,6 +36,7 @@ class AblationSettings(evaluate.ScoringSettings):
 
 def step(config: Config) -> Step:
     """The controls are ``study.interventions``; all of them where that is empty."""
+    config.method.check_trains()
     names = tuple(config.study.interventions or INTERVENTIONS)
     for name in names:
         INTERVENTIONS.check("study.interventions", name)

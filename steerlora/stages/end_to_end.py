@@ -75,7 +75,8 @@ def end_to_end_module(
 ) -> EndToEndModule:
     """What trains, with the schedule of any SAE's training.
 
-    Tokens that carry no signal pass as they are. A new SAE is centred on the tokens of the first batch, and its thresholds start there.
+    Tokens that carry no signal pass as they are. A new SAE is centred on the others of the first
+    batch, and its thresholds start there.
     """
     own = config.end_to_end
     ids, mask = (

@@ -84,7 +84,7 @@ class EvaluationSettings(ScoringSettings):
 
 
 def step(config: Config, *, adapted: bool = True, every_task: bool = False) -> Step:
-    """Scores of the adapter, or (``adapted=False``) of the base alone.
+    """Scores of the adapter, or of the base alone (``adapted=False``, or nothing that trains).
 
     ``every_task`` is for what compares with these scores: all tasks, whatever the user asked for.
     """
@@ -93,6 +93,7 @@ def step(config: Config, *, adapted: bool = True, every_task: bool = False) -> S
         config = replace(config, evaluation=replace(config.evaluation, tasks=None))
     if adapted:
         method_training.check_intervention(config)
+    adapted = adapted and config.method.trains
     files = local_rows.digest(config.evaluation.files, config.evaluation.include_path)
     settings = EvaluationSettings.of(config, adapted=adapted, files=files)
     intervention = settings.intervention

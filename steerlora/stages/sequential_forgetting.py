@@ -43,6 +43,7 @@ class SequenceSettings(method_training.TrainingSettings):
 
 
 def step(config: Config) -> Step:
+    config.method.check_trains()
     method_training.check_intervention(config)
     settings = SequenceSettings.of(
         config,

@@ -28,8 +28,8 @@ OPTIONS = {
     "experiment": 7,
     "intervention": 10,
     "logger": 2,
-    "method": 14,
-    "model": 14,
+    "method": 15,
+    "model": 16,
     "order": 5,
     "sae": 8,
     "stage": 17,
@@ -59,7 +59,7 @@ def shipped() -> list[str]:
 
 def test_every_group_ships_what_is_counted_here():
     assert {name: len(options) for name, options in sections.groups().items()} == OPTIONS
-    assert len(shipped()) == sum(OPTIONS.values()) == 89
+    assert len(shipped()) == sum(OPTIONS.values()) == 92
 
 
 @pytest.mark.parametrize("option", shipped())
@@ -343,11 +343,13 @@ def test_the_sae_of_a_model_yields_to_the_command_line():
         ("gemma2_2b", 2.6),
         ("gemma2_9b", 9.2),
         ("llama3.2_1b", 1.2),
+        ("smollm2_135m", 0.1),
+        ("smollm2_135m_q4", 0.1),
     ],
 )
 def test_true_shapes_have_the_published_number_of_parameters(name, billions):
     model = compose.load([f"model={name}"]).model
-    family = {"q": "qwen3", "g": "gemma2", "l": "llama"}[name[0]]
+    family = {"q": "qwen3", "g": "gemma2", "l": "llama", "s": "llama"}[name[0]]
     config = transformers.AutoConfig.for_model(
         family,
         num_hidden_layers=model.layers,

