@@ -90,3 +90,9 @@ def for_latex(text: object) -> str:
     cleaned = for_terminal(text).translate(_LATEX)
     # After the \\ that ends a row, a bracket or a star would be that command's argument.
     return f"{{}}{cleaned}" if cleaned.startswith(("[", "*")) else cleaned
+
+
+def for_html(text: object) -> str:
+    """Text of a page of HTML, not escaped yet: line breaks stay, other control characters and marks
+    of direction are written as `for_terminal` writes them."""
+    return "\n".join(map(for_terminal, str(text).split("\n")))

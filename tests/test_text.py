@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.markup import render
 
-from steerlora.text import for_latex, for_markdown, for_markup, for_terminal, is_plain_name
+from steerlora.text import (
+    for_html,
+    for_latex,
+    for_markdown,
+    for_markup,
+    for_terminal,
+    is_plain_name,
+)
 
 HOSTILE = st.text(
     alphabet=st.sampled_from("ab \\`*_[]()<>!/:&;#|~$%^{}\n\r\t\x1b\x9b\x00\u202e\ud800é")
@@ -24,6 +31,13 @@ def test_a_terminal_gets_one_line_of_printable_characters(text):
     shown = for_terminal(text)
     assert shown.isprintable()
     shown.encode()  # half a surrogate pair would fail
+
+
+@given(HOSTILE | st.text())
+def test_html_keeps_the_lines_of_a_text_and_no_other_control_characters(text):
+    lines = for_html(text).split("\n")
+    assert len(lines) == 1 + text.count("\n")
+    assert all(line.isprintable() for line in lines)
 
 
 @pytest.mark.parametrize("name", ["été", "数学", "a b", "C:\\data", "50 % [40.0, 60.0]"])
