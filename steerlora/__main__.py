@@ -9,6 +9,7 @@ steerlora stage=inspect_sae sae.path=...          what a given SAE is, and wheth
 steerlora stage=status                            what is stored
 steerlora stage=runs method=lora                  what was trained and scored, by settings
 steerlora stage=compare runs=[...]                what differs, and which differences hold up
+steerlora stage=report experiment=micro           the report on what is stored, and what is missing
 steerlora stage=plan model=qwen3_8b trainer=gpu   memory, time and disk, before a GPU is paid for
 steerlora ... --cfg job --resolve                 the whole configuration
 """
@@ -148,7 +149,7 @@ def _job(tree: DictConfig) -> float | None:
     logging.getLogger("steerlora").setLevel(ours)
     try:
         return run_job(
-            lambda: execute(config, _variant_of([*overrides, *found]), overrides),
+            lambda: execute(config, _variant_of([*overrides, *found]), [*overrides, *found]),
             config.study.objective,
         )
     except ENDS as error:
@@ -168,7 +169,8 @@ def execute(
     Args:
         config: one stage, or an experiment.
         variant: the same run's configuration with some options changed.
-        overrides: what the user gave; ``stage=runs`` lists only what agrees with it.
+        overrides: what the user gave; ``stage=runs`` lists only what agrees with it, and
+            ``stage=report`` repeats it in the commands for what is missing.
 
     Returns:
         The folders of the artifacts of the stage that was asked for; none of an experiment.
@@ -190,6 +192,9 @@ def execute(
             stored_runs.show(console, config, overrides)
         else:
             stored_runs.compare(console, config)
+        return ()
+    if config.stage and config.stage.name == "report":
+        _report(config, variant, overrides)
         return ()
     with preemption.signals_handled(), ranks.joined(plain(config)):
         return _build(config, variant)
@@ -223,12 +228,25 @@ def _build(config: Config, variant: compose.Compose) -> tuple[Path, ...]:
     if planned:
         from steerlora.cli import experiment
 
-        written = experiment.report(config, planned, finished)
+        written = experiment.report(config, planned, finished.artifacts)
         summary.print_experiment(console, config, finished, written, time.monotonic() - began)
         return ()
     summary.print_stage(console, steps, finished, time.monotonic() - began)
     summary.log_reused(steps, finished)
     return tuple(finished[step].path for step in steps)
+
+
+def _report(config: Config, variant: compose.Compose, overrides: Sequence[str]) -> None:
+    """Report on what is stored of an experiment; nothing is built."""
+    from steerlora.cli import experiment, summary
+    from steerlora.engine.artifacts import ArtifactStore
+
+    planned = experiment.plan(config, variant)
+    refuse_unwritable(config, reports=True)
+    artifacts = experiment.stored(planned, ArtifactStore(config.artifacts.root))
+    absent = experiment.missing(planned, artifacts, overrides)
+    written = experiment.report(config, planned, artifacts, absent)
+    summary.print_report(console, config, written, absent)
 
 
 def _planned(config: Config, variant: compose.Compose) -> tuple[Plan | None, tuple[Step, ...]]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from steerlora.cli.compose import Compose
 from steerlora.config import Config, StudyConfig
 from steerlora.config.run import PARTS
 from steerlora.engine import code, machine
-from steerlora.engine.artifacts import Artifact
-from steerlora.engine.run import RunReport
+from steerlora.engine.artifacts import Artifact, ArtifactStore
+from steerlora.engine.lineage import Library
 from steerlora.engine.steps import Step
 from steerlora.errors import UserError
 from steerlora.evaluation.records import (
@@ -25,6 +28,8 @@ from steerlora.evaluation.records import (
 from steerlora.reporting.calibration import read_studies, write_calibration
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.report import Report, write_report
+from steerlora.reporting.report_page import MissingCell, write_page
+from steerlora.reporting.run_rows import row_of
 from steerlora.reporting.runs import open_run
 from steerlora.reporting.settings import flat
 from steerlora.stages import causal_ablation, evaluate, sequential_forgetting
@@ -38,6 +43,10 @@ class Planned(NamedTuple):
 
     replicate: int
     """Seed of the replicate that it belongs to."""
+
+    options: tuple[str, ...] = ()
+    """Overrides that ask for it alone, beside the experiment's; none where only the whole
+    experiment builds it."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +63,12 @@ class Plan:
     """Sequences, one for each method, order and replicate."""
 
     @property
+    def all(self) -> tuple[Planned, ...]:
+        return (*self.evaluations, *self.ablations, *self.sequentials)
+
+    @property
     def steps(self) -> tuple[Step, ...]:
-        planned = (*self.evaluations, *self.ablations, *self.sequentials)
-        return tuple(one.step for one in planned)
+        return tuple(one.step for one in self.all)
 
 
 def plan(config: Config, compose: Compose) -> Plan:
@@ -73,31 +85,32 @@ def plan(config: Config, compose: Compose) -> Plan:
     ablated = (study.main_model, f"method={study.ablation_method}")
     evaluations, ablations, sequentials = [], [], []
 
-    def of_replicate(seed: int, model: str, *options: str) -> Config:
-        own = _replicate(compose(f"model={model}"), seed)
-        return compose(f"model={model}", *options, *own)
+    def options_of(seed: int, model: str, *options: str) -> tuple[str, ...]:
+        return (f"model={model}", *options, *_replicate(compose(f"model={model}"), seed))
+
+    def planned(stage: ModuleType, seed: int, *options: str) -> Planned:
+        chosen = options_of(seed, *options)
+        name = stage.__name__.rpartition(".")[2]
+        return Planned(stage.step(compose(*chosen)), seed, (f"stage={name}", *chosen))
 
     for model in study.models:
         main, scored = model == study.main_model, set()
         for seed in study.seeds if main else study.scale_seeds:
-            base = evaluate.step(of_replicate(seed, model), adapted=False)
+            base = evaluate.step(compose(*options_of(seed, model)), adapted=False)
             if base.fingerprint not in scored:  # one base may serve all replicates
                 evaluations.append(Planned(base, seed))
                 scored.add(base.fingerprint)
             for method in study.methods if main else study.scale_methods:
-                chosen = of_replicate(seed, model, f"method={method}")
-                evaluations.append(Planned(evaluate.step(chosen), seed))
+                evaluations.append(planned(evaluate, seed, model, f"method={method}"))
     for seed in study.seeds:
         for name in study.retrained:
             under = (f"intervention={name}", "intervention.phase=training")
-            chosen = of_replicate(seed, *ablated, *under)
-            evaluations.append(Planned(evaluate.step(chosen), seed))
+            evaluations.append(planned(evaluate, seed, *ablated, *under))
         if study.interventions:
-            chosen = of_replicate(seed, *ablated)
-            ablations.append(Planned(causal_ablation.step(chosen), seed))
+            ablations.append(planned(causal_ablation, seed, *ablated))
         for method, order in product(study.sequential_methods, study.orders):
-            chosen = of_replicate(seed, study.main_model, f"method={method}", *_order(order))
-            sequentials.append(Planned(sequential_forgetting.step(chosen), seed))
+            chosen = (study.main_model, f"method={method}", *_order(order))
+            sequentials.append(planned(sequential_forgetting, seed, *chosen))
     return Plan(tuple(evaluations), tuple(ablations), tuple(sequentials))
 
 
@@ -122,13 +135,61 @@ def _order(name: str) -> list[str]:
     return [f"order={kind}", f"order.{key}={number}"] if key else [f"order={name}"]
 
 
-def report(config: Config, planned: Plan, run: RunReport) -> Report:
-    """Write tables, figures, claims and provenance of a finished experiment."""
+def stored(planned: Plan, store: ArtifactStore) -> dict[str, Artifact]:
+    """Those artifacts of an experiment that are there, whoever built them, by fingerprint: intact
+    ones of its steps, and all that they were built from.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = [store.find(step.stage, step.fingerprint) for step in planned.steps]
+    there = [artifact for artifact in found if artifact is not None]
+    if not there:
+        raise UserError(
+            f"stage=report: nothing of this experiment is stored under {store.root}: build it "
+            "first, with the same command less stage=report, or give artifacts.root=<folder>"
+        )
+    return {one.fingerprint: one for one in Library(store.root).ancestry(*there)}
+
+
+def missing(
+    planned: Plan, artifacts: Mapping[str, Artifact], overrides: Sequence[str]
+) -> list[MissingCell]:
+    """The steps that are not stored, each with the command that builds it.
+
+    Args:
+        overrides: the user's, which named the experiment.
+    """
+    kept = [text for text in overrides if text.partition("=")[0] != "stage"]
+    found = {
+        one.step.fingerprint: MissingCell(
+            label=one.step.label,
+            command=shlex.join(["steerlora", *kept, *one.options]),
+        )
+        for one in planned.all
+        if one.step.fingerprint not in artifacts
+    }
+    return list(found.values())
+
+
+def report(
+    config: Config,
+    planned: Plan,
+    artifacts: Mapping[str, Artifact],
+    absent: Sequence[MissingCell] = (),
+) -> Report:
+    """Write tables, figures, claims, provenance and the page of an experiment.
+
+    Args:
+        artifacts: by fingerprint; those of steps, and what they were built from.
+        absent: the steps that have none. The report is then of the others.
+    """
 
     def records(planned: tuple[Planned, ...], name: str, kind: type[Record]) -> list[Record]:
         return [
-            replace(read_record(run[step] / name, kind), seed=replicate)
-            for step, replicate in planned
+            replace(read_record(artifacts[one.step.fingerprint] / name, kind), seed=one.replicate)
+            for one in planned
+            if one.step.fingerprint in artifacts
         ]
 
     study, directory = config.study, Path(config.results.dir)
@@ -139,7 +200,7 @@ def report(config: Config, planned: Plan, run: RunReport) -> Report:
         "methods": methods(study),
         "name": study.name,
         "meaningful": study.meaningful,
-        "provenance": provenance(config, planned, run),
+        "provenance": provenance(config, artifacts),
         "main_model": study.main_model,
     }
     calibration = Path(study.calibration) if study.calibration else None
@@ -155,6 +216,7 @@ def report(config: Config, planned: Plan, run: RunReport) -> Report:
         tables = dict(written.tables)
         if study.calibrate:
             tables |= write_calibration(directory, **given, sizes=study.calibrate).tables
+        written = with_page(config, written, planned, artifacts, absent)
     except OSError as error:
         raise UserError(
             f"cannot write the report into {config.results.dir} ({error.strerror}): make room or "
@@ -168,13 +230,43 @@ def report(config: Config, planned: Plan, run: RunReport) -> Report:
         asked_for=True,
     )
     with run_log as log:
-        log.used(run[step] for step in planned.steps)
+        log.used(
+            artifacts[step.fingerprint] for step in planned.steps if step.fingerprint in artifacts
+        )
         for table, frame in tables.items():
             log.table(table, list(frame.columns), frame.astype(object).values.tolist())
         claims = [[c.id, c.paper, c.ours, c.verdict] for c in written.claims]
         log.table("claims", ["claim", "paper", "ours", "verdict"], claims)
         log.images(file for file in written.files if file.suffix == ".png")
     return written
+
+
+def with_page(
+    config: Config,
+    written: Report,
+    planned: Plan,
+    artifacts: Mapping[str, Artifact],
+    absent: Sequence[MissingCell],
+) -> Report:
+    """The report with ``report.html``, which is written last: it shows all the rest."""
+    replicates = {one.step.fingerprint: one.replicate for one in planned.all}
+    library = Library(Path(config.artifacts.root))
+    rows = [
+        row_of(artifacts[name], library, seed=replicate)
+        for name, replicate in replicates.items()
+        if name in artifacts
+    ]
+    path = write_page(
+        written,
+        name=config.study.name,
+        meaningful=config.study.meaningful,
+        methods=methods(config.study),
+        rows=rows,
+        artifacts=list(artifacts.values()),
+        missing=absent,
+        provenance=(written.directory / "provenance.json").read_text(encoding="utf-8"),
+    )
+    return replace(written, files=(*written.files, path))
 
 
 def methods(study: StudyConfig) -> Methods:
@@ -191,9 +283,9 @@ def methods(study: StudyConfig) -> Methods:
     )
 
 
-def provenance(config: Config, planned: Plan, run: RunReport) -> dict[str, Any]:
+def provenance(config: Config, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     """Where the numbers come from: configuration, artifacts and their times, machines, code."""
-    stored: list[Artifact] = sorted(run.artifacts.values(), key=lambda a: (a.stage, a.path.name))
+    ordered = sorted(artifacts.values(), key=lambda one: (one.stage, one.path.name))
     return {
         "experiment": config.study.name,
         "config": asdict(config),
@@ -205,9 +297,9 @@ def provenance(config: Config, planned: Plan, run: RunReport) -> dict[str, Any]:
                 "seconds": round(artifact.manifest.get("wall_seconds", 0.0), 1),
                 "created": artifact.manifest.get("created"),
             }
-            for artifact in stored
+            for artifact in ordered
         ],
         "machine": machine.description(),
-        "built_by": machine.builders(artifact.manifest for artifact in stored),
+        "built_by": machine.builders(artifact.manifest for artifact in ordered),
         "commit": code.commit(),
     }

@@ -14,10 +14,12 @@ from steerlora.config import Config
 from steerlora.engine.run import RunReport
 from steerlora.engine.steps import Step
 from steerlora.reporting import runs
+from steerlora.reporting.report_page import FILE
 from steerlora.text import for_markup, for_terminal
 
 if TYPE_CHECKING:
     from steerlora.reporting.report import Report
+    from steerlora.reporting.report_page import MissingCell
 
 
 def print_experiment(
@@ -26,13 +28,30 @@ def print_experiment(
     """Print the claims, times and folders of a finished experiment."""
     console.print(written.terminal)
     _print_times(console, run)
-    folder, root = for_markup(Path(config.results.dir)), for_markup(config.artifacts.root)
-    console.print(f"tables, figures and claims: {folder}/ (begin with {folder}/claims.md)")
+    _print_place(console, config)
+    root = for_markup(config.artifacts.root)
     console.print(f"artifacts: {root}/ (steerlora stage=status lists them)")
     console.print(
         f"{for_markup(config.study.name)}: {seconds:.0f} s in all, "
         f"peak memory {run.peak_memory_bytes / 2**30:.1f} GiB"
     )
+
+
+def print_report(
+    console: Console, config: Config, written: Report, missing: Sequence[MissingCell]
+) -> None:
+    """Print the claims of an experiment that may have gaps, and the commands that fill these."""
+    console.print(written.terminal)
+    for cell in missing:
+        console.print(f"missing: {for_markup(cell.label)}")
+        console.print(f"  {for_terminal(cell.command)}", markup=False, highlight=False)
+    console.print(f"{len(missing)} missing" if missing else "nothing is missing")
+    _print_place(console, config)
+
+
+def _print_place(console: Console, config: Config) -> None:
+    folder = for_markup(Path(config.results.dir))
+    console.print(f"tables, figures and claims: {folder}/ (begin with {folder}/{FILE})")
 
 
 def print_stage(console: Console, steps: Sequence[Step], run: RunReport, seconds: float) -> None:

@@ -135,7 +135,7 @@ COLUMNS = ("Claim", "Paper", "Ours [95 % interval]", "Replicates", "Items", "Cou
 COLUMNS += ("Verdict", "Again")
 
 
-def _rows(claim: Claim) -> list[list[str]]:
+def claim_rows(claim: Claim) -> list[list[str]]:
     """The claim's row; where it has several measures, each of them is a row below."""
     name, several = f"{claim.id} {claim.text}", len(claim.measures) > 1
     ours = [[MISSING] * 3] if not claim.measures else [_ours(claim, m) for m in claim.measures]
@@ -155,7 +155,7 @@ def _ours(claim: Claim, measure: Measure) -> list[str]:
 
 def claims_grid(claims: Sequence[Claim]) -> str:
     """The claims as a Markdown table, a row for every measure, and what its verdicts say."""
-    rows = [row_of(*row) for claim in claims for row in _rows(claim)]
+    rows = [row_of(*row) for claim in claims for row in claim_rows(claim)]
     meanings = "\n".join(_meanings(claims, "- **{}**: {}."))
     return f"{markdown_grid(COLUMNS, rows)}\n\n{meanings}"
 
@@ -294,7 +294,7 @@ def claims_terminal(claims: Sequence[Claim], *, name: str, meaningful: bool) -> 
     )
     for claim in claims:
         style = STYLES[claim.verdict]
-        for what, paper, ours, *_, reached, _ in _rows(claim):
+        for what, paper, ours, *_, reached, _ in claim_rows(claim):
             cells = map(for_markup, (what, paper, ours))
             table.add_row(*cells, Text(reached, style=style))
     return table

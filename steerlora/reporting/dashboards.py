@@ -72,7 +72,7 @@ def dashboard_page(latents: Sequence[LatentShown], *, title: str, tokens: int) -
     return render(
         "sae_dashboard.html",
         title=title,
-        banner="",
+        parts={},
         latents=latents,
         tokens=tokens,
         bars=[_bars(latent.histogram) for latent in latents],

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
-from matplotlib import patheffects
+from matplotlib import patheffects, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -69,6 +69,14 @@ def save(figure: Figure, path: Path, *, meaningful: bool, note: str) -> list[Pat
     vector = path.with_suffix(".pdf")
     figure.savefig(vector, metadata=UNDATED)
     return [path, vector]
+
+
+def as_svg(figure: Figure) -> str:
+    """A figure that is saved already, as SVG. The same figure gives the same text."""
+    buffer = StringIO()
+    with rc_context({"svg.hashsalt": "steerlora", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
 
 
 def panels(count: int, *, columns: int, height: float, **shared: bool) -> tuple[Figure, list[Axes]]:

@@ -11,6 +11,7 @@ import base64
 import gzip
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -24,12 +25,16 @@ SCRIPT = "page.js"
 """The script of all pages: unpacks libraries and data, and hands tables and charts to them."""
 
 
-def render(template: str, **content: Any) -> str:
+def render(
+    template: str, *, title: str, banner: str = "", parts: Mapping[str, str], **content: Any
+) -> str:
     """A page, from a template of ``templates/`` and what it shows.
 
     Args:
-        content: text, which is escaped, and data of `packed`. ``title`` and ``banner`` (empty:
-            none) are the base template's.
+        title, banner: above everything else; an empty banner is none.
+        parts: {name: what `packed` made of it}. Libraries, rows and charts have the names that
+            ``page.js`` knows them by.
+        content: what else the template shows; text is escaped.
     """
     script = _template_text(SCRIPT)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -40,6 +45,9 @@ def render(template: str, **content: Any) -> str:
             script=Markup(script),
             style=Markup(_template_text("style.css")),
             script_digest=digest,
+            title=title,
+            banner=banner,
+            parts=parts,
             **content,
         )
     )

@@ -27,7 +27,7 @@ from steerlora.reporting.claims import (
     claims_terminal,
 )
 from steerlora.reporting.controls import ablation_table, retrained_table
-from steerlora.reporting.drawing import STYLE, save
+from steerlora.reporting.drawing import STYLE, as_svg, save
 from steerlora.reporting.effects import fingerprints, retrained, select, uncontrolled
 from steerlora.reporting.evidence import evidence
 from steerlora.reporting.methods import Methods
@@ -70,6 +70,10 @@ class Report:
     """C1 to C8, measured."""
     tables: dict[str, pd.DataFrame]
     """Plain numbers by table name , of those that had records."""
+    shown: tuple[Table, ...]
+    """The same tables for people."""
+    drawn: tuple[Drawn, ...]
+    """Its figures."""
     terminal: TerminalTable
     """What to print: the claims. The other tables are too wide for a terminal."""
 
@@ -153,6 +157,8 @@ def write_report(
         files=(*files, *(f for one in drawn for f in one.files), *(directory / t for t in texts)),
         claims=claims,
         tables={table.name: table.data for table in tables},
+        shown=tuple(tables),
+        drawn=tuple(drawn),
         terminal=claims_terminal(claims, name=name, meaningful=meaningful),
     )
 
@@ -164,6 +170,8 @@ class Drawn(NamedTuple):
     """The PNG and the PDF."""
     caption: str
     """What it shows, and how many replicates and items that rests on."""
+    svg: str
+    """The drawing, for a page."""
 
 
 def _draw(
@@ -201,7 +209,7 @@ def _draw(
                 note = evidence(records, tokens=draw.__module__ == routing_figures.__name__)
                 path = directory / f"{name}.png"
                 files = save(figure, path, meaningful=meaningful, note=note)
-                drawn.append(Drawn(files, f"{FIGURES[name]} {note}."))
+                drawn.append(Drawn(files, f"{FIGURES[name]} {note}.", as_svg(figure)))
     return drawn
 
 
@@ -242,7 +250,7 @@ def _index(
         ]
     if drawn:
         parts.append("## Figures")
-    for (image, vector), caption in drawn:
+    for (image, vector), caption, _ in drawn:
         shown = for_markdown(caption)
         parts.append(f"![{shown}]({image.name})\n\n{shown} As [PDF]({vector.name}).")
     return page(parts, meaningful=meaningful, title=f"Results: {name}")

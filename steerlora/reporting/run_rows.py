@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -40,13 +40,19 @@ class RunRow:
         return self.record is not None or any(n.startswith("throughput/") for n in self.figures)
 
 
-def row_of(artifact: Artifact, library: Library) -> RunRow:
+def row_of(artifact: Artifact, library: Library, *, seed: int | None = None) -> RunRow:
     """The row of an artifact whose ancestors are in the library.
+
+    Args:
+        seed: of the replicate of a study that the artifact is of, if it is of one: the record's
+            seed then.
 
     Raises:
         UserError: its record has another schema than this version reads.
     """
     record = find_record(artifact.path)
+    if seed is not None and record is not None:
+        record = replace(record, seed=seed)
     figures = figures_of(artifact.stage, artifact.manifest.get("summary", {}), record)
     return RunRow(artifact, settings_of(library.ancestry(artifact)), figures, record)
 

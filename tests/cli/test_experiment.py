@@ -1,8 +1,12 @@
 """What an experiment is made of: replicates, and what of them varies."""
 
+import shlex
+
 import pytest
 
 from steerlora.cli import compose, experiment
+from steerlora.engine.artifacts import ArtifactStore
+from steerlora.engine.steps import STAGES
 from steerlora.errors import UserError
 from steerlora.evaluation.records import BASE
 
@@ -22,7 +26,7 @@ def upstream(step, stage: str) -> set[str]:
 
 def counted(plan: experiment.Plan) -> dict[str, int]:
     """{stage: how many artifacts of it the two ablations rest on}"""
-    ablations = [step for step, _ in plan.ablations]
+    ablations = [step for step, *_ in plan.ablations]
     assert len(ablations) == 2
     return {
         stage: len(set.union(*(upstream(step, stage) for step in ablations)))
@@ -43,13 +47,13 @@ def test_a_replicate_makes_anew_what_varies(vary, counts):
     plan = planned(f"study.vary={vary}")
     assert tuple(counted(plan).values()) == counts
     for part in (plan.ablations, plan.sequentials):
-        assert {replicate for _, replicate in part} == {4, 7}
+        assert {one.replicate for one in part} == {4, 7}
 
 
 def test_what_does_not_vary_has_the_first_seed():
-    for step, _ in planned("study.vary=[base]").ablations:
+    for step, *_ in planned("study.vary=[base]").ablations:
         assert step.config.seed == 4
-    assert [step.config.seed for step, _ in planned("study.vary=[adapter]").ablations] == [4, 7]
+    assert [step.config.seed for step, *_ in planned("study.vary=[adapter]").ablations] == [4, 7]
 
 
 def test_a_base_and_saes_that_are_given_are_the_same_in_all(tmp_path):
@@ -66,10 +70,38 @@ def test_a_base_and_saes_that_are_given_are_the_same_in_all(tmp_path):
 def test_every_replicate_scores_its_own_base_and_one_that_all_share_is_scored_once():
     def bases(*changes: str) -> list[int]:
         plan = planned(*changes)
-        return [r for step, r in plan.evaluations if step.config.method == BASE]
+        return [p.replicate for p in plan.evaluations if p.step.config.method == BASE]
 
     assert bases() == [4, 7]
     assert bases("study.vary=[sae,adapter]") == [4]
+
+
+def test_what_is_missing_comes_with_the_command_that_builds_it():
+    """The command asks for the very step, by its fingerprint; a base is of the whole experiment."""
+    given = ["stage=report", *SMOKE]
+    plan = planned()
+    kept = plan.ablations[0].step.fingerprint
+    cells = experiment.missing(plan, {kept: None}, given)
+    steps = {one.step.fingerprint: one for one in plan.all}
+    assert len(cells) == len(steps) - 1
+    asked = set()
+    for cell in cells:
+        program, *overrides = shlex.split(cell.command)
+        assert program == "steerlora"
+        config = compose.load(overrides)
+        if config.stage is None:
+            assert overrides == [*SMOKE]
+            assert cell.label.endswith(" base")
+        else:
+            (step,) = STAGES[config.stage.name].steps(config, None)
+            assert step.label == cell.label
+            asked.add(step.fingerprint)
+    assert asked == {name for name, one in steps.items() if one.options} - {kept}
+
+
+def test_nothing_stored_is_said_in_a_line(tmp_path):
+    with pytest.raises(UserError, match="nothing of this experiment is stored under"):
+        experiment.stored(planned(), ArtifactStore(tmp_path))
 
 
 @pytest.mark.parametrize(

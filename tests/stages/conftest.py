@@ -45,5 +45,5 @@ def smoke(tmp_path_factory) -> Study:
     config = compose.load(overrides)
     planned = experiment.plan(config, lambda *changes: compose.load([*overrides, *changes]))
     report = run(planned.steps, ArtifactStore(root))
-    written = experiment.report(config, planned, report)
+    written = experiment.report(config, planned, report.artifacts)
     return Study(root, results, overrides, planned, report, written)

@@ -120,7 +120,7 @@ def test_every_artifact_holds_its_files(smoke, stage, files):
 
 def test_an_evaluation_has_every_score_with_error_items_and_version(smoke):
     names = set()
-    for step, _ in smoke.planned.evaluations:
+    for step, *_ in smoke.planned.evaluations:
         record = read_record(smoke.report[step] / evaluate.SCORES, Evaluation)
         names.add(record.method)
         assert (record.model, record.seed) == ("micro_xs", 0)
@@ -138,7 +138,7 @@ def test_an_evaluation_has_every_score_with_error_items_and_version(smoke):
 
 
 def test_routing_health_is_recorded_for_what_routes(smoke):
-    for step, _ in smoke.planned.evaluations:
+    for step, *_ in smoke.planned.evaluations:
         record = read_record(smoke.report[step] / evaluate.SCORES, Evaluation)
         routing = record.routing
         if record.method in ("none", "lora"):
@@ -153,7 +153,7 @@ def test_routing_health_is_recorded_for_what_routes(smoke):
 
 
 def test_an_ablation_scores_every_control_on_every_domain(smoke):
-    ((step, _),) = smoke.planned.ablations
+    ((step, *_),) = smoke.planned.ablations
     record = read_record(smoke.report[step] / causal_ablation.RESULT, Ablation)
     wanted = ["intact", "shuffle", "fixed_rank", "oracle_domain"]
     assert list(record.interventions) == wanted
@@ -166,7 +166,7 @@ def test_an_ablation_scores_every_control_on_every_domain(smoke):
 
 def test_a_sequence_has_a_row_before_and_after_every_domain(smoke):
     names = set()
-    for step, _ in smoke.planned.sequentials:
+    for step, *_ in smoke.planned.sequentials:
         record = read_record(smoke.report[step] / sequential_forgetting.RESULT, DomainSequence)
         names.add(record.method)
         assert record.order == "broad_first"
@@ -228,6 +228,9 @@ def test_the_report_is_written_and_says_that_it_means_nothing(smoke):
             assert (smoke.results / f"{table}.{suffix}").stat().st_size > 0
         assert "meaningless" in (smoke.results / f"{table}.md").read_text()
     assert list(smoke.results.rglob("*.png"))
+    page = (smoke.results / "report.html").read_text()
+    assert "meaningless" in page
+    assert "nothing is missing" in page
     provenance = json.loads((smoke.results / "provenance.json").read_text())
     assert {entry["fingerprint"] for entry in provenance["stages"]} == set(smoke.report.artifacts)
     for entry in provenance["stages"]:
@@ -247,7 +250,7 @@ def test_a_second_run_builds_nothing(smoke):
 def test_records_of_another_schema_are_built_again(smoke, tmp_path, monkeypatch):
     """The schema is part of the version of every stage that writes records."""
     shutil.copytree(smoke.root, tmp_path, dirs_exist_ok=True)
-    (step,) = [step for step, _ in smoke.planned.evaluations if step.config.method == BASE]
+    (step,) = [step for step, *_ in smoke.planned.evaluations if step.config.method == BASE]
     assert run([step], ArtifactStore(tmp_path)).steps[-1].reused
     for stage in map(
         steps.STAGES.__getitem__, ("evaluate", "causal_ablation", "sequential_forgetting")

@@ -8,7 +8,7 @@
   };
   const address = (text) => URL.createObjectURL(new Blob([text], { type: "text/javascript" }));
 
-  // Details: a click on [data-shows="name"] shows that entry of the part "details", whose HTML the
+  // Details: a click on what has data-shows shows that entry of the part "details", whose HTML the
   // template has escaped.
   const details = part("details") ? JSON.parse(await unpack("details")) : {};
   document.addEventListener("click", (event) => {
@@ -18,6 +18,15 @@
     if (!part("dialog").open) part("dialog").showModal();
     part("dialog").scrollTop = 0;
   });
+
+  // Long texts, and a drawing shown large: each is in the page once.
+  for (const place of document.querySelectorAll("[data-text]"))
+    place.textContent = await unpack(place.dataset.text);
+  document.addEventListener("toggle", (event) => {
+    const large = event.target.querySelector(".zoomed");
+    if (large && event.newState === "open")
+      large.replaceChildren(event.target.parentElement.querySelector("img").cloneNode());
+  }, true);
 
   // Tables: what is said of one is in its data-options, rows may lie in a part of their own.
   if (part("tables-js")) {
