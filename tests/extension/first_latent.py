@@ -18,10 +18,10 @@ class FirstLatentRouter(nn.Module):
     def available(self):
         return None
 
-    def forward(self, signal, real, active, state=None, restarts=None):
+    def forward(self, signal, counted, active, state=None, restarts=None):
         strongest = signal.values.argmax(-1, keepdim=True)  # [B, S, 1]
         chosen = signal.indices.gather(-1, strongest) % self.config.specialists
-        gate = torch.zeros(*real.shape, self.config.specialists, device=real.device)
+        gate = torch.zeros(*counted.shape, self.config.specialists, device=counted.device)
         gate = gate.scatter(-1, chosen, 1.0)  # [B, S, E]
-        mask = gate.new_ones(*real.shape, self.config.rank)  # [B, S, R]
+        mask = gate.new_ones(*counted.shape, self.config.rank)  # [B, S, R]
         return Routing(gate, mask), RouterState(None)

@@ -6,5 +6,5 @@ from steerlora.methods.routed_lora.interventions import Intervention
 class ScaleSignal(Intervention):
     """Every active latent at a tenth of its value."""
 
-    def features(self, features, stream, real, site):
+    def features(self, features, stream, counted, site):
         return features._replace(values=features.values / 10)
