@@ -133,7 +133,8 @@ class EndToEndModule(SAEModule):
         found = spliced(
             self.model, self.sae, self.site, ids, mask, self.replaced(ids, mask), self.dead()
         )
-        kl = found.kl / mask.sum() * batch.shares.real
+        # These batches leave no token out (`ALL_TOKENS`): the share is that of the real ones.
+        kl = found.kl / mask.sum() * batch.shares.signal
         fvu = found.errors.error / squared_deviation(found.written)
         total = kl + found.errors.penalty
         if self.mse_weight:

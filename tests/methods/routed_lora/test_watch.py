@@ -146,6 +146,7 @@ def still(gate, *, active=None, known=None, collapse="warn", below=0.3):
         available=lambda: available,
         config=config,
         unchanged=nullcontext,
+        with_signal=lambda batch: batch.attention_mask.bool(),
     )
     ones = torch.ones(gate.shape[:2], dtype=torch.long)
     probe = ChatBatch(ones, ones, ones, torch.tensor([0, -1]), ones.numel())
