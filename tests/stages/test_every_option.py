@@ -55,6 +55,7 @@ CHANGES = {
     "sae.steps": 7,
     "sae.epochs": None,  # in place of steps: tests/saes/test_config.py
     "sae.batch_size": 33,
+    "sae.adam_beta2": 0.9,
     "sae.learning_rate": 0.1,
     "sae.auxiliary": 0.5,
     "sae.initial_k": 20,
