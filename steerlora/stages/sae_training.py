@@ -63,8 +63,8 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class SAESettings:
     """Attributes: site: the layer whose incoming stream it reads, the number of layers for the
-    stream that leaves the last; domains: whose text it is trained on end to end, none where it is
-    not; max_length: of a row; identity: of the files behind ``sae.path``, empty where none are
+    stream that leaves the last; domains: whose text the activations are of, or the training end to
+    end; max_length: of a row; identity: of the files behind ``sae.path``, empty where none are
     given; spread: the base over all GPUs, when quality is measured."""
 
     sae: SAEConfig
@@ -104,7 +104,7 @@ def _step(config: Config, sae: SAEConfig, site: int) -> Step:
     settings = SAESettings(
         sae=sae,
         site=site,
-        domains=tuple(config.domains.names) if own.steps else (),
+        domains=tuple(config.domains.names),
         max_length=config.trainer.max_length,
         identity=identity_of_saes(config, sae.path, site),
         spread=config.evaluation.spread,

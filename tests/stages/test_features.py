@@ -50,10 +50,12 @@ def monitored(smoke, store):
 
 
 def text_of(model, tokenizer, ids: list[int], site: int) -> torch.Tensor:
-    """The stream [T, D] of a row's tokens but the first and those that mark turns."""
+    """The stream [T, D] of a row's tokens but the first and the marks of turns, of which the one
+    that an answer follows is read."""
     row = torch.tensor([ids])
     stream = residual_streams(model, row, torch.ones_like(row), [site])[site][0]
-    kept = [i for i, token in enumerate(ids) if i and token not in tokenizer.all_special_ids]
+    marks = {*tokenizer.all_special_ids} - {tokenizer.convert_tokens_to_ids("<|assistant|>")}
+    kept = [i for i, token in enumerate(ids) if i and token not in marks]
     return stream[kept]
 
 
