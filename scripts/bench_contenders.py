@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from steerlora.config import InterventionConfig, TrainerConfig
-from steerlora.data.chat import ChatBatch
+from steerlora.data.batches import ChatBatch
 from steerlora.methods.config import QWEN3_LINEAR
 from steerlora.methods.module import MethodModule
 from steerlora.methods.monitor import Monitor

@@ -34,7 +34,7 @@ from transformers import Qwen3ForCausalLM
 
 from steerlora.cli import compose
 from steerlora.config import Config, InterventionConfig, TrainerConfig
-from steerlora.data.chat import ChatBatch
+from steerlora.data.batches import ChatBatch
 from steerlora.distributed.devices import peak_flops
 from steerlora.distributed.shards import elements
 from steerlora.distributed.strategies import check_hardware, device_of_rank

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from steerlora.config import TrainerConfig
-from steerlora.data.chat import IGNORED, ChatBatch, ChatBatches, EncodedChat
+from steerlora.data.batches import IGNORED, ChatBatch, ChatBatches
+from steerlora.data.chat import EncodedChat
 from steerlora.distributed import ranks
 from steerlora.lm.signal_tokens import ALL_TOKENS, SignalTokens
 

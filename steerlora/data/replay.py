@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from steerlora.data.chat import ChatBatch
+from steerlora.data.batches import ChatBatch
 
 
 class ReplayBatches:

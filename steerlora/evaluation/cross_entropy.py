@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from steerlora.data.chat import EncodedChat, by_length, collate, encode_chats
+from steerlora.data.batches import by_length, collate
+from steerlora.data.chat import EncodedChat, encode_chats
 from steerlora.data.conversations import Conversation
 
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")

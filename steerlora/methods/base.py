@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from steerlora.data.chat import ChatBatch, EncodedChat
+from steerlora.data.batches import ChatBatch
+from steerlora.data.chat import EncodedChat
 from steerlora.lm.decoder import attach_edits, decoder_of, layers_of, remove_edits
 from steerlora.lm.forwards import ObservedForward, cache_after, parameters_of_forward
 from steerlora.lm.signal_tokens import ALL_TOKENS, SignalTokens

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from steerlora.config import TrainerConfig
-from steerlora.data.chat import ChatBatch
+from steerlora.data.batches import ChatBatch
 from steerlora.distributed.shards import elements
 from steerlora.errors import UserError
 from steerlora.lm.decoder import check_packing

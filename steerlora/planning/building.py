@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from steerlora.config import Config, InterventionConfig
-from steerlora.data.chat import IGNORED, ChatBatch, EncodedChat
+from steerlora.data.batches import IGNORED, ChatBatch
+from steerlora.data.chat import EncodedChat
 from steerlora.lm.pretrained import qwen3_config, read_config
 from steerlora.lm.shapes import model_shape
 from steerlora.methods.base import Learner, SiteSAE, Sources, Task

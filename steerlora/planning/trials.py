@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from steerlora.config import Config
 from steerlora.data import activations
-from steerlora.data.chat import ChatBatch
+from steerlora.data.batches import ChatBatch
 from steerlora.errors import UserError
 from steerlora.lm.decoder import layers_of
 from steerlora.methods.base import Task

@@ -11,10 +11,16 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from steerlora.saes.probing import Pooled, Probe, balanced, fit_probe, mean_difference
+from steerlora.saes.probing import (
+    Pooled,
+    Probe,
+    as_many_of_each,
+    balanced,
+    fit_probe,
+    mean_difference,
+)
 
 THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)
 """Numbers of latents that are taken out, of those that an SAE has more of."""
@@ -142,9 +148,5 @@ def _thresholds(W_dec: Tensor) -> list[int]:
 
 def _even_cases(labels: Tensor, seed: int) -> Tensor:
     """Rows of [R, 2] bool of which each of the four cases has equally many."""
-    generator = torch.Generator().manual_seed(seed)
     case = labels[:, 0].long() * 2 + labels[:, 1].long()
-    cases = [(case == number).nonzero().flatten() for number in range(4)]
-    count = min(map(len, cases))
-    chosen = [rows[torch.randperm(len(rows), generator=generator)[:count]] for rows in cases]
-    return torch.cat(chosen).sort().values
+    return as_many_of_each([case == number for number in range(4)], seed)

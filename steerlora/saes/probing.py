@@ -98,10 +98,23 @@ def balanced(labels: Tensor, seed: int) -> Tensor:
     Returns:
         Their numbers, in ascending order.
     """
+    return as_many_of_each((labels, ~labels), seed)
+
+
+def as_many_of_each(cases: Sequence[Tensor], seed: int) -> Tensor:
+    """Rows that have as many of every case as the rarest has.
+
+    Args:
+        cases: [R] bool each, where it is.
+        seed: decides which of the commoner ones.
+
+    Returns:
+        Their numbers, in ascending order.
+    """
     generator = torch.Generator().manual_seed(seed)
-    sides = [side.nonzero().flatten() for side in (labels, ~labels)]
-    count = min(map(len, sides))
-    chosen = [side[torch.randperm(len(side), generator=generator)[:count]] for side in sides]
+    found = [case.nonzero().flatten() for case in cases]
+    count = min(map(len, found))
+    chosen = [rows[torch.randperm(len(rows), generator=generator)[:count]] for rows in found]
     return torch.cat(chosen).sort().values
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from itertools import count, islice
 
 from torch import Tensor
 
 from steerlora.config import Config
 from steerlora.data.activations import HARVEST_ROWS, harvest
-from steerlora.data.chat import ChatBatches
+from steerlora.data.batches import ChatBatches
 from steerlora.data.headers import signal_tokens_of
 from steerlora.engine.steps import Context, Step, stage
 from steerlora.stages import base
-from steerlora.stages.common import WHERE, general_text, load_base, training_rows
+from steerlora.stages.common import WHERE, load_base, sae_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +60,7 @@ def build(context: Context) -> dict:
         context.inputs["base"], accelerator=settings.accelerator, spread=settings.spread
     )
     source = context.inputs["domains"]
-    found = training_rows(source, settings.domains, tokenizer, settings.max_length)
-    rows = list(chain.from_iterable(found.values()))
-    # As much general text as of one domain, so that features cover what adapters must not disturb.
-    wanted = len(rows) // len(settings.domains)
-    rows += general_text(source, tokenizer, settings.max_length, wanted)[:wanted]
+    rows = sae_rows(source, settings.domains, tokenizer, settings.max_length)
     with context.progress.task(context.label, settings.max_tokens, unit="token") as task:
         store = harvest(
             model,

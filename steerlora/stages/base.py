@@ -10,7 +10,8 @@ import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from steerlora.config import Config, LoggerConfig, ModelConfig, TrainerConfig
-from steerlora.data.chat import ChatBatches, batches_by_length, encode_chats
+from steerlora.data.batches import ChatBatches, batches_by_length
+from steerlora.data.chat import encode_chats
 from steerlora.data.cuts import warn_of_cuts
 from steerlora.data.domains.micro import build_tokenizer as build_micro_tokenizer
 from steerlora.data.domains.text.tokenizer import build_tokenizer as build_text_tokenizer

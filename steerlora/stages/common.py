@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -12,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from steerlora.config import LoggerConfig
+from steerlora.data.batches import evenly_spaced
 from steerlora.data.chat import EncodedChat, encode_chats
 from steerlora.data.cuts import warn_of_cuts
 from steerlora.data.jsonl import read_rows
@@ -158,9 +160,23 @@ def training_rows(
 
 
 def general_text(domains: Artifact, tokenizer, max_length: int, most: int) -> list[EncodedChat]:
-    """Conversations of pretraining text, evenly spaced: at least ``most``, if there are so many."""
+    """Conversations of pretraining text, evenly spaced: ``most``, if there are so many."""
     rows = read_rows(domains / "pretrain.jsonl")
-    return encode_chats(tokenizer, rows[:: max(1, len(rows) // most)], max_length)
+    return encode_chats(tokenizer, evenly_spaced(rows, most), max_length)
+
+
+def sae_rows(
+    domains: Artifact, names: Sequence[str], tokenizer, max_length: int
+) -> list[EncodedChat]:
+    """What an SAE learns from: the domains' training rows, and as much general text as of one
+    domain, so that features cover what adapters must not disturb.
+
+    Args:
+        domains, names, tokenizer, max_length: as for :func:`training_rows`.
+    """
+    found = training_rows(domains, names, tokenizer, max_length)
+    rows = list(chain.from_iterable(found.values()))
+    return rows + general_text(domains, tokenizer, max_length, len(rows) // len(names))
 
 
 def train(

@@ -5,13 +5,12 @@ B batch, S sequence.
 
 from __future__ import annotations
 
-from itertools import chain
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from steerlora.data.chat import ChatBatches
+from steerlora.data.batches import ChatBatches
 from steerlora.engine.artifacts import Artifact
 from steerlora.lm.decoder import residual_streams
 from steerlora.lm.signal_tokens import SignalTokens
@@ -19,7 +18,7 @@ from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.config import SAEConfig
 from steerlora.saes.end_to_end.training import EndToEndModule
 from steerlora.saes.saelens import load_sae
-from steerlora.stages.common import general_text, training_rows
+from steerlora.stages.common import sae_rows
 
 _UNIT = 1e-3
 """By how much the norms of rows may differ from 1 that are held there."""
@@ -28,11 +27,8 @@ _UNIT = 1e-3
 def text_batches(
     config: SAEConfig, source: Artifact, domains: tuple[str, ...], tokenizer, max_length: int
 ) -> ChatBatches:
-    """The domains' training rows, and as much general text as of one domain."""
-    found = training_rows(source, domains, tokenizer, max_length)
-    rows = list(chain.from_iterable(found.values()))
-    wanted = len(rows) // len(domains)
-    rows += general_text(source, tokenizer, max_length, wanted)[:wanted]
+    """What an SAE learns from, in batches."""
+    rows = sae_rows(source, domains, tokenizer, max_length)
     return ChatBatches(
         rows,
         [-1] * len(rows),

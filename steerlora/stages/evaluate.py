@@ -11,7 +11,8 @@ import torch
 
 from steerlora.config import Config, EvaluationConfig, InterventionConfig, LoggerConfig
 from steerlora.config.checks import one_of
-from steerlora.data.chat import batches_by_length, encode_chats
+from steerlora.data.batches import batches_by_length
+from steerlora.data.chat import encode_chats
 from steerlora.data.jsonl import read_rows
 from steerlora.engine.steps import Context, Step, stage
 from steerlora.errors import UserError, nearest

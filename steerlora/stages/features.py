@@ -18,17 +18,14 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from steerlora.config import Config, FeaturesConfig, LoggerConfig
-from steerlora.data.chat import batches_by_length
+from steerlora.data.batches import batches_by_length
 from steerlora.data.headers import signal_tokens_of
 from steerlora.engine.artifacts import Artifact
 from steerlora.engine.manifests import write_json
 from steerlora.engine.steps import Context, Step, stage
 from steerlora.errors import UserError
-from steerlora.lm.decoder import residual_streams
 from steerlora.lm.pretrained import open_model, open_tokenizer, shape_of
-from steerlora.lm.signal_tokens import SignalTokens
 from steerlora.reporting.tables import Cell, markdown_grid
-from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.saelens import load_sae
 from steerlora.saes.sparse import SparseFeatures
 from steerlora.saes.taxonomy import (
@@ -49,6 +46,7 @@ from steerlora.stages.common import (
     run_log,
     training_rows,
 )
+from steerlora.stages.signal_streams import signal_streams
 
 WEIGHTS, LISTING, TABLE = "features.safetensors", "features.json", "features.md"
 BATCH_SIZE = 64
@@ -139,10 +137,14 @@ def build(context: Context) -> dict:
     rule = signal_tokens_of(tokenizer)
     if settings.features.frequency == GENERAL:
         most = max(map(len, rows.values()))
-        rows[GENERAL] = general_text(source, tokenizer, settings.max_length, most)[:most]
+        rows[GENERAL] = general_text(source, tokenizer, settings.max_length, most)
 
+    @torch.no_grad()
     def tokens(reader: PreTrainedModel, name: str) -> Iterator[_Tokens]:
-        return _tokens(reader, tokenizer.pad_token_id, sae, settings.site, rows[name], rule)
+        """The features of every token that carries a signal."""
+        batches = batches_by_length(rows[name], BATCH_SIZE, tokenizer.pad_token_id)
+        for stream, row, position, batch in signal_streams(reader, batches, settings.site, rule):
+            yield _Tokens(sae.encode(stream), row, position, batch.input_ids)
 
     # The base, and its instruction-tuned version where one is given.
     readers = [model]
@@ -247,19 +249,6 @@ def _instruct_model(settings: FeatureSettings, base: PreTrainedModel, tokenizer)
 def _ordinary_tokens(tokenizer) -> set[tuple[str, int]]:
     """Tokens and their ids, less those added for chat, which versions of a model may not share."""
     return tokenizer.get_vocab().items() - tokenizer.get_added_vocab().items()
-
-
-@torch.no_grad()
-def _tokens(
-    model, pad_token_id: int, sae: SparseAutoencoder, site: int, rows, rule: SignalTokens
-) -> Iterator[_Tokens]:
-    """The features of every token that carries a signal."""
-    for batch in batches_by_length(rows, BATCH_SIZE, pad_token_id):
-        batch = batch.to(model.device)
-        mask = batch.attention_mask
-        stream = residual_streams(model, batch.input_ids, mask, [site])[site]
-        row, position = rule(batch.input_ids, mask).nonzero(as_tuple=True)
-        yield _Tokens(sae.encode(stream[row, position]), row, position, batch.input_ids)
 
 
 def _token_drift(

@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch import Tensor, nn
 
 from steerlora.config import Config, InterventionConfig, LoggerConfig, TrainerConfig
-from steerlora.data.chat import ChatBatch, EncodedChat
+from steerlora.data.batches import ChatBatch
+from steerlora.data.chat import EncodedChat
 from steerlora.data.cuts import cuts_of
 from steerlora.data.headers import signal_tokens_of
 from steerlora.distributed import ranks

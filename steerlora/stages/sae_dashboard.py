@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from transformers import PreTrainedModel
 
 from steerlora.config import Config
-from steerlora.data.chat import EncodedChat, batches_by_length
+from steerlora.data.batches import batches_by_length, evenly_spaced
 from steerlora.data.headers import signal_tokens_of
 from steerlora.engine.manifests import write_json
 from steerlora.engine.steps import Context, Step, stage
 from steerlora.errors import UserError
-from steerlora.lm.decoder import residual_streams
 from steerlora.lm.logit_effects import logit_effects
-from steerlora.lm.signal_tokens import SignalTokens
 from steerlora.reporting.dashboards import dashboard_page
 from steerlora.reporting.latent_activity import Batch, Seen
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.saelens import load_sae
 from steerlora.stages import base, features, sae_training
 from steerlora.stages.common import WHERE, domain_names, load_base, training_rows
+from steerlora.stages.signal_streams import SignalStream, signal_streams
 
 PAGE, LISTING = "dashboard.html", "dashboard.json"
 BATCH_SIZE = 32
@@ -105,9 +103,10 @@ def build(context: Context) -> dict:
     seen = Seen(list(chosen), sae.latents, settings.contexts)
     with context.progress.task(context.label, len(names), unit="domain") as task:
         for name in names:
-            own = rows[name][:: max(1, len(rows[name]) // settings.rows)][: settings.rows]
-            for batch in _batches(model, sae, settings.site, own, tokenizer.pad_token_id, rule):
-                seen.update(name, batch)
+            own = evenly_spaced(rows[name], settings.rows)
+            batches = batches_by_length(own, BATCH_SIZE, tokenizer.pad_token_id)
+            for found in signal_streams(model, batches, settings.site, rule):
+                seen.update(name, _with_features(found, sae))
             task.advance(note=name)
     effects = logit_effects(model, sae.W_dec.detach()[list(chosen)])
     shown = [
@@ -141,18 +140,7 @@ def _chosen(
 
 
 @torch.no_grad()
-def _batches(
-    model: PreTrainedModel,
-    sae: SparseAutoencoder,
-    site: int,
-    rows: Sequence[EncodedChat],
-    pad_token_id: int,
-    rule: SignalTokens,
-) -> Iterator[Batch]:
-    """Every token that carries a signal."""
-    for batch in batches_by_length(rows, BATCH_SIZE, pad_token_id):
-        batch = batch.to(model.device)
-        mask = batch.attention_mask
-        stream = residual_streams(model, batch.input_ids, mask, [site])[site]
-        row, position = rule(batch.input_ids, mask).nonzero(as_tuple=True)
-        yield Batch(sae.encode(stream[row, position]), row, position, batch.input_ids, mask.sum(1))
+def _with_features(found: SignalStream, sae: SparseAutoencoder) -> Batch:
+    stream, row, position, batch = found
+    lengths = batch.attention_mask.sum(1)
+    return Batch(sae.encode(stream), row, position, batch.input_ids, lengths)

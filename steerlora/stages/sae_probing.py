@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from steerlora.config import Config, LoggerConfig
-from steerlora.data.chat import EncodedChat, batches_by_length, encode_chats
+from steerlora.data.batches import batches_by_length, by_length, evenly_spaced
+from steerlora.data.chat import EncodedChat, encode_chats
 from steerlora.data.headers import signal_tokens_of
 from steerlora.data.labelled import FEWEST, LabelledRow, labelled_files, read_labelled
 from steerlora.engine.content import absolute, identity_of
 from steerlora.engine.manifests import write_json
 from steerlora.engine.steps import Context, Step, stage
 from steerlora.errors import UserError
-from steerlora.lm.decoder import residual_streams
 from steerlora.lm.signal_tokens import SignalTokens
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.perturbation import spurious_correlation_removal, targeted_probe_perturbation
@@ -38,6 +38,7 @@ from steerlora.stages.common import (
     run_log,
     training_rows,
 )
+from steerlora.stages.signal_streams import signal_streams
 
 PROBING = "probing.json"
 BATCH_SIZE = 32
@@ -208,13 +209,12 @@ def _cut(rows: dict[str, list[EncodedChat]], most: int) -> _Rows:
     """So many rows of each class at most, and their classes."""
     chats, classes = [], []
     for number, own in enumerate(rows.values()):
-        own = own[:: max(1, len(own) // most)][:most]
+        own = evenly_spaced(own, most)
         chats += own
         classes += [number] * len(own)
     return chats, classes
 
 
-@torch.no_grad()
 def _pooled(
     model: Any,
     saes: dict[str, SparseAutoencoder],
@@ -224,16 +224,13 @@ def _pooled(
     rule: SignalTokens,
 ) -> dict[str, Pooled]:
     """{SAE: the rows in their own order}, over the tokens that carry a signal."""
-    # Rows are read by length: a number beside each says where it belongs.
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
     parts: dict[str, list[Pooled]] = {name: [] for name in saes}
-    for batch in batches_by_length([rows[index] for index in order], BATCH_SIZE, pad_token_id):
-        batch = batch.to(model.device)
-        mask = batch.attention_mask
-        stream = residual_streams(model, batch.input_ids, mask, [site])[site]
-        row, position = rule(batch.input_ids, mask).nonzero(as_tuple=True)
+    batches = batches_by_length(rows, BATCH_SIZE, pad_token_id)
+    for stream, row, _, batch in signal_streams(model, batches, site, rule):
         for name, sae in saes.items():
-            parts[name].append(pool(sae, stream[row, position], row, len(mask)))
+            parts[name].append(pool(sae, stream, row, len(batch.input_ids)))
+    # They are read by length.
+    order = [index for group in by_length(rows, BATCH_SIZE) for index in group]
     back = torch.tensor(order).argsort()
     return {
         name: Pooled(*(torch.cat(part)[back] for part in zip(*found, strict=True)))

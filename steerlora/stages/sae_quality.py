@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from steerlora.data.chat import batches_by_length, encode_chats
+from steerlora.data.batches import batches_by_length
+from steerlora.data.chat import encode_chats
 from steerlora.engine.artifacts import Artifact
 from steerlora.lm.decoder import residual_streams
 from steerlora.lm.signal_tokens import SignalTokens

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from steerlora.data.chat import ChatBatches, collate, encode_chats
+from steerlora.data.batches import ChatBatches, collate
+from steerlora.data.chat import encode_chats
 from steerlora.data.packing import PackedBatches, training_batches
 from steerlora.data.replay import ReplayBatches, ReplayRows
 from steerlora.distributed import ranks

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steerlora.data.chat import IGNORED, ChatBatch
+from steerlora.data.batches import IGNORED, ChatBatch
 from steerlora.lm.decoder import hidden_states, layers_of
 from steerlora.lm.divergence import output_logits
 from steerlora.lm.flops import pretraining_flops_per_token

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.nn.utils import clip_grad_norm_
 
 from steerlora.config import TrainerConfig
-from steerlora.data.chat import ChatBatch
+from steerlora.data.batches import ChatBatch
 from steerlora.distributed import ranks, strategies
 from steerlora.distributed.devices import peak_flops
 from steerlora.distributed.reductions import mean_over_ranks, world

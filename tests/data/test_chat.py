@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from steerlora.data.chat import IGNORED, ChatBatches, EncodedChat, by_length, collate, encode_chat
+from steerlora.data.batches import IGNORED, ChatBatches, by_length, collate
+from steerlora.data.chat import EncodedChat, encode_chat
 
 PLAIN = (
     "{% for m in messages %}{{ '[' + m.role + ']' + m.content + '<end>' }}{% endfor %}"
@@ -118,7 +119,7 @@ def test_collate_labels_every_answer():
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_batches_that_are_read_hold_every_row_once_and_few_long_ones(size, monkeypatch):
-    monkeypatch.setattr("steerlora.data.chat.MOST_TOKENS", 40)
+    monkeypatch.setattr("steerlora.data.batches.MOST_TOKENS", 40)
     rows = many(50)
     groups = list(by_length(rows, size))
     assert sorted(index for group in groups for index in group) == list(range(50))

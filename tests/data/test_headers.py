@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from steerlora.data.chat import collate, encode_chat, encode_chats
+from steerlora.data.batches import collate
+from steerlora.data.chat import encode_chat, encode_chats
 from steerlora.data.conversations import Turn, exchange
 from steerlora.data.domains.micro.tokenizer import build_tokenizer
 from steerlora.data.headers import signal_tokens_of

@@ -9,7 +9,8 @@ import torch
 
 from steerlora.config import TrainerConfig
 from steerlora.data import packing
-from steerlora.data.chat import IGNORED, ChatBatches, EncodedChat
+from steerlora.data.batches import IGNORED, ChatBatches
+from steerlora.data.chat import EncodedChat
 from steerlora.data.packing import PackedBatches, collate_packed, training_batches
 
 

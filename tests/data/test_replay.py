@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from steerlora.data.chat import ChatBatches, EncodedChat, collate
+from steerlora.data.batches import ChatBatches, collate
+from steerlora.data.chat import EncodedChat
 from steerlora.data.replay import ReplayBatches, ReplayRows
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from steerlora.data.chat import IGNORED, EncodedChat, collate, encode_chats
+from steerlora.data.batches import IGNORED, collate
+from steerlora.data.chat import EncodedChat, encode_chats
 from steerlora.data.conversations import Turn, exchange
 from steerlora.data.templates import end_of_turn, render
 from steerlora.errors import UserError

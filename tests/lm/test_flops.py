@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from steerlora.data.chat import ChatBatch
+from steerlora.data.batches import ChatBatch
 from steerlora.lm import flops
 from steerlora.lm.shapes import DecoderShape
 from steerlora.methods.routed_lora.adapter import Adapter

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import steerlora
 from steerlora.config import TrainerConfig
-from steerlora.data.chat import ChatBatch, EncodedChat, collate
+from steerlora.data.batches import ChatBatch, collate
+from steerlora.data.chat import EncodedChat
 from steerlora.errors import UserError
 from steerlora.lm.decoder import residual_streams
 from steerlora.lm.identity import model_fingerprint

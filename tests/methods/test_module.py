@@ -13,7 +13,8 @@ from helpers.training import StopAt, Stopped, method_module, train
 from lightning.pytorch.callbacks import Callback
 
 from steerlora.config import TrainerConfig
-from steerlora.data.chat import ChatBatch, ChatBatches, EncodedChat
+from steerlora.data.batches import ChatBatch, ChatBatches
+from steerlora.data.chat import EncodedChat
 from steerlora.methods.base import Task
 from steerlora.methods.config import OptimizerConfig
 from steerlora.methods.module import MethodModule

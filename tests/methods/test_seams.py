@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from helpers.training import learner_of
 from torch import Tensor, nn
 
-from steerlora.data.chat import EncodedChat, collate
+from steerlora.data.batches import collate
+from steerlora.data.chat import EncodedChat
 from steerlora.lm.decoder import edited
 from steerlora.lm.targets import ReplacedLinear
 from steerlora.methods.base import Learner, Method, SiteSAE, Sources

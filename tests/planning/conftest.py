@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from steerlora.config import Config
 from steerlora.data.activations import harvest
-from steerlora.data.chat import ChatBatch
+from steerlora.data.batches import ChatBatch
 from steerlora.engine.progress import SilentProgress
 from steerlora.planning.building import (
     Built,

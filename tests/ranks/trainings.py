@@ -21,7 +21,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from steerlora.config import InterventionConfig, TrainerConfig
 from steerlora.data.activations import ActivationStore, harvest
-from steerlora.data.chat import ChatBatches, EncodedChat
+from steerlora.data.batches import ChatBatches
+from steerlora.data.chat import EncodedChat
 from steerlora.distributed import ranks
 from steerlora.engine.progress import SilentProgress
 from steerlora.methods.module import MethodModule

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from steerlora.config import TrainerConfig
-from steerlora.data.chat import EncodedChat, collate
+from steerlora.data.batches import collate
+from steerlora.data.chat import EncodedChat
 from steerlora.engine.progress import SilentProgress
 from steerlora.lm import divergence
 from steerlora.lm.decoder import edited, layers_of

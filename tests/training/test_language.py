@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 import trainings
 
-from steerlora.data.chat import IGNORED, ChatBatch, EncodedChat, collate
+from steerlora.data.batches import IGNORED, ChatBatch, collate
+from steerlora.data.chat import EncodedChat
 from steerlora.training import language
 from steerlora.training.language import PretrainingModule, next_token_loss
 

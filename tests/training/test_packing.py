@@ -9,7 +9,8 @@ from helpers.tolerances import assert_close_in_float32
 from helpers.training import method_module
 
 from steerlora.config import TrainerConfig
-from steerlora.data.chat import ChatBatch, EncodedChat, collate
+from steerlora.data.batches import ChatBatch, collate
+from steerlora.data.chat import EncodedChat
 from steerlora.data.packing import collate_packed
 from steerlora.errors import UserError
 from steerlora.methods.module import MethodModule

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from steerlora.data.chat import ChatBatch
+from steerlora.data.batches import ChatBatch
 from steerlora.lm.decoder import decoder_of, layers_path
 from steerlora.lm.targets import size_of
 from steerlora.methods.base import Method, Sources

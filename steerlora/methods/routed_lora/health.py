@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from steerlora.data.chat import ChatBatch
+from steerlora.data.batches import ChatBatch
 
 if TYPE_CHECKING:
     from steerlora.methods.routed_lora.adapter import Adapter

@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from steerlora.data.chat import ChatBatch, EncodedChat, collate
+from steerlora.data.batches import ChatBatch, collate, evenly_spaced
+from steerlora.data.chat import EncodedChat
 from steerlora.distributed.reductions import mean_over_ranks, world
 from steerlora.lm.decoder import decoder_of
 from steerlora.methods.base import Learner, Task
@@ -243,7 +244,7 @@ class RoutedLoRALearner(Learner):
 
     def _fit(self, specialist: int | None, rows: list[EncodedChat]) -> None:
         """Give routers the signals of a domain's training rows; None: of general text."""
-        spread = rows[:: max(1, len(rows) // PROTOTYPE_ROWS)][:PROTOTYPE_ROWS]
+        spread = evenly_spaced(rows, PROTOTYPE_ROWS)
         signals = prompt_signals(self.model, self.method, spread, self.pad_token_id)
         for site, found in signals.items():
             self.method.routers[str(site)].fit(specialist, found)

@@ -17,7 +17,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from steerlora.data.chat import EncodedChat, collate
+from steerlora.data.batches import collate
+from steerlora.data.chat import EncodedChat
 from steerlora.distributed.shards import sharded, whole_weights
 from steerlora.lm.decoder import decoder_of
 from steerlora.methods.monitor import squared_change

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steerlora.data.chat import EncodedChat, collate
+from steerlora.data.batches import collate
+from steerlora.data.chat import EncodedChat
 from steerlora.lm.decoder import residual_streams
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.prototypes import pooled

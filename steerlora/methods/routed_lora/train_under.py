@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from steerlora.config import InterventionConfig
-from steerlora.data.chat import ChatBatch
+from steerlora.data.batches import ChatBatch
 from steerlora.methods.interventions import INTERVENTIONS, check_phase
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.interventions import Intervention

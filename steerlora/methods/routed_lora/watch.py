@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from steerlora.data.chat import ChatBatch
+from steerlora.data.batches import ChatBatch
 from steerlora.errors import UserError
 from steerlora.lm.decoder import decoder_of
 from steerlora.methods.routed_lora.adapter import Adapter

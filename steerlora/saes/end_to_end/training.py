@@ -32,7 +32,7 @@ from steerlora.saes.base import SparseAutoencoder, TrainingErrors, squared_devia
 from steerlora.saes.training import SAELosses, SAEModule
 
 if TYPE_CHECKING:
-    from steerlora.data.chat import ChatBatch
+    from steerlora.data.batches import ChatBatch
 
 _LEAST_KL = 1e-12
 """Nats a token, below which KL is not scaled up any further."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers.tolerances import assert_close_in_float32
 from torch import nn
 
-from steerlora.data.chat import ChatBatch
+from steerlora.data.batches import ChatBatch
 from steerlora.lm.decoder import edited, residual_streams
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.config import SIGNALS, RoutedLoRAConfig

@@ -7,7 +7,8 @@ import torch
 from helpers.training import method_module, train
 
 from steerlora.config import TrainerConfig
-from steerlora.data.chat import ChatBatch, ChatBatches, EncodedChat
+from steerlora.data.batches import ChatBatch, ChatBatches
+from steerlora.data.chat import EncodedChat
 from steerlora.methods.module import MethodModule
 from steerlora.methods.routed_lora.isolation import train_only
 from steerlora.training.language import next_token_loss

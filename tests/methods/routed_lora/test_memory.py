@@ -16,7 +16,8 @@ from helpers.training import train as train_module
 from lightning.pytorch.callbacks import Callback
 
 from steerlora.config import TrainerConfig
-from steerlora.data.chat import ChatBatch, ChatBatches, EncodedChat
+from steerlora.data.batches import ChatBatch, ChatBatches
+from steerlora.data.chat import EncodedChat
 from steerlora.methods.module import MethodModule
 from steerlora.methods.routed_lora.config import MemoryConfig
 from steerlora.methods.routed_lora.memory import MemoryPolicy

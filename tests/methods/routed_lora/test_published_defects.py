@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from steerlora.cli import compose
 from steerlora.config import TrainerConfig
-from steerlora.data.chat import ChatBatch, EncodedChat, collate
+from steerlora.data.batches import ChatBatch, collate
+from steerlora.data.chat import EncodedChat
 from steerlora.errors import UserError
 from steerlora.methods.base import Task
 from steerlora.methods.module import MethodModule

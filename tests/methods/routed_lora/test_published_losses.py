@@ -11,7 +11,8 @@ from helpers.features import taxonomy
 from helpers.training import learner_of
 from torch import Tensor
 
-from steerlora.data.chat import EncodedChat, collate
+from steerlora.data.batches import collate
+from steerlora.data.chat import EncodedChat
 from steerlora.errors import UserError
 from steerlora.lm.decoder import residual_streams
 from steerlora.methods.routed_lora import losses, published_losses

@@ -10,7 +10,8 @@ import torch
 from helpers.features import taxonomy
 from helpers.training import learner_of
 
-from steerlora.data.chat import EncodedChat, collate
+from steerlora.data.batches import collate
+from steerlora.data.chat import EncodedChat
 from steerlora.methods.base import Task
 from steerlora.methods.routed_lora import published_metrics
 from steerlora.methods.routed_lora.compared_sites import ComparedSites

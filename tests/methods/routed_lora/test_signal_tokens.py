@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from steerlora.data.chat import EncodedChat, collate
+from steerlora.data.batches import collate
+from steerlora.data.chat import EncodedChat
 from steerlora.data.packing import collate_packed
 from steerlora.lm.identity import model_fingerprint
 from steerlora.lm.signal_tokens import ALL_TOKENS, SignalTokens

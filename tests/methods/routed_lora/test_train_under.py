@@ -10,7 +10,8 @@ from helpers.training import StopAt, Stopped, method_module, train
 from lightning.pytorch.callbacks import Callback
 
 from steerlora.config import InterventionConfig, TrainerConfig
-from steerlora.data.chat import ChatBatch, ChatBatches, EncodedChat
+from steerlora.data.batches import ChatBatch, ChatBatches
+from steerlora.data.chat import EncodedChat
 from steerlora.methods.module import MethodModule
 from steerlora.methods.routed_lora.interventions import Intervention
 from steerlora.methods.routed_lora.train_under import TrainUnder

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from steerlora.data.chat import ChatBatch, ChatBatches, EncodedChat
+from steerlora.data.batches import ChatBatch, ChatBatches
+from steerlora.data.chat import EncodedChat
 from steerlora.errors import UserError
 from steerlora.methods.routed_lora.config import HealthConfig, RoutedLoRAConfig
 from steerlora.methods.routed_lora.health import RoutingHealth
