@@ -15,6 +15,7 @@ from torch import Tensor
 from steerlora.distributed.reductions import sum_over_ranks, world
 from steerlora.distributed.strategies import editable
 from steerlora.saes.base import SparseAutoencoder, squared_deviation
+from steerlora.saes.config import SAEConfig
 
 
 class SAELosses(NamedTuple):
@@ -26,6 +27,29 @@ class SAELosses(NamedTuple):
     """Fraction of variance unexplained."""
     kl: Tensor | None = None
     """Divergence of the spliced model from the base, in nats per token, where there is one."""
+
+
+def start_on(sae: SparseAutoencoder, config: SAEConfig, first: Tensor) -> None:
+    """Begin with the centre and the thresholds of the first batch's activations."""
+    if config.median_start:
+        sae.center_on(first)
+    sae.initialize_thresholds(first)
+
+
+def course(config: SAEConfig, steps: int, tokens: int) -> dict[str, Any]:
+    """What `SAEModule` takes from a configuration, beside the rate.
+
+    Args:
+        steps: of the training.
+        tokens: a step.
+    """
+    return {
+        "adam_beta2": config.adam_beta2,
+        "total_steps": steps,
+        "warmup_steps": int(config.warmup_fraction * steps),
+        "decay_fraction": config.decay_fraction,
+        "dead_after_tokens": round(config.dead_fraction * steps * tokens),
+    }
 
 
 class SAEModule(lightning.LightningModule):

@@ -18,6 +18,7 @@ from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.config import SAEConfig
 from steerlora.saes.end_to_end.training import EndToEndModule
 from steerlora.saes.saelens import load_sae
+from steerlora.saes.training import course, start_on
 from steerlora.stages.common import sae_rows
 
 _UNIT = 1e-3
@@ -84,9 +85,7 @@ def end_to_end_module(
         streams = residual_streams(model, ids, mask, layers)
         first = [streams[layer][kept].cpu() for layer in layers]
         first = torch.stack(first, 1) if len(first) > 1 else first[0]
-        if config.median_start:
-            sae.center_on(first)
-        sae.initialize_thresholds(first)
+        start_on(sae, config, first)
     rate = config.learning_rate if own.learning_rate is None else own.learning_rate
     return EndToEndModule(
         sae.train(),
@@ -95,8 +94,5 @@ def end_to_end_module(
         replaced=replaced,
         mse_weight=own.mse_weight,
         lr=rate,
-        total_steps=own.steps,
-        warmup_steps=int(config.warmup_fraction * own.steps),
-        decay_fraction=config.decay_fraction,
-        dead_after_tokens=round(config.dead_fraction * own.steps * int(kept.sum())),
+        **course(config, own.steps, int(kept.sum())),
     )

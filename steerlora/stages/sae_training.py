@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.config import SAEConfig
 from steerlora.saes.end_to_end.config import EndToEndConfig
 from steerlora.saes.saelens import sae_fingerprint, save_sae
-from steerlora.saes.training import SAEModule
+from steerlora.saes.training import SAEModule, course, start_on
 from steerlora.stages import activations, base
 from steerlora.stages.common import (
     ADAPTER_ONLY,
@@ -131,7 +131,7 @@ def _check(settings: SAESettings) -> None:
 
 @stage(
     "sae_training",
-    6,
+    7,
     step=requested,
     # The place of given files does not matter, their content does.
     skip=NOT_IDENTITY | ADAPTER_ONLY | WHERE | {"sae.max_tokens", "sae.path"},
@@ -152,27 +152,28 @@ def build(context: Context) -> dict:
     def batches() -> list[TextBatch]:
         return held_out_batches(context.inputs["domains"], loaded()[1], settings.max_length)
 
-    def streams() -> Tensor:
+    def streams(*sites: int) -> Tensor:
+        """Of held-out rows, [T, D], or [T, sites, D] of several sites."""
         model, tokenizer = loaded()
-        rule = signal_tokens_of(tokenizer)
-        return streams_of(model, batches(), [settings.site], rule)[:, 0]
+        found = streams_of(model, batches(), sites, signal_tokens_of(tokenizer))
+        return found if len(sites) > 1 else found[:, 0]
 
     def buffer() -> Tensor | None:
         """Held-out activations, for rank 0; the base is let go until the training is over."""
         if not ranks.is_main():
             return None
-        model, tokenizer = loaded()
         sites = settings.sae.streams(settings.site)
-        found = streams_of(model, batches(), sites, signal_tokens_of(tokenizer)).cpu()
+        found = streams(*sites).cpu()
         loaded.cache_clear()
-        return buffer_of(found if len(sites) > 1 else found[:, 0], settings.sae.batch_size)
+        return buffer_of(found, settings.sae.batch_size)
 
     with run_log(context, settings.logger) as log:
         if settings.sae.end_to_end.steps:
             sae, figures = _train_end_to_end(context, settings, *loaded(), log)
             history = []
         elif settings.sae.path:
-            sae, figures = open_given(settings.sae.path, settings.site, pointer, streams), {}
+            own = partial(streams, settings.site)
+            sae, figures = open_given(settings.sae.path, settings.site, pointer, own), {}
             history = []
         else:
             sae, figures, history = _train(context, settings, log, buffer())
@@ -212,19 +213,8 @@ def _train(
     batches = ActivationBatches(store, settings.site, config.batch_size, config.seed, *streams[1:])
     steps = config.steps_over(store.tokens(settings.site))
     sae = config.build(store.width)
-    first = batches(0)
-    if config.median_start:
-        sae.center_on(first)
-    sae.initialize_thresholds(first)
-    module = SAEModule(
-        sae,
-        lr=config.learning_rate,
-        adam_beta2=config.adam_beta2,
-        total_steps=steps,
-        warmup_steps=int(config.warmup_fraction * steps),
-        decay_fraction=config.decay_fraction,
-        dead_after_tokens=round(config.dead_fraction * steps * config.batch_size),
-    )
+    start_on(sae, config, batches(0))
+    module = SAEModule(sae, lr=config.learning_rate, **course(config, steps, config.batch_size))
     watch = HeldOut(held_out, steps)
     trainer = _in_full(settings)
     found = train(context, module, batches, steps, log, trainer=trainer, callbacks=[watch])

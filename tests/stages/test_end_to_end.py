@@ -90,6 +90,15 @@ def test_options_of_the_fine_tuning_leave_what_is_fine_tuned_alone():
     assert len(found) == 2 + len(options)
 
 
+@pytest.mark.parametrize(
+    "option", ["adam_beta2=0.5", "warmup_fraction=0.9", "decay_fraction=0", "median_start=false"]
+)
+def test_what_every_training_of_an_sae_follows_counts_end_to_end(option, build):
+    new = (FINE_TUNED, "sae.end_to_end.start=new")
+    plain, other = (build(*new, *more) for more in ([], [f"sae.{option}"]))
+    assert plain.manifest["summary"]["fingerprint"] != other.manifest["summary"]["fingerprint"]
+
+
 def test_features_are_those_of_the_fine_tuned_sae():
     config = config_of(FINE_TUNED)
     (wanted,) = sae_training.steps(config)
