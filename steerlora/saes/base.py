@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from steerlora.distributed.reductions import sum_over_ranks, world
 from steerlora.errors import nearest
-from steerlora.saes.config import NORMALIZATIONS
+from steerlora.saes.config import KEEPS_SIZE, NORMALIZATIONS
 from steerlora.saes.sparse import SparseFeatures, sparse_decode, sparse_encode
 
 _LAYER_NORM_EPSILON = 1e-5
@@ -88,6 +88,8 @@ class SparseAutoencoder(nn.Module):
     span: int = 0
     """Layers between the stream that is read and the one that is written: 0 but for transcoders,
     whose training reads both, [T, 2, D] in place of [T, D]."""
+    in_input_units: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
+    """Parameters that grow with the activations, where these are not normalised."""
 
     def __init__(
         self,
@@ -319,6 +321,19 @@ class SparseAutoencoder(nn.Module):
             weights = 1 / (points - median).norm(dim=1).clamp_min(1e-8)
             median = weights @ points / weights.sum()
         self.b_dec.copy_(median)
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Become the same SAE of activations so many times as large: values and outputs grow alike.
+
+        Where the activations are normalised, the features do not know their size: nothing changes.
+        """
+        if self.normalize not in KEEPS_SIZE:
+            return
+        for name in self.in_input_units:
+            getattr(self, name).mul_(factor)
+        if self.normalize == "layer_norm_input":  # the encoder does not see the size
+            self.W_enc.mul_(factor)
 
     @torch.no_grad()
     def exceeded_on(self, x: Tensor, share: float) -> Tensor:

@@ -39,6 +39,7 @@ class BatchTopK(TopK):
     """
 
     architecture = "batch_topk"
+    in_input_units = ("b_enc", "b_dec", "threshold")
 
     def __init__(self, width: int, latents: int, *, k: int, **settings: Any) -> None:
         super().__init__(width, latents, k=k, **settings)

@@ -26,6 +26,8 @@ SAES: Registry[type[SAEConfig]] = Registry(
 sae = SAES.register
 
 NORMALIZATIONS = ("none", "layer_norm", "layer_norm_input", "constant_norm_rescale")
+KEEPS_SIZE = ("none", "layer_norm_input")
+"""Normalizations under which the reconstruction is as large as the activations."""
 JUMP_PENALTIES = ("l0", "tanh")
 
 
@@ -68,6 +70,11 @@ class SAEConfig(Section, key="sae"):
     """Share of the steps, at the start, in which the rate rises linearly."""
     decay_fraction: Share = 0.2
     """Share of the steps, at the end, in which the rate falls linearly to 0."""
+    scale_inputs: bool = True
+    """Train on stored activations divided by one number, so that their mean norm is sqrt(D), and
+    multiply it into the weights of the SAE that is saved. Else a penalty in the activations' units
+    has no usual weight, and biases that Adam moves by its rate a step have far to go. Nothing
+    changes where ``normalize`` sets the norm."""
     median_start: bool = True
     """Start the decoder's bias at the geometric median of the first batch, rather than at 0."""
     unit_norm: bool = True

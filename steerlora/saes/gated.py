@@ -43,6 +43,7 @@ class Gated(SparseAutoencoder):
     """
 
     architecture = "gated"
+    in_input_units = ("b_gate", "b_mag", "b_dec")
 
     def __init__(
         self,

@@ -50,6 +50,7 @@ class JumpReLU(SparseAutoencoder):
     """
 
     architecture = "jumprelu"
+    in_input_units = ("b_enc", "b_dec", "threshold")
 
     def __init__(
         self,

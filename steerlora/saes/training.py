@@ -15,7 +15,7 @@ from torch import Tensor
 from steerlora.distributed.reductions import sum_over_ranks, world
 from steerlora.distributed.strategies import editable
 from steerlora.saes.base import SparseAutoencoder, squared_deviation
-from steerlora.saes.config import SAEConfig
+from steerlora.saes.config import KEEPS_SIZE, SAEConfig
 
 
 class SAELosses(NamedTuple):
@@ -27,6 +27,13 @@ class SAELosses(NamedTuple):
     """Fraction of variance unexplained."""
     kl: Tensor | None = None
     """Divergence of the spliced model from the base, in nats per token, where there is one."""
+
+
+def input_scale(config: SAEConfig, first: Tensor) -> float:
+    """What activations [T, D] are divided by in training, from those of the first batch."""
+    if not config.scale_inputs or config.normalize not in KEEPS_SIZE:
+        return 1.0
+    return (first.float().norm(dim=-1).mean() / math.sqrt(first.shape[-1])).item()
 
 
 def start_on(sae: SparseAutoencoder, config: SAEConfig, first: Tensor) -> None:
@@ -72,6 +79,10 @@ class SAEModule(lightning.LightningModule):
     Clipping the gradient's norm to 0.01 at the same rate reached 0.0219 and 0.0242; that norm would
     have to be found anew for every shape and loss. With one of the seeds the choice also explained
     more than 2e-4 and 0.999 at 256 to 8192 latents, k 8 to 64, and batches of 256 to 4096 tokens.
+    All this was found on activations as they are; divided to a mean norm of sqrt(D)
+    (`input_scale`), at the same settings, the variance unexplained of two other bases' streams
+    (5000 of the tokens) falls from 0.0192 and 0.0212 to 0.0158 and 0.0173, with 3 % of latents
+    silent or fewer in place of 4 %.
 
     Logged: ``sae/loss``, ``sae/fvu``, ``sae/l0``, ``sae/dead_fraction``, ``sae/lr``.
 
@@ -83,6 +94,8 @@ class SAEModule(lightning.LightningModule):
         warmup_steps: linear rise from 0.
         decay_fraction: share of the run, at its end, that falls linearly to 0; 0: none.
         dead_after_tokens: a latent that has not fired for so many tokens is dead.
+        scale: batches are divided by it; `SparseAutoencoder.rescale` then brings the trained SAE
+            back to their own units.
     """
 
     def __init__(
@@ -95,9 +108,11 @@ class SAEModule(lightning.LightningModule):
         warmup_steps: int = 0,
         decay_fraction: float = 0.2,
         dead_after_tokens: int = 10_000_000,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.sae = sae
+        self.scale = scale
         self.lr = 8e-4 / math.sqrt(sae.latents / 2**14) if lr is None else lr
         self.adam_beta2 = adam_beta2
         self.total_steps = total_steps
@@ -133,7 +148,7 @@ class SAEModule(lightning.LightningModule):
 
     def losses(self, batch: Tensor) -> tuple[SAELosses, Tensor]:
         """batch [T, D] -> the losses, and how often each latent fired [N]."""
-        x = self.sae.normalized(batch).x
+        x = self.sae.normalized(batch).x / self.scale
         errors = self.sae.training_errors(x, self.dead())
         fvu = errors.error / squared_deviation(self.sae.written(x))
         return SAELosses(fvu + errors.penalty, fvu), errors.fired

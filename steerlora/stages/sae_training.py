@@ -22,7 +22,7 @@ from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.config import SAEConfig
 from steerlora.saes.end_to_end.config import EndToEndConfig
 from steerlora.saes.saelens import sae_fingerprint, save_sae
-from steerlora.saes.training import SAEModule, course, start_on
+from steerlora.saes.training import SAEModule, course, input_scale, start_on
 from steerlora.stages import activations, base
 from steerlora.stages.common import (
     ADAPTER_ONLY,
@@ -131,7 +131,7 @@ def _check(settings: SAESettings) -> None:
 
 @stage(
     "sae_training",
-    7,
+    8,
     step=requested,
     # The place of given files does not matter, their content does.
     skip=NOT_IDENTITY | ADAPTER_ONLY | WHERE | {"sae.max_tokens", "sae.path"},
@@ -212,12 +212,15 @@ def _train(
     streams = config.streams(settings.site)
     batches = ActivationBatches(store, settings.site, config.batch_size, config.seed, *streams[1:])
     steps = config.steps_over(store.tokens(settings.site))
-    sae = config.build(store.width)
-    start_on(sae, config, batches(0))
-    module = SAEModule(sae, lr=config.learning_rate, **course(config, steps, config.batch_size))
-    watch = HeldOut(held_out, steps)
+    sae, first = config.build(store.width), batches(0).float()
+    scale = input_scale(config, first)
+    start_on(sae, config, first / scale)
+    schedule = course(config, steps, config.batch_size)
+    module = SAEModule(sae, lr=config.learning_rate, scale=scale, **schedule)
+    watch = HeldOut(None if held_out is None else held_out.float() / scale, steps)
     trainer = _in_full(settings)
     found = train(context, module, batches, steps, log, trainer=trainer, callbacks=[watch])
+    sae.rescale(scale)
     return sae, found, watch.history
 
 

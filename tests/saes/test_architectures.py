@@ -269,3 +269,19 @@ def test_the_threshold_follows_the_smallest_value_kept():
 def test_bad_settings_are_named(name, settings, message):
     with pytest.raises(ValueError, match=message):
         CASES[name].make(WIDTH, LATENTS, **settings)
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer_norm_input", "layer_norm"])
+def test_rescaled_it_is_the_same_sae_of_larger_activations(normalize, case, x):
+    if case.architecture is SkipTranscoder and normalize != "none":
+        pytest.skip("a skip-transcoder normalises nothing")
+    sae = made(case, normalize=normalize)
+    features, output = sae.encode(x), sae(x)
+    sae.rescale(100.0)
+    values = 1.0 if normalize == "layer_norm" else 100.0
+    # Layer norm adds an epsilon to the deviation, as large for small activations as for large.
+    near = {"atol": 1e-9, "rtol": 1e-6} if normalize == "none" else {"atol": 1e-3, "rtol": 1e-3}
+    torch.testing.assert_close(
+        sae.encode(100 * x).dense(LATENTS) / values, features.dense(LATENTS), **near
+    )
+    torch.testing.assert_close(sae(100 * x) / 100, output, **near)

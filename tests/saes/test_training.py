@@ -241,3 +241,22 @@ def test_dead_latents_are_those_idle_for_long_enough(store):
     fired[50] = 1
     module.count_idle_tokens(fired, 10)
     assert module.dead().nonzero()[:, 0].tolist() == [*range(40, 50), *range(51, 64)]
+
+
+def test_a_penalised_sae_learns_activations_of_any_size(store, tmp_path):
+    x = torch.cat([ActivationBatches(store, 1, 128, 0)(step) for step in range(4)])
+    unexplained = {}
+    for size, scale in {1.0: 1.0, 1e4: 1e4, 1e-3: 1e-3}.items():
+        sae = ReLU(WIDTH, LATENTS, l1=1e-3)
+        module = SAEModule(sae, total_steps=30, lr=1e-2, scale=scale)
+        sae.center_on(x)
+        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
+        for _ in range(30):
+            loss = module.losses(size * x)[0].total
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        sae.rescale(scale)
+        unexplained[size] = ((sae(size * x) - size * x).square().sum() / size**2).item()
+    assert unexplained[1e4] == pytest.approx(unexplained[1.0], rel=1e-3)
+    assert unexplained[1e-3] == pytest.approx(unexplained[1.0], rel=1e-3)

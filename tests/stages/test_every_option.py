@@ -62,6 +62,7 @@ CHANGES = {
     "sae.anneal_fraction": 0.3,
     "sae.warmup_fraction": 0.3,
     "sae.decay_fraction": 0.3,
+    "sae.scale_inputs": "false",
     "sae.median_start": "false",
     "sae.unit_norm": "false",
     "sae.dead_fraction": 0.3,

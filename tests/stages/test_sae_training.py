@@ -62,6 +62,14 @@ def test_the_bias_starts_at_the_median_or_at_zero(set_up):
     assert not set_up(median_start=False).sae.b_dec.any()
 
 
+def test_inputs_are_divided_to_a_norm_of_sqrt_d_where_they_keep_their_size(set_up):
+    module = set_up()
+    assert module.scale == pytest.approx(26**0.5, rel=0.05)  # of rows about 5, with deviation 1
+    assert (module.sae.b_dec - 5).abs().max() < 0.5  # back in the activations' units
+    assert set_up(normalize="layer_norm_input").scale == module.scale
+    assert set_up(normalize="layer_norm").scale == 1.0 == set_up(scale_inputs=False).scale
+
+
 def test_rows_are_held_at_unit_length_or_not(set_up):
     assert set_up().sae.unit_norm
     assert not set_up(unit_norm=False).sae.unit_norm
