@@ -35,11 +35,13 @@ class Shares(NamedTuple):
         labelled: of the tokens that the loss counts, with their weights.
         signal: of the tokens that carry a signal.
         owned: of such tokens of rows that have a domain.
+        real: of all tokens but padding.
     """
 
     labelled: float = 1.0
     signal: float = 1.0
     owned: float = 1.0
+    real: float = 1.0
 
 
 WHOLE = Shares()
@@ -130,14 +132,15 @@ class ChatBatch:
         held = {n: v[index : index + 1] for n, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **held, tokens=int(held["attention_mask"].sum()))
 
-    def _counts(self) -> tuple[float, float, float]:
-        """Labelled tokens with their weights, tokens with a signal, and those of rows that have a
-        domain."""
+    def _counts(self) -> tuple[float, float, float, float]:
+        """Labelled tokens with their weights, tokens with a signal, those of rows that have a
+        domain, and real ones."""
         labelled = self.labels[:, 1:] != IGNORED
         if self.weights is not None:
             labelled = labelled * self.weights[:, 1:]
         held = self.signal_tokens(self.input_ids, self.attention_mask, self.position_ids).sum(1)
-        return float(labelled.sum()), float(held.sum()), float(held[self.domains >= 0].sum())
+        owned = held[self.domains >= 0]
+        return tuple(float(c.sum()) for c in (labelled, held, owned, self.attention_mask))
 
     def to(self, device: torch.device | str) -> ChatBatch:
         held = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, Tensor)}

@@ -80,5 +80,39 @@ def splicing_flops_per_token(shape: DecoderShape, first_layer: int, sequence: fl
     return forward + backward + 3 * 2 * shape.vocabulary * shape.width
 
 
+def distilling_flops_per_token(
+    shape: DecoderShape,
+    *,
+    adapter_parameters: int,
+    begins: int,
+    first_adapted_layer: int,
+    sequence: float,
+    cached: bool = False,
+    sae_parameters: int = 0,
+) -> float:
+    """Of a step that trains an adapter by its divergence from the frozen base.
+
+    The base runs once without gradient, as far as it is not cached; the adapted model runs from the
+    layer on in which it begins to differ, with a backward as in :func:`training_flops_per_token`.
+    The head, on all tokens, has both forwards and one backward.
+
+    Args:
+        shape: of the base.
+        adapter_parameters: of the low-rank matrices, A and B together.
+        begins: the layer from which on the adapted model runs.
+        first_adapted_layer: down to which its backward goes.
+        sequence: S, tokens of a row.
+        cached: whether the base's streams are known.
+        sae_parameters: of the encoders that run, D N each.
+    """
+    weights, attention = layer_weights(shape), attention_flops(shape, sequence)
+    base = 0.0 if cached else harvesting_flops_per_token(shape, shape.layers, sequence)
+    forward = (shape.layers - begins) * (2 * weights + attention) + 2 * adapter_parameters
+    first = sum(shape.linears[name][0] * shape.linears[name][1] for name in _FIRST_INPUTS)
+    backward = (shape.layers - first_adapted_layer) * (2 * weights + 2 * attention) - 2 * first
+    head = 3 * 2 * shape.vocabulary * shape.width
+    return base + forward + backward + 4 * adapter_parameters + head + 2 * sae_parameters
+
+
 _FIRST_INPUTS = ("q_proj", "k_proj", "v_proj")
 """Modules whose input, in the first adapted layer, comes from the frozen layers below."""

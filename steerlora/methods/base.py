@@ -20,6 +20,7 @@ from steerlora.data.batches import ChatBatch
 from steerlora.data.chat import EncodedChat
 from steerlora.lm.decoder import attach_edits, decoder_of, layers_of, remove_edits
 from steerlora.lm.forwards import ObservedForward, cache_after, parameters_of_forward
+from steerlora.lm.shapes import DecoderShape
 from steerlora.lm.signal_tokens import ALL_TOKENS, SignalTokens
 from steerlora.lm.targets import (
     ReplacedLinear,
@@ -32,7 +33,7 @@ from steerlora.methods.attached import Attachment, Edit, ForwardState, Running, 
 from steerlora.methods.config import MethodConfig
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.taxonomy import Taxonomy
-from steerlora.training.language import next_token_loss
+from steerlora.training.language import Text, next_token_loss
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
@@ -248,6 +249,16 @@ class Method(nn.Module):
             f"{self.config.name or self.config.kind} has none"
         )
 
+    def only(self, part: str) -> AbstractContextManager[None]:
+        """Run the model with one of two parts, in this context and this thread only, where
+        ``config.splices``.
+
+        Args:
+            part: "saes", the reconstructions without what was trained; or "adapter", what was
+                trained without the reconstructions.
+        """
+        raise NotImplementedError
+
     def configure(self, **options: Any) -> None:
         """Take the options of ``config.only_in_evaluation``."""
 
@@ -338,6 +349,16 @@ class Learner:
         (``batch.shares``), so that parts and ranks add up to the whole batch.
         """
         return {"task": (1.0, next_token_loss(self.model, batch))}
+
+    def flops_per_token(self, shape: DecoderShape, text: Text) -> float | None:
+        """Floating-point operations of a step, forward and backward; None: those of one forward of
+        the adapted model and its backward.
+
+        Args:
+            shape: of the base.
+            text: what the batch costs.
+        """
+        return None
 
     def callbacks(self, task: Task) -> list[Callback]:
         """What else happens during the training of a task; their state is in its checkpoints."""

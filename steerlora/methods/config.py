@@ -117,6 +117,8 @@ class MethodConfig(Section, key="method"):
     """A loss of it compares features at ``monitor`` with the base's."""
     has_control_signal: ClassVar[bool] = False
     """Interventions can change the signal that routes it."""
+    splices: ClassVar[bool] = False
+    """It puts reconstructions of SAEs in the place of the streams that enter its sites."""
     exports_to_peft: ClassVar[bool] = False
     """PEFT can hold it: training writes PEFT's format as well."""
     not_trained: ClassVar[frozenset[str]] = frozenset({"name"})

@@ -63,6 +63,9 @@ class MethodModule(L.LightningModule):
         method = self.method
         if shape is None:
             return 0.0
+        own = self.learner.flops_per_token(shape, text)
+        if own is not None:
+            return own
         return training_flops_per_token(
             shape,
             adapter_parameters=sum(map(elements, method.products())),

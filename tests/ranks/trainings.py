@@ -25,12 +25,15 @@ from steerlora.data.batches import ChatBatches
 from steerlora.data.chat import EncodedChat
 from steerlora.distributed import ranks
 from steerlora.engine.progress import SilentProgress
+from steerlora.lm.signal_tokens import NOT_FIRST
+from steerlora.methods.base import Method, SiteSAE, Sources
 from steerlora.methods.module import MethodModule
 from steerlora.methods.monitor import Monitor
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.config import LossWeights, MemoryConfig, RoutedLoRAConfig
 from steerlora.methods.routed_lora.memory import MemoryPolicy
 from steerlora.methods.saving import save_adapter
+from steerlora.methods.spliced_lora.config import SplicedLoRAConfig
 from steerlora.saes.batch_topk import BatchTopK
 from steerlora.saes.end_to_end.training import EndToEndModule
 from steerlora.saes.relu import ReLU
@@ -127,7 +130,7 @@ def adapted(base, **changes: Any) -> Adapter:
 
 
 def module_of(
-    base, adapter: Adapter, trainer: TrainerConfig, monitor: Monitor | None = None
+    base, adapter: Method, trainer: TrainerConfig, monitor: Monitor | None = None
 ) -> MethodModule:
     learner = adapter.config.learner(
         adapter,
@@ -190,6 +193,16 @@ def adapter_training(folder: Path, trainer: TrainerConfig, **weights: float) -> 
     note(folder, facts, adapter.state_dict())
     if ranks.is_main():
         save_adapter(adapter, folder / "adapter", base_fingerprint="x")
+
+
+def spliced_training(folder: Path, trainer: TrainerConfig) -> None:
+    """LoRA of the upper layers and a map, around an SAE."""
+    base = model()
+    config = SplicedLoRAConfig(sites=[1], rank=3, alpha=6.0, map_rank=4)
+    sources = Sources(saes={1: SiteSAE(TopK(32, LATENTS, k=5, seed=1))}, signal_tokens=NOT_FIRST)
+    method = config.build(base, sources, 0)
+    facts = train(module_of(base, method, trainer), chats(), folder, trainer)
+    note(folder, facts, method.state_dict())
 
 
 def memory_training(folder: Path, trainer: TrainerConfig) -> None:
@@ -272,6 +285,7 @@ def runs(strategies: dict[str, dict]) -> dict[str, tuple]:
     for name, options in strategies.items():
         found[f"adapter {name}"] = (adapter_training, options, {})
         found[f"memory {name}"] = (memory_training, options, {})
+        found[f"spliced {name}"] = (spliced_training, options, {})
         if options["strategy"] in ("single", "ddp"):  # whole on every rank, always
             found[f"base {name}"] = (pretraining, options, {})
             found[f"batch_topk {name}"] = (sae_training, options, {"architecture": "batch_topk"})

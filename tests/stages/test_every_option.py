@@ -330,6 +330,14 @@ def test_scale_options_count_with_a_second_model():
             ("method.memory.per_module=true", "method.memory.per_module=false"),
         ),
         (
+            "method=spliced_lora study.interventions=[]",
+            (
+                *("method.rank=5", "method.alpha=3", "method.dropout=0.1", "method.map_rank=2"),
+                *("method.adapted=all", "method.dictionary=random", "method.teacher=shuffled"),
+                *("method.objective=cross_entropy", "method.spliced=false"),
+            ),
+        ),
+        (
             "method=sc_lora intervention=shuffle study.interventions=[]",
             ("intervention.phase=training", "intervention.phase=evaluation"),
         ),
@@ -338,6 +346,12 @@ def test_scale_options_count_with_a_second_model():
 def test_options_that_need_others_count_with_them(needs, options):
     found = [frozenset(fingerprints(*needs.split(), option)) for option in options]
     assert len(set(found)) == len(options)
+
+
+def test_what_is_kept_between_epochs_changes_only_how():
+    spliced = ("method=spliced_lora", "study.interventions=[]")
+    one, other = (fingerprints(*spliced, f"method.cached_tokens={n}") for n in (0, 9))
+    assert one == other
 
 
 def test_retrained_controls_are_steps_of_their_own():

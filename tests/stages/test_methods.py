@@ -66,8 +66,8 @@ def test_every_method_trains_is_scored_and_goes_through_a_sequence(name, smoke, 
     scores = read_record(run([step], store)[step] / evaluate.SCORES, Evaluation)
     assert scores.method == name
     assert len(scores.tasks) == 9
-    sites = smoke.config(f"method={name}").method.sites
-    routed = [] if smoke.config(f"method={name}").method.exports_to_peft else sites
+    method = smoke.config(f"method={name}").method
+    routed = method.sites if getattr(method, "routed", False) else []
     assert list(scores.routing_by_site) == routed
     record, _ = sequence(smoke, store, f"method={name}")
     assert len(record.matrix) == 6

@@ -25,11 +25,11 @@ from steerlora.lm.decoder import decoder_of, layers_path
 from steerlora.lm.targets import size_of
 from steerlora.methods.base import Method, Sources
 from steerlora.methods.interventions import INTERVENTIONS
+from steerlora.methods.lowrank import AdaptedLinear, LowRank
 from steerlora.methods.routed_lora.base_forward import keep_base, read_base
 from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.health import SiteHealth
 from steerlora.methods.routed_lora.interventions import Intervention, SiteFacts
-from steerlora.methods.routed_lora.lowrank import AdaptedLinear, LowRank
 from steerlora.methods.routed_lora.peft import export_peft
 from steerlora.methods.routed_lora.routing import ROUTERS, Routing
 from steerlora.methods.routed_lora.site import CurrentForward, ModuleScale, Site

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from steerlora.methods.lowrank import LowRank
 from steerlora.methods.monitor import squared_change
-from steerlora.methods.routed_lora.lowrank import LowRank
 from steerlora.saes.sparse import SparseFeatures
 
 

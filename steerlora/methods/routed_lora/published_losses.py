@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from steerlora.methods.routed_lora.lowrank import LowRank
+from steerlora.methods.lowrank import LowRank
 
 LEAST_ENTROPY = 0.2
 """Share of log A below which the entropy of a token's gate is penalised."""

@@ -10,8 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from steerlora.methods.lowrank import LowRank
 from steerlora.methods.routed_lora.adapter import Adapter
-from steerlora.methods.routed_lora.lowrank import LowRank
 from steerlora.methods.routed_lora.merging import merge_low_rank
 
 

@@ -21,9 +21,9 @@ from steerlora.lm.decoder import (
     residual_streams,
 )
 from steerlora.lm.targets import find_targets
+from steerlora.methods.lowrank import AdaptedLinear
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.config import RoutedLoRAConfig
-from steerlora.methods.routed_lora.lowrank import AdaptedLinear
 
 WIDTH, LAYERS = 32, 3
 SIZES = {

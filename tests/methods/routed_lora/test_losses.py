@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from steerlora.methods.lowrank import LowRank
 from steerlora.methods.routed_lora import losses
-from steerlora.methods.routed_lora.lowrank import LowRank
 from steerlora.saes.sparse import SparseFeatures
 
 E, R, T, N = 4, 3, 12, 20

@@ -15,10 +15,10 @@ from steerlora.data.batches import collate
 from steerlora.data.chat import EncodedChat
 from steerlora.errors import UserError
 from steerlora.lm.decoder import residual_streams
+from steerlora.methods.lowrank import LowRank
 from steerlora.methods.routed_lora import losses, published_losses
 from steerlora.methods.routed_lora.compared_sites import ComparedSites
 from steerlora.methods.routed_lora.config import LossWeights, RoutedLoRAConfig
-from steerlora.methods.routed_lora.lowrank import LowRank
 
 E, R, T, M = 4, 3, 12, 2
 ACTIVE = torch.tensor([True, False, True, True])

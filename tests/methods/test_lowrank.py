@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from steerlora.methods.routed_lora.lowrank import AdaptedLinear, LowRank
+from steerlora.methods.lowrank import AdaptedLinear, LowRank
 
 E, R, D_IN, D_OUT = 3, 4, 10, 7
 

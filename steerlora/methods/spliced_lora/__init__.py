@@ -1,0 +1,1 @@
+"""LoRA around frozen sparse autoencoders: the model goes on from their reconstructions."""
