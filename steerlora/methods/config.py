@@ -129,6 +129,11 @@ class MethodConfig(Section, key="method"):
     """Keys that change how a trained method is evaluated, and not how it trains."""
 
     @property
+    def learns_sae_text(self) -> bool:
+        """Joint training reads the text that SAEs learn from, in place of the domains' alone."""
+        return False
+
+    @property
     def streams(self) -> list[int]:
         """The residual stream that each site reads: the one that enters this layer (the number of
         layers: the one that leaves the last)."""

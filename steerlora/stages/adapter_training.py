@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, count
 
 from steerlora.config import Config, InterventionConfig
 from steerlora.data.packing import training_batches
@@ -14,12 +14,21 @@ from steerlora.engine.steps import Context, Step, stage
 from steerlora.methods.base import Task
 from steerlora.methods.saving import bundle_sae, export_peft
 from steerlora.stages import method_training
-from steerlora.stages.common import BASE, NOT_IDENTITY, POINTER, domain_names, run_log
+from steerlora.stages.common import (
+    BASE,
+    NOT_IDENTITY,
+    POINTER,
+    domain_names,
+    run_log,
+    sae_rows,
+)
 
 FOLDER = "adapter"
 """Folder of the artifact that holds the trained method."""
 PEFT_FOLDER = "peft"
 """Folder that holds it in PEFT's format as well, where PEFT has one for it."""
+NO_DOMAIN = ""
+"""What text is named that is learnt whatever domain it is of."""
 HISTORY = "training.json"
 """What the method kept of its training, such as the health of its routing."""
 
@@ -76,10 +85,13 @@ def build(context: Context) -> dict:
     rows, cuts = method_training.rows_to_learn(
         source, settings.domains, tokenizer, settings.trainer
     )
-    order = domain_names(source)
+    if settings.method.learns_sae_text:
+        text = sae_rows(source, settings.domains, tokenizer, settings.trainer.max_length)
+        rows = {NO_DOMAIN: text}
+    owners = dict(zip(domain_names(source), count(), strict=False)) | {NO_DOMAIN: -1}
     batches = training_batches(
         list(chain.from_iterable(rows.values())),
-        [order.index(name) for name, own in rows.items() for _ in own],
+        [owners[name] for name, own in rows.items() for _ in own],
         settings.trainer,
         pad_token_id=tokenizer.pad_token_id,
         seed=settings.seed,

@@ -165,6 +165,26 @@ def general_text(domains: Artifact, tokenizer, max_length: int, most: int) -> li
     return encode_chats(tokenizer, evenly_spaced(rows, most), max_length)
 
 
+def other_general_text(
+    domains: Artifact, names: Sequence[str], tokenizer, max_length: int, most: int
+) -> list[EncodedChat]:
+    """Conversations of pretraining text that are not among :func:`sae_rows`, evenly spaced.
+
+    Raises:
+        UserError: those take all of it.
+    """
+    rows = read_rows(domains / "pretrain.jsonl")
+    own = sum(len(read_rows(domains / f"train/{name}.jsonl")) for name in names)
+    taken = set(evenly_spaced(range(len(rows)), own // len(names)))
+    left = [row for index, row in enumerate(rows) if index not in taken]
+    if not left:
+        raise UserError(
+            f"all {len(rows)} rows of general text are what SAEs learn from, so none is left to "
+            "measure on: set domains.pretrain_items to more than domains.train_items"
+        )
+    return encode_chats(tokenizer, evenly_spaced(left, most), max_length)
+
+
 def sae_rows(
     domains: Artifact, names: Sequence[str], tokenizer, max_length: int
 ) -> list[EncodedChat]:

@@ -334,7 +334,7 @@ def test_scale_options_count_with_a_second_model():
             (
                 *("method.rank=5", "method.alpha=3", "method.dropout=0.1", "method.map_rank=2"),
                 *("method.adapted=all", "method.dictionary=random", "method.teacher=shuffled"),
-                *("method.objective=cross_entropy", "method.spliced=false"),
+                *("method.objective=cross_entropy", "method.spliced=false", "method.text=domains"),
             ),
         ),
         (

@@ -22,6 +22,7 @@ ADAPTED = ("after", "all", "none")
 DICTIONARIES = ("sae", "random", "noise")
 OBJECTIVES = ("divergence", "cross_entropy")
 TEACHERS = ("base", "shuffled")
+TEXTS = ("saes", "domains")
 Rank = Annotated[int, Interval(ge=1, le=2**14)]
 
 
@@ -54,6 +55,9 @@ class SplicedLoRAConfig(MethodConfig):
     teacher: Annotated[str, OneOf(TEACHERS)] = "base"
     """Whose predictions "divergence" is from: "base", the base's on this text; or as a control
     "shuffled", the base's on another row of the batch."""
+    text: Annotated[str, OneOf(TEXTS)] = "saes"
+    """What joint training reads: "saes", what SAEs learn from, the domains' rows and as much
+    general text as of one domain; or "domains", their rows alone."""
     cached_tokens: Annotated[int, Interval(ge=0, le=10**12)] = 0
     """Training tokens, from 0, whose stream above the first SAE and whose final hidden state of the
     base are kept from their first epoch on, 2 D numbers each; the layers below then run once for
@@ -92,6 +96,10 @@ class SplicedLoRAConfig(MethodConfig):
                 f"method.teacher={self.teacher}: method.objective=cross_entropy has none; set it "
                 "to base"
             )
+
+    @property
+    def learns_sae_text(self) -> bool:
+        return self.text == "saes"
 
     def check(self, config: Config) -> None:
         super().check(config)
