@@ -129,9 +129,9 @@ def varied(config: Config) -> list[str]:
 
 def _order(name: str) -> list[str]:
     """Overrides for an order: ``random_3`` is the random order of seed 3, ``permutation_17`` the
-    seventeenth of all."""
+    seventeenth of all, ``listed_2`` the one that the domains' folder lists as 2."""
     kind, _, number = name.rpartition("_")
-    key = {"random": "seed", "permutation": "index"}.get(kind)
+    key = {"random": "seed", "permutation": "index", "listed": "listed"}.get(kind)
     return [f"order={kind}", f"order.{key}={number}"] if key else [f"order={name}"]
 
 

@@ -87,7 +87,7 @@ class Config:
                     f"stream entering layer {last} too: {model.name} has {model.layers} layers"
                 )
         method.check(self)
-        if self.domains.kind == "text" and not self.domains.dir:
+        if self.domains.kind in ("text", "classification") and not self.domains.dir:
             raise UserError("domains.dir is not set: domains.dir=<folder of <domain>_train.jsonl>")
         given = self.order.sequence
         if self.order.kind == "given" and (

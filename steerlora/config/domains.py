@@ -14,6 +14,8 @@ from steerlora.config.ranges import Count, Distinct, Location, Name, NotEmpty, O
 from steerlora.errors import UserError, nearest
 from steerlora.text import is_plain_name
 
+KINDS = ("micro", "text", "classification", "hub")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -63,13 +65,23 @@ class DomainsConfig(Section, key="domains"):
     name: Name = "micro"
     """The name of this set of domains in tables and labels."""
 
-    kind: Annotated[str, OneOf(("micro", "text", "hub"))] = "micro"
-    """Where the text comes from: "micro" (generated here), "text" (jsonl files in ``dir``) or
-    "hub" (the datasets in ``sources``)."""
+    kind: Annotated[str, OneOf(KINDS)] = "micro"
+    """Where the text comes from: "micro" (generated here), "text" (jsonl files in ``dir``),
+    "classification" (such files, of tasks whose answer is a label) or "hub" (the datasets in
+    ``sources``)."""
 
     dir: Location | None = None
     """Folder of a ``<domain>_train.jsonl`` for each domain, with the columns prompt and response,
-    or messages. Required by kind "text"."""
+    or messages. Required by kinds "text" and "classification"; the latter has prompt, response and
+    choices, the labels."""
+
+    general: Location | None = None
+    """For kind "classification", a jsonl file of general text, with the columns of ``dir``. Null:
+    there is none, so that no base can be pretrained on it and no method can know it."""
+
+    development: bool = False
+    """Whether kind "classification" scores rows held out of the training files in place of those of
+    the test files: for choosing settings."""
 
     # Mappings until they are checked below: the command line cannot add to a typed dictionary.
     sources: dict[str, Any] = field(default_factory=dict)
@@ -80,9 +92,9 @@ class DomainsConfig(Section, key="domains"):
     )
     """The domains, in order, each once. At least one. Kind "micro" has the five of the default."""
 
-    broad: Name = "instruction"
+    broad: Name | None = "instruction"
     """The broad domain, one of ``names``, which the orders put first or last. For kind "hub", half
-    of its rows are set aside as general text."""
+    of its rows are set aside as general text. Null, for other kinds: none is broad."""
 
     train_items: Count = 2000
     """Rows of each domain for adapter training. At least 1. Kinds "text" and "hub" may have
@@ -96,15 +108,18 @@ class DomainsConfig(Section, key="domains"):
     """Items of each evaluation set. At least 1. Kinds "text" and "hub" may have fewer."""
 
     prompt_characters: Count | None = None
-    """Characters of a prompt at most, for kind "text": a longer prompt loses its middle, and is
-    counted. At least 1; null keeps prompts whole."""
+    """Characters of a prompt at most, for kinds "text" and "classification": a longer prompt loses
+    its middle, and is counted. At least 1; null keeps prompts whole."""
 
     seed: Seed = 0
     """Seed of the generated world, or of the split of the text. At least 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("domains.broad", self.broad, self.names)
+        if self.broad is not None:
+            one_of("domains.broad", self.broad, self.names)
+        elif self.kind == "hub":
+            raise UserError("domains.broad=null: kind hub takes its general text from one of names")
         for name in self.names:
             if not is_plain_name(name):
                 raise UserError(
@@ -116,6 +131,11 @@ class DomainsConfig(Section, key="domains"):
         if self.kind == "hub":
             for name in {**dict.fromkeys(self.names), **sources}:
                 self._check_source(name)
+
+    @property
+    def has_general_text(self) -> bool:
+        """Whether there is text of no domain."""
+        return self.kind != "classification" or self.general is not None
 
     def _check_source(self, name: str) -> None:
         key, source = f"domains.sources.{name}", self.sources.get(name)

@@ -8,9 +8,9 @@ from typing import Annotated
 from annotated_types import Interval
 
 from steerlora.config.checks import Section
-from steerlora.config.ranges import Count, Distinct, Name, OneOf, Seed
+from steerlora.config.ranges import Count, Distinct, Name, NotEmpty, OneOf, Seed
 
-KINDS = ("broad_first", "broad_last", "random", "permutation", "given")
+KINDS = ("broad_first", "broad_last", "random", "permutation", "given", "listed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,8 @@ class OrderConfig(Section, key="order"):
     kind: Annotated[str, OneOf(KINDS)] = "broad_first"
     """How the order is found: "broad_first" and "broad_last" put ``domains.broad`` first or last
     and keep the others as listed, "random" shuffles by ``seed``, "permutation" takes number
-    ``index`` of all orders, "given" takes ``sequence``."""
+    ``index`` of all orders, "given" takes ``sequence``, "listed" takes the one that
+    ``domains.dir`` lists under the name ``listed`` in its ``orders.json``."""
 
     sequence: Annotated[list[Name], Distinct()] = field(default_factory=list)
     """The domains in order, of ``domains.names``, each at most once and at least one. One that is
@@ -35,6 +36,9 @@ class OrderConfig(Section, key="order"):
     index: Annotated[int, Interval(ge=0)] = 0
     """Number of the order for kind "permutation", among all orders of ``domains.names`` in
     lexicographic order of position. From 0 to the factorial of the number of domains, less 1."""
+
+    listed: NotEmpty = "1"
+    """Name of the order for kind "listed"."""
 
     steps_per_domain: Count = 100
     """Optimizer steps of training on each domain. At least 1."""

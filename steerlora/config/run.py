@@ -156,8 +156,8 @@ class StudyConfig(Section, key="study"):
     """Method of the causal ablation. It must have a control signal."""
 
     orders: Options = field(default_factory=list)
-    """Orders of the sequences: options of ``order``, ``random_<seed>`` or
-    ``permutation_<index>``."""
+    """Orders of the sequences: options of ``order``, ``random_<seed>``, ``permutation_<index>`` or
+    ``listed_<name>``."""
 
     sequential_methods: Options = field(default_factory=list)
     """Methods that are trained on each of the sequences."""

@@ -106,6 +106,14 @@ def final_average(scores: np.ndarray) -> float:
     return _mean(scores[-1])
 
 
+def just_trained(scores: np.ndarray) -> float:
+    """``LA = 1/T sum_i R[i, i]``: learning accuracy, each domain scored as its own stage ends.
+
+    Source: Riemer et al. 2019, Learning to Learn without Forgetting (arXiv 1810.11910), section 5.
+    """
+    return _mean(np.diagonal(scores[1:]))
+
+
 def positive_forgetting_stderr(scores: np.ndarray, stderr: np.ndarray) -> float:
     """Standard error of `positive_forgetting` that comes from the evaluation items alone.
 

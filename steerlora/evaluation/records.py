@@ -170,8 +170,9 @@ class DomainSequence(OfOneRun):
     """Name of the order."""
     sequence: tuple[str, ...]
     """The T domains in the order of learning."""
-    broad: str
-    """The broad domain among them, of which the paper says that it should come first."""
+    broad: str | None
+    """The broad domain among them, of which the paper says that it should come first; None: none
+    is."""
     domains: tuple[str, ...]
     """The D domains that the columns of the matrix stand for."""
     matrix: list[list[float]]
@@ -190,6 +191,9 @@ class DomainSequence(OfOneRun):
     """What the memory policy did, in order."""
     replay: float = 0.0
     """Share of rows of earlier domains in training."""
+    written: list[list[float]] = field(default_factory=list)
+    """[T + 1, D] scores of the same questions with the answers written out, as ``matrix``; empty
+    where the domains have no such tasks."""
 
 
 Record = TypeVar("Record", Evaluation, Ablation, DomainSequence)

@@ -21,7 +21,8 @@ from steerlora.evaluation.punkt import ensure_punkt
 from steerlora.evaluation.scores import Score
 from steerlora.evaluation.statistics import standard_error
 from steerlora.evaluation.suite import Domains, Suite
-from steerlora.evaluation.tasks.text.local import local_task_yamls
+from steerlora.evaluation.tasks.classification import local as classification
+from steerlora.evaluation.tasks.text import local as text
 
 SPLITS_SENTENCES = ("ifeval", "text_ifeval")
 """Tasks that need NLTK's sentence splitter."""
@@ -51,11 +52,12 @@ class Scorer:
         self._scratch = tempfile.TemporaryDirectory(prefix="steerlora-tasks-")
         self._warned: set[str] = set()
         self.stand_ins: list[str] = []
-        extra = []
+        folder = Path(self._scratch.name)
         if self.domains.kind == "text":
-            extra = [Path(self._scratch.name)]
-            local_task_yamls(source.path, extra[0], limit=config.generation_items)
-        self.harness = Harness(self.suite, extra)
+            text.local_task_yamls(source.path, folder, limit=config.generation_items)
+        elif self.domains.kind == "classification":
+            classification.local_task_yamls(self.domains, folder)
+        self.harness = Harness(self.suite, [folder])
 
     def tasks(self, names: Sequence[str]) -> dict[str, Score]:
         """{task: score}."""
@@ -79,6 +81,11 @@ class Scorer:
         own = {name: self.domains.target_tasks[name] for name in names or self.domains.names}
         scores = self.tasks(list(own.values()))
         return {name: scores[task] for name, task in own.items()}
+
+    def written(self) -> dict[str, Score]:
+        """{domain: score} of the answers that are written out; none where no such tasks are."""
+        scores = self.tasks(list(self.domains.written_tasks.values()))
+        return {name: scores[task] for name, task in self.domains.written_tasks.items()}
 
     def _likelihood(self, domain: str) -> Score:
         """The mean over held-out rows of exp(-nats a response token)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from steerlora.text import is_plain_name
 
 TARGET = "target"
 """The average of the domains' own tasks."""
-KINDS = ("micro", "text")
+KINDS = ("micro", "text", "classification")
 """Kinds of domains that artifacts hold: each has a folder of task files here."""
 OWN = tuple(f"{kind}_" for kind in KINDS)
 """How the names of the tasks begin that domains bring; any other is lm-eval's own."""
@@ -38,6 +38,9 @@ class Domains:
     """{task: the metric key that is THE score}."""
     extra_tasks: tuple[str, ...] = ()
     """Tasks reported besides."""
+    written_tasks: dict[str, str] = field(default_factory=dict)
+    """{domain: the extra task that asks the same, and has the answer written out}; sequences score
+    it too. Empty where targets are no classification."""
 
     @classmethod
     def read(cls, directory: Path) -> Domains:
@@ -62,11 +65,14 @@ def _well_formed(said: Any) -> bool:
         return False
     names, targets, groups = said["names"], said["target_tasks"], said["groups"]
     extra, metrics = said.get("extra_tasks", []), said["metrics"]
+    written = said.get("written_tasks", {})
     if not (
         isinstance(said["version"], int)
         and isinstance(targets, dict)
         and isinstance(groups, dict)
+        and isinstance(written, dict)
         and _are_names(names)
+        and _are_names([*targets.values()])
         and _are_names(extra)
         and all(map(_are_names, groups.values()))
         and isinstance(metrics, dict)
@@ -77,6 +83,8 @@ def _well_formed(said: Any) -> bool:
     return (
         0 < len(names) == len(set(names))
         and set(targets) == set(names)
+        and (not written or set(written) == set(names))
+        and all(task in extra for task in written.values())
         and all(str(task).startswith(f"{said['kind']}_") for task in tasks)
     )
 

@@ -270,6 +270,15 @@ class Method(nn.Module):
         """What measures the method on the forwards that follow; None: nothing does."""
         return None
 
+    def nearness(self, rows: Sequence[EncodedChat], pad_token_id: int) -> dict[int, Tensor]:
+        """How near each text's prompt is to each domain, where ``config.tells_domains``.
+
+        Returns:
+            {site: [rows, specialists + 1]}, the larger the nearer, the last of general text; minus
+            infinity where a domain is not known. Its unit is the router's.
+        """
+        raise NotImplementedError
+
     def facts(self) -> dict[str, Any]:
         """What is saved beside the weights, as plain JSON."""
         return {}
@@ -366,6 +375,10 @@ class Learner:
 
     def begin(self, task: Task) -> None:
         """Just before a task's first step, on every rank; what it leaves is in every checkpoint."""
+
+    def notes(self, task: Task) -> list[str]:
+        """What a user should know of a task that has begun, a sentence each."""
+        return []
 
     def end(self, task: Task) -> None:
         """Just after a task's last step, on every rank."""

@@ -115,6 +115,8 @@ class MethodConfig(Section, key="method"):
     """It needs the features of every site sorted by use (stage ``features``)."""
     compares_with_base: ClassVar[bool] = False
     """A loss of it compares features at ``monitor`` with the base's."""
+    tells_domains: ClassVar[bool] = False
+    """It tells which domain a text is of, by ``Method.nearness``."""
     has_control_signal: ClassVar[bool] = False
     """Interventions can change the signal that routes it."""
     splices: ClassVar[bool] = False

@@ -56,7 +56,8 @@ def forgetting_table(
     for model in dict.fromkeys(record.model for record in sequentials):
         records = select(sequentials, model=model)
         orders = in_order((r.order for r in records), ("broad_first", "broad_last"))
-        parts = [("class", name, keep) for name, keep in classes.items()]
+        has_broad = any(record.broad for record in records)
+        parts = [("class", n, keep) for n, keep in classes.items() if has_broad or n == "all"]
         parts += [("order", o, lambda r, o=o: r.order == o) for o in orders]
         for kind, name, keep in parts:
             chosen = [record for record in records if keep(record)]

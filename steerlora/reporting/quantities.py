@@ -128,7 +128,7 @@ def _of_sequences(sequentials: list[DomainSequence], methods: Methods) -> Found:
     classes = {
         "all": sequentials,
         "broad_first": [record for record in sequentials if broad_first(record)],
-        "other": [record for record in sequentials if not broad_first(record)],
+        "other": [r for r in sequentials if r.broad is not None and not broad_first(r)],
     }
     for model in dict.fromkeys(record.model for record in sequentials):
         for part, records in classes.items():

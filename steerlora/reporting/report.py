@@ -17,6 +17,7 @@ from steerlora.config.run import PARTS
 from steerlora.engine.manifests import library_versions
 from steerlora.evaluation.records import Ablation, DomainSequence, Evaluation, Record
 from steerlora.reporting import figures, health, routing_figures, sequence_figures
+from steerlora.reporting.benchmark import benchmark_table
 from steerlora.reporting.claim_measures import measure_claims
 from steerlora.reporting.claims import (
     Claim,
@@ -125,6 +126,7 @@ def write_report(
         "forgetting": forgetting_table(sequentials, methods, meaningful=meaningful),
         "order_effects": order_effects_table(sequentials, methods),
         "method": method_table(sequentials, main_model, methods, meaningful=meaningful),
+        "continual": benchmark_table(sequentials, methods, meaningful=meaningful),
     }
     tables = [table for table in built.values() if table is not None]
     claims = measure_claims(

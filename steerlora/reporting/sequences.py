@@ -208,6 +208,8 @@ def twins(records: Sequence[DomainSequence]) -> Twins | None:
     pairs = []
     for (sequence, seed), record in by_run.items():
         broad = record.broad
+        if broad is None:
+            continue
         front = (broad, *(domain for domain in sequence if domain != broad))
         if sequence != front and (front, seed) in by_run:
             pairs.append((record, by_run[front, seed]))

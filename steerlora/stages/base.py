@@ -81,6 +81,11 @@ def step(config: Config) -> Step:
         identity = identity_of_model(model.path, config.artifacts.root)
         settings = BaseSettings(model=model, identity=identity)
         return Step("base", settings, {}, f"base {model.name}", cost=5)
+    if not config.domains.has_general_text:
+        raise UserError(
+            f"model={model.name} is pretrained here, on general text, and domains="
+            f"{config.domains.name} bring none: give domains.general=<jsonl file>, or another model"
+        )
     settings = BaseSettings(
         model=model,
         kind=config.domains.kind,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from steerlora.config import Config, DomainsConfig
 from steerlora.data.domains import micro
+from steerlora.data.domains.classification import writer as classification
 from steerlora.data.domains.hub import writer as hub
 from steerlora.data.domains.micro import WORLD_VERSION
 from steerlora.data.domains.micro.words import DOMAINS
@@ -30,7 +31,8 @@ def step(config: Config) -> Step:
     domains = config.domains
     versions = {
         "micro": lambda: str(WORLD_VERSION),
-        "text": lambda: _digest(Path(domains.dir), domains.names),
+        "text": lambda: _digest(Path(domains.dir), text.files_of(Path(domains.dir), domains.names)),
+        "classification": lambda: _of_classification(domains),
         "hub": lambda: hub.identity(domains),
     }
     version = versions[domains.kind]()
@@ -38,12 +40,22 @@ def step(config: Config) -> Step:
     return Step("domains", settings, {}, f"domains {domains.name}", cost=3)
 
 
-def _digest(folder: Path, names: Sequence[str]) -> str:
-    """SHA-256 over those files of a folder that are read for the domains."""
+def _of_classification(domains: DomainsConfig) -> str:
+    """What the rows depend on that the settings do not say."""
+    folder, general = Path(domains.dir), Path(domains.general) if domains.general else None
+    files = classification.files_of(folder, domains.names)
+    if general and not general.is_file():
+        raise UserError(f"domains.general={general}: there is no such file")
+    version = _digest(folder, [*files, *([general] if general else [])])
+    return f"{version}-development" if domains.development else version
+
+
+def _digest(folder: Path, files: Sequence[Path]) -> str:
+    """SHA-256 over the names and bytes of files that are read for the domains."""
     if not folder.is_dir():
         raise UserError(f"domains.dir={folder}: there is no such folder")
     digest = hashlib.sha256()
-    for path in text.files_of(folder, names):
+    for path in files:
         digest.update(path.name.encode())
         digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()[:20]
@@ -54,7 +66,9 @@ def _digest(folder: Path, names: Sequence[str]) -> str:
     "domains",
     2,
     step=step,
-    skip=frozenset({"domains.dir", "domains.sources", "domains.name", "domains.broad"}),
+    skip=frozenset(
+        f"domains.{key}" for key in ("dir", "sources", "general", "development", "name", "broad")
+    ),
 )
 def build(context: Context) -> dict:
     domains: DomainsConfig = context.config.domains
@@ -71,14 +85,19 @@ def build(context: Context) -> dict:
     elif domains.kind == "hub":
         hub.write(context.directory, domains, context.progress, context.label)
     else:
-        text.write(
-            context.directory,
-            source=Path(domains.dir),
-            seed=domains.seed,
-            names=tuple(domains.names),
-            pretrain_items=domains.pretrain_items,
-            train_items=domains.train_items,
-            evaluation_items=domains.evaluation_items,
-            prompt_characters=domains.prompt_characters,
-        )
+        options = {
+            "source": Path(domains.dir),
+            "seed": domains.seed,
+            "names": tuple(domains.names),
+            "pretrain_items": domains.pretrain_items,
+            "train_items": domains.train_items,
+            "evaluation_items": domains.evaluation_items,
+            "prompt_characters": domains.prompt_characters,
+        }
+        if domains.kind == "text":
+            text.write(context.directory, **options)
+        else:
+            general = Path(domains.general) if domains.general else None
+            options |= {"general": general, "development": domains.development}
+            classification.write(context.directory, **options)
     return {"kind": domains.kind, "domains": list(domains.names)}

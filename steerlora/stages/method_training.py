@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +44,8 @@ from steerlora.stages.common import (
     train,
     training_rows,
 )
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,7 +304,13 @@ def train_task(
 
     Args, returns: as for :func:`steerlora.stages.common.train`.
     """
-    hooks = around(lambda: learner.begin(task), lambda: learner.end(task))
+
+    def begin() -> None:
+        learner.begin(task)
+        for note in learner.notes(task) if ranks.is_main() else ():
+            _log.warning("%s", note)
+
+    hooks = around(begin, lambda: learner.end(task))
     module = MethodModule(learner, trainer=context.config.trainer, total_steps=steps)
     callbacks = [*learner.callbacks(task), hooks]
     with learner.training(task):

@@ -193,6 +193,11 @@ class SequenceScorer:
                 found |= self.scorer.targets([name])
         return found
 
+    def written(self) -> dict[str, Score]:
+        """The domains' scores with the answers written out, if their tasks are; under no
+        intervention."""
+        return self.scorer.written() if self.settings.intervention.name == "none" else {}
+
     def drift(self) -> float | None:
         """Squared change of general features over their squares, at the monitor site, if there is
         one."""

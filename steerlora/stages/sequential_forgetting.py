@@ -35,8 +35,8 @@ class SequenceSettings(method_training.TrainingSettings):
     evaluation: EvaluationConfig
     sequence: tuple[str, ...]
     """The domains as they come."""
-    broad: str
-    """The broad one among them."""
+    broad: str | None
+    """The broad one among them, if there is one."""
     steps_per_domain: int
     order: str
     model: str
@@ -96,7 +96,8 @@ def build(context: Context) -> dict:
             if state.trained == state.scored:
                 trainer.train(state.trained)
             with trainer.scorer() as scorer:
-                state.rows.append(_row(scorer.targets(), names) if scorer else {})
+                row = _row(scorer.targets(), names, scorer.written()) if scorer else {}
+                state.rows.append(row)
                 drift = scorer.drift() if scorer else None
                 if drift is not None:
                     state.drift.append(drift)
@@ -143,6 +144,7 @@ def _record(
         drift=tuple(state.drift),
         events=tuple(MemoryEvent(**event) for event in events),
         replay=settings.method.replay.ratio,
+        written=[row["written"] for row in state.rows if row.get("written")],
     )
 
 
@@ -152,18 +154,28 @@ def _base_scores(context: Context) -> Evaluation:
 
 def _base_row(context: Context, names: list[str]) -> dict:
     """The base's scores, which are row 0."""
-    targets = Domains.read(context.inputs["domains"].path).target_tasks
-    tasks = _base_scores(context).tasks
-    return _row({name: tasks[targets[name]] for name in names}, names)
+    domains, tasks = Domains.read(context.inputs["domains"].path), _base_scores(context).tasks
+    targets, written = (
+        {name: tasks[task] for name, task in of.items()}
+        for of in (domains.target_tasks, domains.written_tasks)
+    )
+    return _row(targets, names, written)
 
 
-def _row(scores: dict[str, Score], names: list[str]) -> dict:
-    """One row of the score matrix: a value and a standard error a domain."""
-    return {
+def _row(scores: dict[str, Score], names: list[str], written: dict[str, Score]) -> dict:
+    """One row of the score matrix: a value and a standard error a domain.
+
+    Args:
+        scores: {domain: of its target}.
+        names: the domains, in order.
+        written: {domain: of the answers that are written out}; empty where none are.
+    """
+    row = {
         "values": [scores[name].value for name in names],
         "stderr": [scores[name].stderr for name in names],
         "items": min(scores[name].items for name in names),
     }
+    return row | ({"written": [written[name].value for name in names]} if written else {})
 
 
 def _targets(row: dict, names: list[str]) -> dict[str, float]:

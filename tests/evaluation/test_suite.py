@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from steerlora.config import DomainsConfig
+from steerlora.data.domains.classification import writer as classification
 from steerlora.data.domains.micro.writer import _description
 from steerlora.data.domains.text.tasks import describe
 from steerlora.errors import UserError
@@ -20,7 +21,14 @@ def write(directory: Path, said: object) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("said", [_description(), describe(("law", "legal b"), ["text_law"])])
+@pytest.mark.parametrize(
+    "said",
+    [
+        _description(),
+        describe(("law", "legal b"), ["text_law"]),
+        classification.describe(("sst-2", "yahoo")),
+    ],
+)
 def test_what_is_written_is_read(said, tmp_path):
     domains = Domains.read(write(tmp_path, json.loads(json.dumps(said))))
     assert list(domains.names) == said["names"]
@@ -76,6 +84,10 @@ LAW = {"law": "text_law_likelihood"}
         {"groups": ["text_gsm8k"]},
         {"extra_tasks": ["../text_law"]},
         {"extra_tasks": None},
+        {"target_tasks": {"law": "text_/../law"}},
+        {"extra_tasks": ["text_a"], "written_tasks": {"law": "text_b"}},
+        {"extra_tasks": ["text_a"], "written_tasks": {"math": "text_a"}},
+        {"written_tasks": ["text_a"]},
         {"metrics": {"text_law": 1}},
         {"metrics": {"hellaswag": "acc,none"}},
         {"version": "1"},

@@ -38,6 +38,8 @@ CHANGES = {
     "model.seed": 9,
     "domains.kind": "text",
     "domains.dir": None,
+    "domains.general": None,  # of kind "classification" only: test_classification.py
+    "domains.development": None,
     "domains.sources": None,  # of kind "hub" only: covered in tests/data/domains/test_hub.py
     "domains.names": "[law,math,code,medicine,instruction]",
     "domains.broad": "law",
@@ -147,6 +149,7 @@ CHANGES = {
     "order.sequence": None,
     "order.seed": None,
     "order.index": None,
+    "order.listed": None,
     "order.steps_per_domain": 9,
     "trainer.max_steps": 9,
     "trainer.batch_size": 9,
@@ -324,6 +327,14 @@ def test_scale_options_count_with_a_second_model():
             tuple(f"method.isolation={kind}" for kind in ("free", "frozen", "own")),
         ),
         ("method=sc_lora", ("method.memory.enabled=true", "method.memory.enabled=false")),
+        (
+            "method=any_ssr study.interventions=[]",
+            ("method.expansion=64", "method.expansion=65", "method.ridge=1", "method.ridge=2"),
+        ),
+        (
+            "method=inf_lora study.interventions=[]",
+            ("method.kept_first=0.9", "method.kept_first=0.8", "method.kept_last=0.99"),
+        ),
         ("method=sc_lora method.source=base", ("method.reads=input", "method.reads=output")),
         (
             "method=sc_lora method.per_module=true",

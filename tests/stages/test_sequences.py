@@ -66,7 +66,7 @@ def adapters(artifact: Artifact) -> list[Path]:
     return sorted((artifact / FOLDER).iterdir())
 
 
-@pytest.mark.parametrize("method", ["lora", "sc_lora", "sc_lora_context"])
+@pytest.mark.parametrize("method", ["lora", "sc_lora", "sc_lora_context", "inf_lora"])
 def test_the_adapter_after_every_domain_loads_and_scores_as_it_did(method, smoke, make_store):
     step = given(smoke, FIRST, f"method={method}", "method.replay.ratio=0")
     report = run([step], make_store("a"))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from steerlora.data.batches import ChatBatch
+from steerlora.data.chat import EncodedChat
 from steerlora.lm.decoder import decoder_of, layers_path
 from steerlora.lm.targets import size_of
 from steerlora.methods.base import Method, Sources
@@ -68,6 +69,8 @@ class Adapter(Method):
     Attributes:
         layers_path: the dotted name of the decoder layers in the base model, "model.layers".
         taxonomies: {site: its features sorted by use}, where the configuration asks for them.
+        assigned: [B], the specialist of every row of the batch in training, in place of the
+            router's choice wherever a gradient is recorded; None: the router's.
     """
 
     forward_type = CurrentForward
@@ -110,6 +113,7 @@ class Adapter(Method):
             facts = SiteFacts(sae, float(config.rank), {}) if sae is not None else None
             self.sites[site] = Site(self, site, facts)
         self.taxonomies: dict[int, Taxonomy] = {}
+        self.assigned: Tensor | None = None
 
     @classmethod
     def of(cls, model: nn.Module, config: RoutedLoRAConfig, sources: Sources, seed: int) -> Adapter:
@@ -147,12 +151,21 @@ class Adapter(Method):
 
     def observe(self, model: nn.Module, given: dict[str, Any]) -> None:
         super().observe(model, given)
-        read_base(self, model, given)
+        if self.assignment() is None:
+            read_base(self, model, given)
 
     def keep(self, cache: Cache | None) -> None:
         for site in self.sites.values():
             site.keep(cache)
         keep_base(self.forward_state, cache)
+
+    def assignment(self) -> Tensor | None:
+        """``assigned``, in a forward of training."""
+        return self.assigned if torch.is_grad_enabled() else None
+
+    def adapted(self) -> dict[str, AdaptedLinear]:
+        """{name in ``layers``: the layer that stands in the model}, of the attached adapter."""
+        return {name: target.linear for name, target in self._attached[-1].replaced.items()}
 
     def modules_of(self, site: int) -> list[str]:
         """Names in ``layers`` of the modules that a site controls, lowest layer first."""
@@ -282,6 +295,12 @@ class Adapter(Method):
     def health(self, domains: Sequence[str], seed: int) -> SiteHealth | None:
         """What measures the routing of the forwards that follow, site by site."""
         return SiteHealth(self, domains, seed) if self.sites else None
+
+    def nearness(self, rows: Sequence[EncodedChat], pad_token_id: int) -> dict[int, Tensor]:
+        from steerlora.methods.routed_lora.signals import prompt_signals
+
+        signals = prompt_signals(self.model, self, rows, pad_token_id)
+        return {site: self.routers[str(site)].nearness(own) for site, own in signals.items()}
 
     def facts(self) -> dict:
         """What interventions know of each site, beside the weights."""

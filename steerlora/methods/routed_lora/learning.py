@@ -5,7 +5,8 @@ T tokens that carry a signal, E specialists, R rank components.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from steerlora.data.batches import ChatBatch, collate, evenly_spaced
+from steerlora.data.batches import ChatBatch, collate
 from steerlora.data.chat import EncodedChat
 from steerlora.distributed.reductions import mean_over_ranks, world
 from steerlora.lm.decoder import decoder_of
@@ -21,11 +22,15 @@ from steerlora.methods.base import Learner, Task
 from steerlora.methods.interventions import INTERVENTIONS
 from steerlora.methods.routed_lora import losses, published_losses, published_metrics
 from steerlora.methods.routed_lora.adapter import Adapter
+from steerlora.methods.routed_lora.arrivals import (
+    PROTOTYPE_ROWS,
+    fit_routers,
+    notes_of_prototypes,
+)
 from steerlora.methods.routed_lora.compared_sites import ComparedSites
 from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.isolation import train_only
 from steerlora.methods.routed_lora.memory import MemoryPolicy
-from steerlora.methods.routed_lora.signals import prompt_signals
 from steerlora.methods.routed_lora.site import Site
 from steerlora.methods.routed_lora.train_under import TrainUnder
 from steerlora.methods.routed_lora.watch import RoutingWatch
@@ -35,8 +40,6 @@ FACT_ROWS = 64
 """Training rows a domain over which mean rank and the domains' specialists are recorded."""
 PROBE_ROWS = 16
 """Training rows a domain on which the health of routing is followed."""
-PROTOTYPE_ROWS = 512
-"""Training rows a domain, and rows of general text, whose signals make a prototype."""
 
 
 @dataclass(kw_only=True)
@@ -50,6 +53,8 @@ class RoutedLoRALearner(Learner):
     """The memory policies of the task in training, one or one a module; none where they are off."""
     watch: RoutingWatch | None = None
     """Over the routing of the task in training."""
+    arrived: dict[str, int] = field(default_factory=dict)
+    """{domain that routers have been fitted to: its specialist}, as they came."""
     _task: Task | None = None
     _sites: ComparedSites | None = None
     _metrics: dict[str, float] = field(default_factory=dict)
@@ -78,10 +83,17 @@ class RoutedLoRALearner(Learner):
         is that of all ranks' parts (of the parts that one rank takes in turn, each has its own).
         """
         weights = self.config.losses
+        if self.config.assigns:
+            self.method.assigned = self._specialists_of(batch)
         watched = self.monitor if self.config.compares_with_base else self._sites
         with watched.recording() if watched else nullcontext():
             task = next_token_loss(self.model, batch)
         return {"task": (weights.task, task), **self.auxiliary(batch)}
+
+    def _specialists_of(self, batch: ChatBatch) -> Tensor:
+        """The specialist of every row's domain, [B]."""
+        position = self._task.position if self._task else None
+        return batch.domains if position is None else torch.full_like(batch.domains, position)
 
     def auxiliary(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
         """{name: (weight, value)} of the losses besides the task's, after its forward."""
@@ -226,6 +238,18 @@ class RoutedLoRALearner(Learner):
 
     def training(self, task: Task) -> AbstractContextManager[None]:
         self._task = task
+        return self._in_training(task)
+
+    @contextmanager
+    def _in_training(self, task: Task) -> Iterator[None]:
+        try:
+            with self._held(task):
+                yield
+        finally:
+            self.method.assigned = None
+
+    def _held(self, task: Task) -> AbstractContextManager[None]:
+        """While open, what a task does not train stays as it is."""
         everyone = set(range(self.config.specialists))
         if task.position is not None and self.config.isolation == "own":
             return train_only(self.method, [task.position])
@@ -239,15 +263,16 @@ class RoutedLoRALearner(Learner):
             return
         if not task.position and self.config.null_specialist:
             self._fit(None, self.general_text(PROTOTYPE_ROWS))
-        for specialist, rows in enumerate(task.rows.values(), task.position or 0):
+        for specialist, (name, rows) in enumerate(task.rows.items(), task.position or 0):
             self._fit(specialist, rows)
+            self.arrived[name] = specialist
+
+    def notes(self, task: Task) -> list[str]:
+        new = [name for name in task.rows if name in self.arrived]
+        return notes_of_prototypes(self.method, self.arrived, new) if new else []
 
     def _fit(self, specialist: int | None, rows: list[EncodedChat]) -> None:
-        """Give routers the signals of a domain's training rows; None: of general text."""
-        spread = evenly_spaced(rows, PROTOTYPE_ROWS)
-        signals = prompt_signals(self.model, self.method, spread, self.pad_token_id)
-        for site, found in signals.items():
-            self.method.routers[str(site)].fit(specialist, found)
+        fit_routers(self.model, self.method, specialist, rows, self.pad_token_id)
 
     def end(self, task: Task) -> None:
         """Joint training: record what interventions need. In a sequence: freeze a specialist."""
@@ -310,10 +335,12 @@ class RoutedLoRALearner(Learner):
     # From one task to the next
 
     def state(self) -> dict[str, Any]:
-        return {"frozen": list(self.frozen), "memory": self._states_of_memories()}
+        state = {"frozen": list(self.frozen), "memory": self._states_of_memories()}
+        return state | ({"arrived": dict(self.arrived)} if self.arrived else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.frozen, self._memory_states = list(state["frozen"]), list(state["memory"])
+        self.arrived = dict(state.get("arrived", {}))
 
     def _states_of_memories(self) -> list[dict[str, Any]]:
         """Of the policies that have just trained; before the first task, of none."""

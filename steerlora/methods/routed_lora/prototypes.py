@@ -6,7 +6,8 @@ P prototypes, E specialists, R rank components, V directions of the covariance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -183,8 +184,11 @@ class PrototypeRouter(nn.Module):
             self.register_buffer("total_variance", torch.zeros(()))
 
     @torch.no_grad()
-    def fit(self, specialist: int | None, signals: Tensor) -> None:
-        """Take a domain's signals [n, W], one a text; ``specialist`` None: general text.
+    def fit(
+        self, specialist: int | None, signals: Tensor, answers: Sequence[Hashable] | None = None
+    ) -> None:
+        """Take a domain's signals [n, W], one a text; ``specialist`` None: general text. What the
+        texts are answered by has no say.
 
         Raises:
             ValueError: not a matrix of this width, or no signal.
@@ -231,6 +235,20 @@ class PrototypeRouter(nn.Module):
     def leaves_out(self) -> bool:
         """Whole specialists can be expected to have no token of a batch."""
         return self.config.hard_gate
+
+    @torch.no_grad()
+    def nearness(self, signals: Tensor) -> Tensor:
+        """Cosine of averaged signals [n, W] and every prototype, [n, E + 1]; of unknown ones minus
+        infinity."""
+        rows = self.known.nonzero().flatten()
+        known = self.prototypes[rows]
+        every = torch.ones(len(signals), 1, dtype=torch.bool, device=known.device)
+        alone = replace(self.config, context="token")
+        given = (signals.to(known).unsqueeze(1), known, known.mean(0), every, alone)
+        cosines, _ = cosines_so_far(*given, metric=self.metric())
+        found = signals.new_full((len(signals), len(self.known)), -torch.inf)
+        found[:, rows] = cosines.squeeze(1).to(found)
+        return found
 
     def available(self) -> Tensor:
         """[E] bool, the specialists whose domain is known."""

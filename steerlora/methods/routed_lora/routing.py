@@ -16,6 +16,7 @@ ROUTERS: Registry[type[nn.Module]] = Registry(
     "method.router",
     "steerlora.methods.routed_lora.routers",
     "steerlora.methods.routed_lora.prototypes",
+    "steerlora.methods.routed_lora.task_routers",
 )
 """Routers by name. Each is made with the signal's width, the configuration, the number of modules
 that have a router of their own, and a random generator."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -150,7 +151,13 @@ class Site:
         A token that carries no signal (``adapter.signal_tokens``) is read as one whose features are
         all zero: it is routed by its context where that is an average, and otherwise, or before any
         token that carries one, by what the router does of itself (a learnt one by its bias).
+
+        Where rows are assigned to specialists, the router has no say.
         """
+        assigned = self.adapter.assignment()
+        if assigned is not None:
+            self._use(self._assigned(assigned, stream), stream)
+            return stream
         forward, found = self.adapter.forward_state, self.found
         read = forward.base_streams.get(self.layer, stream).detach()
         read = read.to(self.adapter.active.device)  # where routers and SAEs are
@@ -165,6 +172,13 @@ class Site:
             _refuse_unknown(forward, before)
         self._use(self._controlled(routing), stream)
         return stream
+
+    def _assigned(self, specialists: Tensor, stream: Tensor) -> Routing:
+        """Every token of row b to ``specialists[b]``, at full rank."""
+        config = self.adapter.config
+        gate = F.one_hot(specialists.to(stream.device), config.specialists).to(stream.dtype)
+        gate = gate.unsqueeze(1).expand(*stream.shape[:2], -1)
+        return Routing(gate, torch.ones_like(gate[..., :1]).expand(*gate.shape[:2], config.rank))
 
     @property
     def router(self) -> nn.Module:

@@ -9,7 +9,7 @@ from helpers.training import learner_of
 from steerlora.config import InterventionConfig
 from steerlora.data.chat import EncodedChat
 from steerlora.methods.base import Task
-from steerlora.methods.routed_lora import learning
+from steerlora.methods.routed_lora import arrivals, learning
 from steerlora.methods.routed_lora.config import HealthConfig, MemoryConfig
 from steerlora.methods.routed_lora.learning import RoutedLoRALearner
 from steerlora.methods.routed_lora.memory import MemoryPolicy
@@ -159,7 +159,7 @@ def test_in_a_sequence_each_domain_brings_its_own(make):
 
 
 def test_prototypes_are_of_rows_spread_over_the_text(make, monkeypatch):
-    monkeypatch.setattr(learning, "PROTOTYPE_ROWS", 4)
+    monkeypatch.setattr(arrivals, "PROTOTYPE_ROWS", 4)
     learner = make(router="prototype", null_specialist=False)
     text = rows(0, count=13)
     learner.begin(Task({"law": text}, 0))

@@ -97,7 +97,7 @@ def write(
         (directory / folder).mkdir(parents=True, exist_ok=True)
 
     def shorten(text: str) -> str:
-        return _without_middle(text.strip(), prompt_characters)
+        return without_middle(text.strip(), prompt_characters)
 
     def written(row: SourceRow, count: DomainCounts) -> dict[str, Any]:
         count.shortened += any(shorten(prompt) != prompt.strip() for prompt in row.prompts)
@@ -218,7 +218,7 @@ def _chat(row: SourceRow, shorten: Callable[[str], str]) -> dict[str, Any]:
     return to_row(tuple(turns))
 
 
-def _without_middle(text: str, most: int | None) -> str:
+def without_middle(text: str, most: int | None) -> str:
     """At most so many characters of a text: a quarter from its beginning, the rest from its end.
 
     Abstracts end in their question and instructions often begin with it, so both ends matter.

@@ -26,6 +26,8 @@ READS = ("input", "output")
 ISOLATIONS = ("free", "frozen", "own")
 SIGNAL_TOKENS = ("text", "all")
 COLLAPSES = ("ignore", "warn", "stop")
+OF_TASKS = ("mahalanobis", "least_squares")
+"""Routers that tell domains apart and are fitted to each as it arrives (``task_routers.py``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +121,9 @@ class RoutedLoRAConfig(MethodConfig):
     decay: Annotated[float, Interval(gt=0, lt=1)] = 0.9
     """Of "ema": weight of the past, a token, above 0 and below 1."""
     router: Name = "linear"
-    """Registered name of the router: "linear" or "mlp" (two layers), learnt, or "prototype":
-    nothing learnt, each token goes to the specialist of the domain whose mean signal its own is
-    nearest to."""
+    """Registered name of the router: "linear" or "mlp" (two layers), learnt, or one that is fitted
+    to domains as they arrive: "prototype", each token goes to the specialist of the domain whose
+    mean signal its own is nearest to; "mahalanobis" and "least_squares", EPI's and Any-SSR's."""
     signal_tokens: Annotated[str, OneOf(SIGNAL_TOKENS)] = "text"
     """Which tokens carry the signal, and are counted in losses and in the health of routing:
     "text", all but the chat template's header, special tokens and a sequence's first
@@ -200,6 +202,15 @@ class RoutedLoRAConfig(MethodConfig):
         return self.routed and self.router == "prototype"
 
     @property
+    def assigns(self) -> bool:
+        """Whether the rows of a domain train the domain's specialist, whatever the router says."""
+        return self.routed and self.router in OF_TASKS
+
+    @property
+    def tells_domains(self) -> bool:
+        return self.by_prototype or self.assigns
+
+    @property
     def total_rank(self) -> int:
         """E * R: what plain LoRA of the same size has as its rank."""
         return self.specialists * self.rank
@@ -256,13 +267,22 @@ class RoutedLoRAConfig(MethodConfig):
         """Settings of the signal and the router that make no method together."""
         if not self.routed and self.dynamic_rank:
             raise UserError("method.dynamic_rank=true needs a router: set method.signal=sae")
-        if self.by_prototype and (self.dynamic_rank or self.per_module or self.prototypes):
+        if self.tells_domains and (self.dynamic_rank or self.per_module or self.prototypes):
             raise UserError(
-                "method.router=prototype learns nothing: set method.dynamic_rank, "
+                f"method.router={self.router} learns nothing: set method.dynamic_rank, "
                 "method.per_module and method.prototypes to false"
             )
-        if self.router == "prototype" and not self.routed:
-            raise UserError("method.router=prototype needs a signal: method.signal=sae or dense")
+        if self.router in ("prototype", *OF_TASKS) and not self.routed:
+            raise UserError(
+                f"method.router={self.router} needs a signal: method.signal=sae or dense"
+            )
+        if self.router == "least_squares" and self.kind == "routed_lora":
+            raise UserError("method.router=least_squares has settings of its own: method=any_ssr")
+        if self.assigns and self.null_specialist:
+            raise UserError(
+                f"method.router={self.router} knows no general text: set "
+                "method.null_specialist=false"
+            )
         if self.prototypes and not self.reads_features:
             raise UserError("method.prototypes=true needs method.signal=sae")
         if self.source == "base_last" and self.reads_features:
@@ -272,7 +292,7 @@ class RoutedLoRAConfig(MethodConfig):
                 "method.router=prototype reads the streams at its sites: set "
                 "method.source=inline or base"
             )
-        if self.reads == "output" and (self.source != "base" or self.by_prototype):
+        if self.reads == "output" and (self.source != "base" or self.tells_domains):
             raise UserError(
                 "method.reads=output reads what a layer has still to compute, from a forward of "
                 "the base, into a learnt router: set method.source=base and method.router=linear "
@@ -302,7 +322,7 @@ class RoutedLoRAConfig(MethodConfig):
                 f"method.isolation={self.isolation}: an optimizer that goes through all domains "
                 "would move frozen specialists on: set method.optimizer.over_domains=false"
             )
-        if self.memory.enabled and (not self.reads_features or self.by_prototype):
+        if self.memory.enabled and (not self.reads_features or self.tells_domains):
             raise UserError(
                 "method.memory.enabled=true needs a learnt router of SAE features: set "
                 "method.signal=sae and method.router=linear or mlp"
@@ -322,7 +342,7 @@ class RoutedLoRAConfig(MethodConfig):
         super().check(config)
         domains = len(config.domains.names)
         for key, wanted in {
-            "router=prototype": self.by_prototype,
+            f"router={self.router}": self.tells_domains,
             "isolation=own": self.isolation == "own",
         }.items():
             if wanted and self.specialists < domains:
@@ -330,6 +350,12 @@ class RoutedLoRAConfig(MethodConfig):
                     f"method.{key} needs a specialist a domain: set method.specialists to at least "
                     f"{domains}"
                 )
+        given = config.domains
+        if self.by_prototype and self.null_specialist and not given.has_general_text:
+            raise UserError(
+                f"method.null_specialist=true knows general text, and domains={given.name} bring "
+                "none: give domains.general=<jsonl file>, or set it to false"
+            )
         if self.rank > config.model.width:
             raise UserError(
                 f"method.rank={self.rank} is more than model.width={config.model.width}: an update "
