@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -139,51 +139,87 @@ class ArtifactStore:
         Raises:
             UserError: the disk is full, or the root cannot be written to.
         """
-        final = self.directory(stage, fingerprint)
-        partial = self.unfinished(stage, fingerprint)
-        with self._locked(stage, fingerprint, message), self._disk_errors(stage, fingerprint):
-            existing = self._find_or_move_aside(stage, fingerprint)
-            if existing is not None:
-                return existing
-            partial.mkdir(exist_ok=True)
-            (partial / MANIFEST).unlink(missing_ok=True)
-            for stray in partial.rglob(".*.tmp"):  # of a `write_json` that was killed
-                stray.unlink()
-            attempt = {"seconds": 0.0, "label": record.get("label", "")} | read_attempt(partial)
-            write_json(partial / ATTEMPT, attempt)
+        built = self.build_together(
+            stage,
+            {fingerprint: record},
+            lambda folders: {fingerprint: builder(folders[fingerprint])},
+            message,
+        )
+        return built[fingerprint]
+
+    def build_together(
+        self,
+        stage: str,
+        records: Mapping[str, Mapping[str, Any]],
+        builder: Callable[[dict[str, Path]], Mapping[str, Mapping | None]],
+        message: Callable[[str], None] = logger.warning,
+    ) -> dict[str, Artifact]:
+        """Several artifacts of a stage, those that do not exist by one call of the builder.
+
+        Args:
+            records: {fingerprint: as for :meth:`build`}.
+            builder: fills {fingerprint: folder} of those that are missing; returns their summaries.
+            message: as for :meth:`build`.
+
+        Returns:
+            {fingerprint: artifact}, of all.
+
+        Raises:
+            UserError: as :meth:`build`.
+        """
+        found: dict[str, Artifact] = {}
+        with ExitStack() as held:
+            for name in sorted(records):  # in one order, lest two processes wait for each other
+                held.enter_context(self._locked(stage, name, message))
+            held.enter_context(self._disk_errors(stage, ", ".join(records)))
+            for name in records:
+                if existing := self._find_or_move_aside(stage, name):
+                    found[name] = existing
+            folders = {n: self.unfinished(stage, n) for n in records if n not in found}
+            attempts = {name: _begin(folders[name], records[name]) for name in folders}
             began = time.monotonic()
+            manifests = {}
             try:
-                summary = builder(partial)
-                assert not (partial / MANIFEST).exists(), f"{stage} wrote its own {MANIFEST}"
-                manifest = sealed(
-                    {
-                        "label": "",
-                        **record,
-                        "stage": stage,
-                        "fingerprint": fingerprint,
-                        "summary": summary or {},
-                        "files": describe_files(partial),
-                        "wall_seconds": attempt["seconds"] + time.monotonic() - began,
-                        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                        "machine": this_machine(),
-                        "library_versions": library_versions(),
-                    },
-                    f"{stage}/{MANIFEST}",
-                )
-                write_json(partial / MANIFEST, manifest)
+                summaries = builder(folders) if folders else {}
+                each = (time.monotonic() - began) / max(1, len(folders))
+                for name, folder in folders.items():
+                    assert not (folder / MANIFEST).exists(), f"{stage} wrote its own {MANIFEST}"
+                    manifests[name] = sealed(
+                        {
+                            "label": "",
+                            **records[name],
+                            "stage": stage,
+                            "fingerprint": name,
+                            "summary": summaries[name] or {},
+                            "files": describe_files(folder),
+                            "wall_seconds": attempts[name]["seconds"] + each,
+                            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                            "machine": this_machine(),
+                            "library_versions": library_versions(),
+                        },
+                        f"{stage}/{MANIFEST}",
+                    )
+                    write_json(folder / MANIFEST, manifests[name])
             except BaseException:
-                attempt["seconds"] += time.monotonic() - began
-                with suppress(OSError):  # a full disk must not hide the builder's own error
-                    write_json(partial / ATTEMPT, attempt)
+                each = (time.monotonic() - began) / len(folders)
+                for name, attempt in attempts.items():
+                    attempt["seconds"] += each
+                    with suppress(OSError):  # a full disk must not hide the builder's own error
+                        write_json(folders[name] / ATTEMPT, attempt)
                 raise
-            _sync_directory(partial)
-            partial.replace(final)
-            _sync_directory(final.parent)
-        # Only now: until the rename, they are what an interrupted finish would resume from.
-        shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
-        (final / ATTEMPT).unlink(missing_ok=True)
-        self._verified[final] = stat_files(final, manifest["files"])
-        return Artifact(stage, fingerprint, final, manifest)
+            for name, folder in folders.items():
+                final = self.directory(stage, name)
+                _sync_directory(folder)
+                folder.replace(final)
+                _sync_directory(final.parent)
+        for name, manifest in manifests.items():
+            final = self.directory(stage, name)
+            # Only now: until the rename, they are what an interrupted finish would resume from.
+            shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
+            (final / ATTEMPT).unlink(missing_ok=True)
+            self._verified[final] = stat_files(final, manifest["files"])
+            found[name] = Artifact(stage, name, final, manifest)
+        return found
 
     @contextmanager
     def _locked(
@@ -257,6 +293,17 @@ class ArtifactStore:
                 self._verified[directory] = stats
                 return Artifact(stage, fingerprint, directory, manifest), None
         return (None, problem) if directory.is_dir() else (None, None)
+
+
+def _begin(partial: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the folder ready for an attempt; what earlier ones took, and the label."""
+    partial.mkdir(exist_ok=True)
+    (partial / MANIFEST).unlink(missing_ok=True)
+    for stray in partial.rglob(".*.tmp"):  # of a writing that was killed
+        stray.unlink()
+    attempt = {"seconds": 0.0, "label": record.get("label", "")} | read_attempt(partial)
+    write_json(partial / ATTEMPT, attempt)
+    return attempt
 
 
 def _beside(final: Path, suffix: str) -> Path:

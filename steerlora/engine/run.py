@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
 from steerlora.distributed import ranks
-from steerlora.engine import preemption
 from steerlora.engine.artifacts import Artifact, ArtifactStore
+from steerlora.engine.building import Facts, build_groups, found_or_refused
 from steerlora.engine.estimates import TimeLeft, stored_rates
-from steerlora.engine.manifests import plain
-from steerlora.engine.memory import shortage_explained
-from steerlora.engine.pool import WorkerPool
 from steerlora.engine.progress import Progress, SilentProgress
-from steerlora.engine.steps import STAGES, Context, Step
+from steerlora.engine.steps import STAGES, Step
 from steerlora.errors import UserError
-from steerlora.registry import import_plugins
 
 MEMORY_INTERVAL = 1.0  # seconds between two looks at the memory in use
 
@@ -108,13 +101,14 @@ def run(
             left = TimeLeft(missing, workers, stored)
             with progress.task("all steps", len(missing)) as task:
                 task.advance(0, left=left.seconds)
-                facts = _Facts(store, tuple(plugins), asked_for and asked_for.fingerprint)
-                for step, built in _build(missing, artifacts, facts, workers, progress):
-                    artifacts[step.fingerprint] = built.artifact
-                    times.append(StepTime(step.label, step.stage, built.seconds, built.reused))
-                    progress.message(f"{step.label}: {built.seconds:.1f} s")
-                    left.finished(step, None if built.reused else built.seconds)
-                    task.advance(left=left.seconds)
+                facts = Facts(store, tuple(plugins), asked_for and asked_for.fingerprint)
+                for group, results in build_groups(missing, artifacts, facts, workers, progress):
+                    for step, built in zip(group, results, strict=True):
+                        artifacts[step.fingerprint] = built.artifact
+                        times.append(StepTime(step.label, step.stage, built.seconds, built.reused))
+                        progress.message(f"{step.label}: {built.seconds:.1f} s")
+                        left.finished(step, None if built.reused else built.seconds)
+                        task.advance(left=left.seconds)
     return RunReport(artifacts, times, time.monotonic() - began, memory.bytes)
 
 
@@ -166,197 +160,8 @@ def _look_up_together(
             "rank 0 builds what this rank's configuration does not ask for: give every rank the "
             "same command"
         )
-    artifacts = {name: _found(by_name[name], store) for name in there}
+    artifacts = {name: found_or_refused(by_name[name], store) for name in there}
     return artifacts, [by_name[name] for name in missing]
-
-
-def _found(step: Step, store: ArtifactStore) -> Artifact:
-    """What rank 0 found or built, as another rank sees it.
-
-    Raises:
-        UserError: it does not.
-    """
-    artifact = store.find(step.stage, step.fingerprint)
-    if artifact is None:
-        raise UserError(
-            f"rank {ranks.current().rank} does not see {step.stage}/{step.fingerprint} under "
-            f"{store.root}: artifacts.root must be a folder that all machines share"
-        )
-    return artifact
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What all steps of a run have in common."""
-
-    store: ArtifactStore
-    plugins: tuple[str, ...]
-    asked_for: str | None
-    """Fingerprint of the step that the command is about."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A step with the artifacts it reads, ready to be sent to a worker."""
-
-    step: Step
-    inputs: dict[str, Artifact | tuple[Artifact, ...]]
-    facts: _Facts
-
-
-@dataclass(frozen=True)
-class _Built:
-    artifact: Artifact
-    seconds: float
-    reused: bool
-
-
-def _build(
-    missing: Sequence[Step],
-    artifacts: Mapping[str, Artifact],
-    facts: _Facts,
-    workers: int,
-    progress: Progress,
-) -> Iterator[tuple[Step, _Built]]:
-    """Build every step; the caller adds each to ``artifacts`` before it asks for the next."""
-
-    def job(step: Step) -> _Job:
-        return _Job(step, _inputs(step, artifacts), facts)
-
-    if workers == 1:
-        for step in missing:
-            preemption.stop_if_requested("what was finished is stored")  # after a training's end
-            try:
-                built = _execute(job(step), progress)
-            except Exception as error:
-                error.add_note(f"while building '{step.label}'")
-                raise
-            yield step, built
-        return
-    urgency = _critical_paths(missing)
-    waiting = sorted(missing, key=lambda step: -urgency[step.fingerprint])
-    unfinished = {step.fingerprint for step in missing}
-    with WorkerPool(workers, progress, _threads(workers)) as pool:
-        while unfinished:
-            ready = [
-                step
-                for step in waiting
-                if not any(upstream.fingerprint in unfinished for upstream in step.upstream)
-            ]
-            for step in ready[: pool.idle]:
-                waiting.remove(step)
-                pool.submit(step, step.label, _execute, job(step))
-            step, built = pool.wait()
-            unfinished.remove(step.fingerprint)
-            yield step, built
-
-
-def _critical_paths(steps: Sequence[Step]) -> dict[str, float]:
-    """Seconds of the longest chain of steps that begins with each; ``steps`` has inputs first."""
-    longest = {step.fingerprint: step.cost for step in steps}
-    for step in reversed(steps):
-        for upstream in step.upstream:
-            if upstream.fingerprint in longest:
-                chain = upstream.cost + longest[step.fingerprint]
-                longest[upstream.fingerprint] = max(longest[upstream.fingerprint], chain)
-    return longest
-
-
-def _threads(workers: int) -> dict[str, str]:
-    """The environment that shares the cores out among workers, unless the user set fewer."""
-    share = max(1, len(os.sched_getaffinity(0)) // workers)
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return {"OMP_NUM_THREADS": str(min(share, int(wanted)) if wanted.isdigit() else share)}
-
-
-def _inputs(
-    step: Step, artifacts: Mapping[str, Artifact]
-) -> dict[str, Artifact | tuple[Artifact, ...]]:
-    return {
-        name: artifacts[value.fingerprint]
-        if isinstance(value, Step)
-        else tuple(artifacts[item.fingerprint] for item in value)
-        for name, value in step.inputs.items()
-    }
-
-
-def _execute(job: _Job, progress: Progress) -> _Built:
-    """Build the artifact of a step, or find that another process has."""
-    import_plugins(job.facts.plugins)
-    step, store = job.step, job.facts.store
-    stage, began, reused = STAGES[step.stage], time.monotonic(), True
-
-    def fill(directory: Path) -> Mapping | None:
-        context = Context(
-            config=step.config,
-            inputs=job.inputs,
-            directory=directory,
-            home=store.directory(step.stage, step.fingerprint),
-            fingerprint=step.fingerprint,
-            label=step.label,
-            progress=progress,
-            asked_for=step.fingerprint == job.facts.asked_for,
-            earlier=_first_stored(step.earlier, store) if ranks.is_main() else None,
-        )
-        with shortage_explained(step.label):
-            return stage.build(context)
-
-    def builder(directory: Path) -> Mapping | None:
-        nonlocal reused
-        reused = False
-        if stage.shared:
-            ranks.broadcast(True)
-        return fill(directory)
-
-    with _interruption_as_keyboard_interrupt(), _nothing_unstored_after():
-        if ranks.is_main():
-            config = plain(step.config)
-            record = {
-                "label": step.label,
-                "version": stage.version,
-                "seed": config.get("seed"),
-                "cost": step.cost,
-                "config": config,
-                "inputs": step.input_fingerprints,
-            }
-            artifact = store.build(step.stage, step.fingerprint, record, builder, progress.message)
-            ranks.broadcast(None)
-        else:
-            # Whether all ranks build it together, where it comes to that; then the end.
-            while ranks.broadcast() is True:
-                fill(store.unfinished(step.stage, step.fingerprint))
-            artifact = _found(step, store)
-    return _Built(artifact, time.monotonic() - began, reused)
-
-
-def _first_stored(steps: Sequence[Step], store: ArtifactStore) -> Artifact | None:
-    """The artifact of the first of ``steps`` that has one."""
-    found = (store.find(step.stage, step.fingerprint) for step in steps)
-    return next((artifact for artifact in found if artifact), None)
-
-
-@contextmanager
-def _interruption_as_keyboard_interrupt() -> Iterator[None]:
-    """Lightning answers Ctrl-C with ``sys.exit(1)`` and leaves Ctrl-C ignored; undo both."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-        raise
-    finally:
-        if handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
-
-
-@contextmanager
-def _nothing_unstored_after() -> Iterator[None]:
-    """What trains inside is stored at the end, or lost."""
-    try:
-        yield
-    finally:
-        preemption.stored()
 
 
 class _PeakMemory:

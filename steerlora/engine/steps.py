@@ -30,8 +30,9 @@ class Stage:
     """Raised when the code changes what it writes, so that no older artifact is reused. Of a stage
     that writes records, ``<version>.<schema of the records>``."""
 
-    build: Callable[[Context], Mapping | None]
-    """Fills ``context.directory`` and returns a summary for the manifest."""
+    build: Callable[..., Any]
+    """Fills ``context.directory`` and returns a summary for the manifest; of a stage that builds
+    several ``together``, takes a sequence of contexts and returns a summary each."""
 
     steps: Callable[[Any, Callable[..., Any]], Sequence[Step]] | None = None
     """The steps that ``stage=<name>`` means: of the run's configuration, and of a function that
@@ -44,6 +45,10 @@ class Stage:
     shared: bool = False
     """Whether several ranks build it together, and rank 0 writes the files. If not, rank 0 builds
     it while the others wait."""
+
+    together: str = ""
+    """A key of the configuration. Steps of the stage that are missing in a run, and differ in this
+    key alone, are built by one call. Empty: each by its own."""
 
     check: Callable[[Any], None] = lambda config: None
     """Raises a `UserError` for a configuration that cannot be built here, before anything is."""
@@ -148,14 +153,24 @@ class Step:
     @cached_property
     def fingerprint(self) -> str:
         """What the artifact is called; changes with anything that changes what is built."""
-        stage = STAGES[self.stage]
-        config = _without(plain(self.config, f"{self.stage} config"), stage.skip | self.skip)
-        return fingerprint(self.stage, stage.version, config, self.input_fingerprints)
+        return self._fingerprint_without(frozenset())
+
+    @cached_property
+    def group(self) -> str:
+        """What it has in common with the steps that are built together with it, and no others."""
+        together = STAGES[self.stage].together
+        return self._fingerprint_without(frozenset({together})) if together else self.fingerprint
 
     @property
     def input_fingerprints(self) -> dict[str, str]:
         """``{"sae": ..., "adapters[0]": ..., "adapters[1]": ...}``."""
         return {name: step.fingerprint for name, step in self._named_inputs()}
+
+    def _fingerprint_without(self, keys: frozenset[str]) -> str:
+        stage = STAGES[self.stage]
+        skip = stage.skip | self.skip | keys
+        config = _without(plain(self.config, f"{self.stage} config"), skip)
+        return fingerprint(self.stage, stage.version, config, self.input_fingerprints)
 
     def _named_inputs(self) -> Iterator[tuple[str, Step]]:
         for name, value in self.inputs.items():

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from steerlora.config import Config
-from steerlora.data.activations import HARVEST_ROWS
+from steerlora.data.harvest import HARVEST_ROWS
 from steerlora.planning.live import GRADIENTS, SPACE, Parts
 from steerlora.planning.sharding import Held, held, sizes
 from steerlora.planning.trials import FIXED, IN_STEP, Measured, Trials

@@ -94,8 +94,14 @@ def make(config: Config) -> Plan:
         saes=len({*read}),
         memories=dict(memories(config, trials)),
         works=works(config, shape, trials),
-        disk=FLOAT * shape.width * config.sae.max_tokens * len(sites),
+        disk=len(sites) * config.sae.tokens_to_harvest * _stored_bytes(shape, trials),
     )
+
+
+def _stored_bytes(shape: DecoderShape, trials: Trials) -> int:
+    """Of one token's activation at one site, in the model's type, and of its norm."""
+    weight = next(iter(trials.base.values()))
+    return weight.itemsize * shape.width + FLOAT
 
 
 def memories(config: Config, trials: Trials) -> Iterator[tuple[str, Memory]]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from steerlora.config import Config
-from steerlora.data import activations
+from steerlora.data import harvest
 from steerlora.data.batches import ChatBatch
 from steerlora.errors import UserError
 from steerlora.lm.decoder import layers_of
@@ -168,10 +168,10 @@ class Trials:
                 batch = batch_of(self.config, rows)
                 live.kind, live.moment = ACTIVATIONS, IN_FORWARD
                 # In inference mode, operations that are made of others reach us whole.
-                harvest = inspect.unwrap(activations.harvest)
-                unwritten = mock.patch.object(activations, "_ShardWriter")
+                run = inspect.unwrap(harvest.harvest)
+                unwritten = mock.patch.object(harvest, "_ShardWriter", _Unwritten)
                 with torch.no_grad(), unwritten, suppress(_Enough):
-                    harvest(model, _twice(batch), sites, Path())
+                    run(model, _twice(batch), dict.fromkeys(sites, Path()))
             self._found[key] = Measured(live.peaks, live.peaks)
         return self._found[key]
 
@@ -193,6 +193,16 @@ class Trials:
             warnings.simplefilter("ignore")
             with running(self._dry_run), live:
                 yield live
+
+
+class _Unwritten:
+    """In the place of a harvest's writer."""
+
+    resumed = 0
+
+    def __init__(self, stores: Mapping[int, Path], width: int, dtype: torch.dtype) -> None: ...
+
+    def add(self, streams: Mapping[int, Tensor]) -> None: ...
 
 
 class _Enough(Exception):

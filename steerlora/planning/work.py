@@ -70,10 +70,10 @@ def works(config: Config, shape: DecoderShape, trials: Trials) -> tuple[Work, ..
         )
     if sites := harvested_sites(config):
         each = flops.harvesting_flops_per_token(shape, max(sites), row)
-        found.append(Work(HARVEST, sae.max_tokens, each))
+        found.append(Work(HARVEST, sae.tokens_to_harvest, each))
     if sites := trained_sites(config):
         each = trials.new_sae().training_flops_per_token()
-        tokens = len(sites) * sae.steps_over(sae.max_tokens) * sae.batch_size
+        tokens = len(sites) * sae.steps_over(sae.tokens_to_harvest) * sae.batch_size
         found.append(Work(SAE, tokens, 0, 0, each))
     one = method_work(config, trials)
     domains = sequence_of(config.order, config.domains)

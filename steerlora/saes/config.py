@@ -6,6 +6,7 @@ a module of the user's (``plugins``), may hold a configuration and its module to
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,10 @@ NORMALIZATIONS = ("none", "layer_norm", "layer_norm_input", "constant_norm_resca
 KEEPS_SIZE = ("none", "layer_norm_input")
 """Normalizations under which the reconstruction is as large as the activations."""
 JUMP_PENALTIES = ("l0", "tanh")
+HARVESTED, LEAST_HARVESTED = 300, 200_000
+"""Tokens a latent, and in all, that are harvested by default."""
+TRAINED, LEAST_STEPS = 1600, 1000
+"""Tokens a latent that a training by default takes, and its least number of steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +58,15 @@ class SAEConfig(Section, key="sae"):
     deviation; undone after decoding), "layer_norm_input" (likewise, but the decoder reconstructs
     the activation as it was; SAELens has no such SAE), or "constant_norm_rescale" (norm sqrt(D);
     undone after decoding)."""
-    max_tokens: Annotated[int, Interval(ge=1, le=10**12)] = 200_000
-    """Tokens of activations that are harvested, over all domains."""
-    steps: Count | None = 1000
-    """Optimizer steps, from 1; null where ``epochs`` is given."""
+    max_tokens: Annotated[int, Interval(ge=1, le=10**12)] | None = None
+    """Tokens of activations that are harvested, over all domains, from 1; fewer where the text has
+    no more. Null: 300 a latent, and at least 200,000."""
+    steps: Count | None = None
+    """Optimizer steps, from 1. Null: as many as ``epochs`` takes; without, those of 1600 tokens a
+    latent, and at least 1000."""
     epochs: Count | None = None
     """Passes over the harvested tokens, from 1, which then decide the number of steps; null where
-    ``steps`` is given."""
+    they do not."""
     batch_size: Count = 1024
     """Tokens a step, from 1."""
     learning_rate: Positive | None = None
@@ -94,7 +101,7 @@ class SAEConfig(Section, key="sae"):
                 "sae.end_to_end.start=new trains an SAE from nothing, and sae.path gives one: set "
                 "sae.path=null, or sae.end_to_end.start=trained to fine-tune it"
             )
-        if (self.steps is None) == (self.epochs is None):
+        if self.steps is not None and self.epochs is not None:
             raise UserError(
                 f"sae.steps={self.steps} and sae.epochs={self.epochs}: give one of them, and null "
                 "for the other"
@@ -116,11 +123,16 @@ class SAEConfig(Section, key="sae"):
         """The streams that the SAE of this site is trained on: those entering these layers."""
         return (site,)
 
+    @property
+    def tokens_to_harvest(self) -> int:
+        """Tokens that a training here asks for."""
+        return self.max_tokens or max(LEAST_HARVESTED, HARVESTED * self.latents)
+
     def steps_over(self, tokens: int) -> int:
         """Optimizer steps of a training on so many harvested tokens."""
-        if self.epochs is None:
-            return self.steps
-        return max(1, self.epochs * tokens // self.batch_size)
+        if self.epochs is not None:
+            return max(1, self.epochs * tokens // self.batch_size)
+        return self.steps or max(LEAST_STEPS, math.ceil(TRAINED * self.latents / self.batch_size))
 
     def _at_most_all(self, names: str) -> None:
         """UserError where one of these numbers of active latents exceeds ``latents``."""

@@ -6,6 +6,7 @@ are those of SAEBench (arXiv 2503.09532) and SAELens's evaluation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple, TypedDict
 
@@ -135,6 +136,7 @@ def ce_recovered(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     signal_tokens: SignalTokens = NOT_FIRST,
+    largest: float = math.inf,
     span: int = 0,
 ) -> Behavior:
     """Next-token loss with the stream entering layer ``site`` reconstructed, and set to zero.
@@ -147,6 +149,7 @@ def ce_recovered(
         site: layer index.
         batches: (input_ids [B, S], attention_mask [B, S]).
         signal_tokens: the stream of other tokens stays as it is; the same as in harvesting.
+        largest: so does that of tokens whose norm at ``site`` is above this.
         span: so many layers after ``site`` the stream is replaced, by what the SAE writes from that
             of ``site`` (:attr:`SparseAutoencoder.span`).
     """
@@ -159,10 +162,10 @@ def ce_recovered(
         for input_ids, attention_mask in batches:
             input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
             targets = _targets(input_ids, attention_mask)
-            where = signal_tokens(input_ids, attention_mask)[..., None]
-            read = None
-            if span:
-                read = residual_streams(model, input_ids, attention_mask, [site])[site]
+            where = signal_tokens(input_ids, attention_mask)
+            stream = residual_streams(model, input_ids, attention_mask, [site])[site]
+            where = (where & (stream.float().norm(dim=-1) <= largest))[..., None]
+            read = stream if span else None
             edits = {
                 "without_sae": lambda x: x,
                 # Of a model that is spread over devices, the stream may be on another one.

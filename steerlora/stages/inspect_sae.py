@@ -81,7 +81,7 @@ def requested(config: Config) -> tuple[Step, ...]:
 
 
 # The place of given files does not matter, their content does.
-@stage("inspect_sae", 2, step=requested, skip=WHERE | {"path", "text"})
+@stage("inspect_sae", 3, step=requested, skip=WHERE | {"path", "text"})
 def build(context: Context) -> dict:
     settings: InspectionSettings = context.config
     model, tokenizer = load_base(
@@ -93,7 +93,7 @@ def build(context: Context) -> dict:
     else:
         batches = _text_batches(Path(settings.text), tokenizer, settings.max_length)
     rule = signal_tokens_of(tokenizer)
-    streams = cache(lambda: streams_of(model, batches, [settings.site], rule)[:, 0])
+    streams = cache(lambda: streams_of(model, batches, [settings.site], rule).rows[:, 0])
     pointer = context.inputs["base"].json(POINTER)
     sae = open_given(settings.path, settings.site, pointer, streams).to(model.device)
     figures = quality(model, sae, settings.site, batches, rule)

@@ -17,6 +17,7 @@ from steerlora.data.batches import batches_by_length
 from steerlora.data.chat import encode_chats
 from steerlora.engine.artifacts import Artifact
 from steerlora.lm.decoder import residual_streams
+from steerlora.lm.outliers import largest_usual_norm, usual_tokens
 from steerlora.lm.signal_tokens import SignalTokens
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.metrics import Behavior, Reconstruction, ce_recovered, sae_metrics
@@ -56,18 +57,31 @@ def held_out_batches(source: Artifact, tokenizer, max_length: int) -> list[TextB
     ]
 
 
+class Streams(NamedTuple):
+    """What an SAE is measured on."""
+
+    rows: Tensor
+    """[T, sites, D], at tokens that are outliers at none of the sites."""
+    largest: tuple[float, ...]
+    """The norm at each site above which a token is an outlier."""
+
+
 @torch.no_grad()
 def streams_of(
     model: PreTrainedModel, batches: Sequence[TextBatch], sites: Sequence[int], rule: SignalTokens
-) -> Tensor:
-    """The streams entering these layers at every token that carries a signal, [T, sites, D]."""
+) -> Streams:
+    """The streams entering these layers at the tokens that training would read: those that carry a
+    signal, and of them no outliers (`steerlora.lm.outliers`)."""
     streams = []
     for batch in batches:
         ids, mask = (part.to(model.device) for part in batch)
         found = residual_streams(model, ids, mask, sites)
         kept = rule(ids, mask)
         streams.append(torch.stack([found[site][kept] for site in sites], 1))
-    return torch.cat(streams)
+    rows = torch.cat(streams)
+    norms = rows.float().norm(dim=-1)  # [T, sites]
+    usual = torch.stack([usual_tokens(one) for one in norms.T]).all(0)
+    return Streams(rows[usual], tuple(largest_usual_norm(one) for one in norms.T))
 
 
 @torch.no_grad()
@@ -92,12 +106,20 @@ def quality(
     """
     sites = [site, site + sae.span] if sae.span else [site]
     streams = streams_of(model, batches, sites, rule)
-    activations = streams if sae.span else streams[:, 0]
+    activations = streams.rows if sae.span else streams.rows[:, 0]
     norms = sae.encode(sae.read(activations)).values.norm(dim=-1)
     on_device = [tuple(part.to(model.device) for part in batch) for batch in batches]
     return {
         **sae_metrics(sae, activations),
-        **ce_recovered(model, sae, site, on_device, signal_tokens=rule, span=sae.span),
+        **ce_recovered(
+            model,
+            sae,
+            site,
+            on_device,
+            signal_tokens=rule,
+            largest=streams.largest[0],
+            span=sae.span,
+        ),
         "mean_feature_norm": float(norms.mean()),
         "tokens": len(activations),
     }

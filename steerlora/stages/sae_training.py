@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from steerlora.config import Config, LoggerConfig, TrainerConfig
-from steerlora.data.activations import ActivationBatches, ActivationStore
+from steerlora.data.activations import ActivationBatches
 from steerlora.data.headers import signal_tokens_of
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
@@ -100,7 +100,7 @@ def _step(config: Config, sae: SAEConfig, site: int) -> Step:
     if own.steps and own.start == "trained":
         inputs["sae"] = _step(config, replace(sae, end_to_end=EndToEndConfig()), site)
     elif sae.path is None and not own.steps:
-        inputs["activations"] = activations.step(config)
+        inputs["activations"] = activations.steps_of(config, site)
     settings = SAESettings(
         sae=sae,
         site=site,
@@ -131,7 +131,7 @@ def _check(settings: SAESettings) -> None:
 
 @stage(
     "sae_training",
-    8,
+    9,
     step=requested,
     # The place of given files does not matter, their content does.
     skip=NOT_IDENTITY | ADAPTER_ONLY | WHERE | {"sae.max_tokens", "sae.path"},
@@ -155,7 +155,7 @@ def build(context: Context) -> dict:
     def streams(*sites: int) -> Tensor:
         """Of held-out rows, [T, D], or [T, sites, D] of several sites."""
         model, tokenizer = loaded()
-        found = streams_of(model, batches(), sites, signal_tokens_of(tokenizer))
+        found = streams_of(model, batches(), sites, signal_tokens_of(tokenizer)).rows
         return found if len(sites) > 1 else found[:, 0]
 
     def buffer() -> Tensor | None:
@@ -208,11 +208,10 @@ def _train(
     context: Context, settings: SAESettings, log: RunLog, held_out: Tensor | None
 ) -> tuple[SparseAutoencoder, dict, list[dict[str, float]]]:
     """The SAE, figures of its training, and how it did on held-out activations meanwhile."""
-    config, store = settings.sae, ActivationStore(context.inputs["activations"] / "activations")
-    streams = config.streams(settings.site)
-    batches = ActivationBatches(store, settings.site, config.batch_size, config.seed, *streams[1:])
-    steps = config.steps_over(store.tokens(settings.site))
-    sae, first = config.build(store.width), batches(0).float()
+    config, stores = settings.sae, activations.stores_of(context)
+    batches = ActivationBatches(stores, config.batch_size, config.seed)
+    steps = config.steps_over(batches.tokens)
+    sae, first = config.build(stores[0].width), batches(0).float()
     scale = input_scale(config, first)
     start_on(sae, config, first / scale)
     schedule = course(config, steps, config.batch_size)

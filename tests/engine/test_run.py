@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -13,7 +14,7 @@ from typing import ClassVar
 import psutil
 import pytest
 
-from steerlora.engine import run as engine
+from steerlora.engine import building
 from steerlora.engine.artifacts import ArtifactStore
 from steerlora.engine.manifests import read_json, write_json
 from steerlora.engine.pool import WorkerDied
@@ -113,6 +114,16 @@ def die(context: Context) -> None:
 SKIP = frozenset({"trainer.devices", "logger"})
 for build in (make, train, stubborn, fail, die):
     stage(f"test_{build.__name__}", 1, skip=SKIP)(build)
+
+
+def together(contexts: Sequence[Context]) -> list[dict]:
+    log(contexts[0], "+".join(context.config.name for context in contexts))
+    for context in contexts:
+        write_json(context.directory / "value.json", context.config.name)
+    return [{"name": context.config.name} for context in contexts]
+
+
+stage("test_together", 1, skip=SKIP, together="name")(together)
 
 
 # ---------------------------------------------------------------- helpers
@@ -262,6 +273,24 @@ def test_damaged_input_is_rebuilt_and_deleted_one_is_not(store, log_file: Path, 
     assert len(report.artifacts) == 3
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_steps_that_differ_in_one_key_are_built_by_one_call(store, log_file: Path, workers: int):
+    one, two, other = (
+        step(log_file, name, "test_together", seed=seed)
+        for name, seed in (("one", 0), ("two", 0), ("one", 1))
+    )
+    build_all([one], store, workers)
+    three = step(log_file, "three", "test_together")
+    report = build_all([one, two, other, three], store, workers)
+    built = sorted(line.split()[0] for line in log_file.read_text().splitlines())
+    assert built == ["one", "one", "two+three"]  # what was there is not built again
+    for each, name in ((one, "one"), (two, "two"), (other, "one"), (three, "three")):
+        artifact = report[each]
+        assert artifact.json("value.json") == artifact.manifest["summary"]["name"] == name
+        assert artifact.manifest["label"] == f"{name}!"
+    assert [time.reused for time in report.steps] == [True, False, False, False]
+
+
 class TwoSlots:
     """A pool without processes: whatever was submitted first is done first."""
 
@@ -291,7 +320,7 @@ class TwoSlots:
 
 def test_the_longest_chain_goes_first(store: ArtifactStore, log_file: Path, monkeypatch):
     TwoSlots.order = []
-    monkeypatch.setattr(engine, "WorkerPool", TwoSlots)
+    monkeypatch.setattr(building, "WorkerPool", TwoSlots)
     short = [step(log_file, f"short{index}", cost=2.0) for index in range(3)]
     first = step(log_file, "first", cost=1.0)
     last = step(log_file, "last", cost=5.0, inputs={"first": first})

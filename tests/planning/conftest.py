@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from steerlora.config import Config
-from steerlora.data.activations import harvest
 from steerlora.data.batches import ChatBatch
+from steerlora.data.harvest import harvest
 from steerlora.engine.progress import SilentProgress
 from steerlora.planning.building import (
     Built,
@@ -150,7 +150,7 @@ def measured_harvest(tmp_path: Path) -> Callable[..., int]:
             model, batch = _base(config), batch_of(config, rows)
             # What is to be written lies in the CPU's memory: of the same type it is no copy here.
             batches = [(batch.input_ids, batch.attention_mask)] * 2
-            harvest(model, batches, sites, tmp_path, dtype=model.dtype)
+            harvest(model, batches, {site: tmp_path / str(site) for site in sites})
         return live.most
 
     return measure

@@ -17,7 +17,7 @@ from torch import nn
 
 from steerlora.cli import compose
 from steerlora.config import Config
-from steerlora.data.activations import HARVEST_ROWS
+from steerlora.data.harvest import HARVEST_ROWS
 from steerlora.methods.base import Method, Sources
 from steerlora.methods.config import MethodConfig
 from steerlora.planning import memory

@@ -207,7 +207,7 @@ def test_packed_rows_are_full():
 def test_disk_is_of_every_site_and_the_monitor():
     stored = (*QWEN3_8B, *FEW, "sae.max_tokens=1000")
     one = plan_of(*stored)
-    assert one.disk == 4 * 4096 * 1000
+    assert one.disk == (2 * 4096 + 4) * 1000  # bfloat16, and the norms
     more = plan_of(*stored, "method.sites=[1,2]", "method.monitor=4")
     assert more.disk == 3 * one.disk
 

@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from steerlora.config import InterventionConfig, TrainerConfig
-from steerlora.data.activations import ActivationStore, harvest
+from steerlora.data.activations import ActivationBatches, ActivationStore
 from steerlora.data.batches import ChatBatches
 from steerlora.data.chat import EncodedChat
+from steerlora.data.harvest import harvest
 from steerlora.distributed import ranks
 from steerlora.engine.progress import SilentProgress
 from steerlora.lm.signal_tokens import NOT_FIRST
@@ -245,7 +246,7 @@ def sae_training(folder: Path, trainer: TrainerConfig, architecture: str = "topk
     source = folder.parent / "activations"
     if ranks.is_main() and not source.exists():
         ids = torch.randint(1, 61, (40, 12), generator=torch.Generator().manual_seed(2))
-        harvest(model(), [(ids, torch.ones_like(ids))], [1], source)
+        harvest(model(), [(ids, torch.ones_like(ids))], {1: source})
     ranks.barrier()
     store = ActivationStore(source)
     sae = {
@@ -274,9 +275,7 @@ def end_to_end_training(folder: Path, trainer: TrainerConfig) -> None:
 
 
 def activations(store: ActivationStore):
-    from steerlora.data.activations import ActivationBatches
-
-    return ActivationBatches(store, 1, 40, 0)
+    return ActivationBatches([store], 40, 0)
 
 
 def runs(strategies: dict[str, dict]) -> dict[str, tuple]:

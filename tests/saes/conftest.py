@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from steerlora.data.activations import ActivationStore, harvest
+from steerlora.data.activations import ActivationStore
+from steerlora.data.harvest import harvest
 from steerlora.lm.signal_tokens import ALL_TOKENS
 
 
@@ -20,9 +21,10 @@ def store(tmp_path, monkeypatch) -> ActivationStore:
     rows = 3 + codes @ directions
     streams = iter(rows)
     monkeypatch.setattr(
-        "steerlora.data.activations.residual_streams",
+        "steerlora.data.harvest.residual_streams",
         lambda model, ids, mask, sites: dict.fromkeys(sites, next(streams)[None]),
     )
     ones = torch.ones(1, 100, dtype=torch.long)
     model = torch.nn.Linear(1, 1)
-    return harvest(model, [(ones, ones)] * 20, [1], tmp_path / "store", signal_tokens=ALL_TOKENS)
+    stores = {1: tmp_path / "store"}
+    return harvest(model, [(ones, ones)] * 20, stores, signal_tokens=ALL_TOKENS)[1]

@@ -74,7 +74,6 @@ def test_a_configuration_builds_what_it_says():
     ("overrides", "says"),
     [
         ("sae=relu sae.steps=10", "sae.steps=10 and sae.epochs=5: give one of them, and null"),
-        ("sae.steps=null", "sae.steps=None and sae.epochs=None: give one of them"),
         ("sae=relu sae.epochs=0", "sae.epochs=0: must be a whole number from 1"),
         ("sae=relu sae.ll=1", "no such key: sae.ll; did you mean 'sae.l1'"),
         ("sae=relu sae.l1=-1", "sae.l1=-1: must be a number from 0"),
@@ -137,3 +136,12 @@ def test_composing_needs_no_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_budgets_follow_the_latents_unless_they_are_given():
+    small, large = (TopKConfig(latents=latents) for latents in (512, 8192))
+    assert (small.tokens_to_harvest, small.steps_over(10)) == (200_000, 1000)
+    assert (large.tokens_to_harvest, large.steps_over(10)) == (300 * 8192, 1600 * 8192 // 1024)
+    given = TopKConfig(latents=8192, max_tokens=5, steps=7)
+    assert (given.tokens_to_harvest, given.steps_over(10)) == (5, 7)
+    assert compose.load(["sae.steps=null"]).sae.steps_over(10) == 1000

@@ -50,10 +50,10 @@ def config() -> SAEConfig:
 
 @pytest.fixture
 def trained(config, store, tmp_path) -> tuple[SparseAutoencoder, dict[str, float]]:
-    batches = ActivationBatches(store, 1, config.batch_size, config.seed)
+    batches = ActivationBatches([store], config.batch_size, config.seed)
     made = config.build(store.width)
     made.center_on(batches(0))
-    steps = config.steps_over(store.tokens(1))
+    steps = config.steps_over(batches.tokens)
     assert steps == 8 * 2000 // 128
     figures = fit(
         SAEModule(made, lr=config.learning_rate, total_steps=steps),
@@ -69,7 +69,7 @@ def trained(config, store, tmp_path) -> tuple[SparseAutoencoder, dict[str, float
 
 def test_it_trains(trained, config, store):
     made, figures = trained
-    x = store.batch(1, 500, seed=0, step=0)
+    x = ActivationBatches([store], 500, 0)(0)
     before = config.build(store.width)
     before.center_on(x)
     assert sae_metrics(made, x)["fvu"] < 0.5 * sae_metrics(before, x)["fvu"]
@@ -88,7 +88,7 @@ def test_it_is_saved_and_loaded_and_encodes_alike(trained, store, tmp_path):
     loaded = load_sae(tmp_path / "sae")
     assert type(loaded) is Threshold
     assert sae_fingerprint(loaded) == sae_fingerprint(made)
-    x = store.batch(1, 20, seed=0, step=0)
+    x = ActivationBatches([store], 20, 0)(0)
     assert all(map(torch.equal, loaded.encode(x), made.encode(x)))
     assert torch.equal(loaded(x), made(x))
     other = Threshold(16, 64, threshold=0.06, normalize="layer_norm")
@@ -111,4 +111,4 @@ def test_it_has_an_untrained_twin(trained, store):
     assert (twin.threshold, twin.normalize) == (0.05, "layer_norm")
     assert torch.equal(twin.b_dec, made.b_dec)
     assert not torch.equal(twin.W_dec, made.W_dec)
-    assert twin.encode(store.batch(1, 20, seed=0, step=0)).values.shape[0] == 20
+    assert twin.encode(ActivationBatches([store], 20, 0)(0)).values.shape[0] == 20

@@ -46,7 +46,7 @@ def fit(
         default_root_dir=directory,
     )
     loader = StepBatches(
-        ActivationBatches(store, 1, batch_size, 0),
+        ActivationBatches([store], batch_size, 0),
         module.total_steps,
         lambda: trainer.global_step,
     )
@@ -79,9 +79,9 @@ def test_steps_equal_a_dense_reference(dead_after, normalize, store, tmp_path):
     optimizer = torch.optim.Adam(twin.parameters(), lr=1e-2, betas=(0.9, 0.95))
     idle = torch.zeros(LATENTS)
     for step in range(steps):
-        x = twin.normalized(store.batch(1, size, seed=0, step=step)).x
+        x = twin.normalized(ActivationBatches([store], size, 0)(step)).x
         if step == 0:
-            twin.center_on(store.batch(1, size, seed=0, step=0))
+            twin.center_on(ActivationBatches([store], size, 0)(0))
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * module.lr_factor(step)
         rows = F.normalize(twin.W_dec, dim=1)
@@ -150,7 +150,7 @@ def test_relu_training_explains_the_data_and_l1_shrinks_its_features(store, tmp_
         fit(module, store, tmp_path / str(l1), callbacks=(recorder,))
         assert recorder.steps[-1]["sae/fvu"] < 0.3 * recorder.steps[0]["sae/fvu"]
         torch.testing.assert_close(module.sae.W_dec.norm(dim=1), torch.ones(LATENTS))
-        values = module.sae.encode(store.batch(1, 128, seed=0, step=149)).values
+        values = module.sae.encode(ActivationBatches([store], 128, 0)(149)).values
         l0 = (values > 0).sum(1).float().mean().item()
         assert l0 == pytest.approx(recorder.steps[-1]["sae/l0"], rel=0.1)
         norm[l1] = values.sum(1).mean().item()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,19 +29,26 @@ def set_up(monkeypatch) -> Callable[..., SAEModule]:
 
     monkeypatch.setattr(sae_training, "train", keep)
 
-    def batches(store, site, batch_size, seed, beside=None):
-        streams = rows if beside is None else torch.stack([rows, rows + beside], 1)
-        return lambda step: streams
+    class Batches:
+        tokens = len(rows)
 
-    monkeypatch.setattr(sae_training, "ActivationBatches", batches)
-    store = SimpleNamespace(width=WIDTH, tokens=lambda site: len(rows))
-    monkeypatch.setattr(sae_training, "ActivationStore", lambda folder: store)
+        def __init__(self, sites, batch_size, seed):
+            beside = [rows] if len(sites) == 1 else [rows, rows + sites[1]]
+            self.streams = rows if len(sites) == 1 else torch.stack(beside, 1)
+
+        def __call__(self, step):
+            return self.streams
+
+    class Site(int):
+        width = WIDTH
+
+    monkeypatch.setattr(sae_training, "ActivationBatches", Batches)
+    monkeypatch.setattr(activations, "stores_of", lambda sites: [Site(site) for site in sites])
 
     def set_up(architecture: str = "topk", **options) -> SAEModule:
         sae = SAES[architecture](latents=64, steps=STEPS, **options)
         settings = SimpleNamespace(sae=sae, site=1, trainer=TrainerConfig())
-        context = SimpleNamespace(inputs={"activations": Path()})
-        sae_training._train(context, settings, None, None)
+        sae_training._train(sae.streams(1), settings, None, None)
         return found[-1]
 
     return set_up
@@ -91,9 +97,9 @@ def test_a_transcoder_starts_at_the_median_of_the_stream_that_it_writes(set_up):
 def test_what_a_transcoder_writes_is_harvested_too():
     given = ("model=micro_s", "method.sites=[0]", "method.monitor=2")
     for more, expected in {
-        (): ((0,), 2),
-        ("sae=skip_transcoder",): ((0, 1, 3), 2),
-        ("sae=skip_transcoder", "sae.span=2", "method.monitor=null"): ((0, 2), None),
+        (): [0, 2],
+        ("sae=skip_transcoder",): [0, 1, 2, 3],
+        ("sae=skip_transcoder", "sae.span=2", "method.monitor=null"): [0, 2],
     }.items():
-        settings = activations.step(compose.load([*given, *more])).config
-        assert (settings.sites, settings.monitor) == expected
+        found = activations.requested(compose.load([*given, *more]))
+        assert [step.config.site for step in found] == expected
