@@ -44,7 +44,11 @@ class Facts:
     """What all steps of a run have in common."""
 
     store: ArtifactStore
+    """Where artifacts are, and are put."""
+
     plugins: tuple[str, ...]
+    """Modules that register stages and what they build, imported by each worker."""
+
     asked_for: str | None
     """Fingerprint of the step that the command is about."""
 
@@ -60,11 +64,16 @@ class _Job:
 
 @dataclass(frozen=True)
 class Built:
-    """The artifact of a step, the step's share of its group's seconds, and whether it was there."""
+    """What became of a step."""
 
     artifact: Artifact
+    """What it asked for."""
+
     seconds: float
+    """Its share of the wall time of its group."""
+
     reused: bool
+    """Whether the artifact was there, or another process built it meanwhile."""
 
 
 def build_groups(
