@@ -160,12 +160,32 @@ class ActivationBatches:
     def _permutation(self, number: int) -> Tensor:
         """The order of pass ``number``, int32 [tokens]; the last one is kept."""
         if self._order is None or self._order[0] != number:
-            # torch reads 32 bits of a seed: mix both numbers down to that many.
-            mixed = int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0])
-            generator = torch.Generator().manual_seed(mixed)
-            order = torch.randperm(self.tokens, generator=generator, dtype=torch.int32)
+            order = permutation(self.tokens, self.seed, number)
             self._order = (number, order if self._kept is None else self._kept[order])
         return self._order[1]
+
+
+def permutation(count: int, seed: int, number: int) -> Tensor:
+    """A random order of so many, int32 [count]: another for every seed and number."""
+    # torch reads 32 bits of a seed: mix both numbers down to that many.
+    mixed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+    generator = torch.Generator().manual_seed(mixed)
+    return torch.randperm(count, generator=generator, dtype=torch.int32)
+
+
+def finite_norms(rows: Tensor, site: int) -> Tensor:
+    """Norms [T] of activations [T, D] at a site.
+
+    Raises:
+        UserError: one is not finite.
+    """
+    norms = rows.float().norm(dim=1)
+    if not norms.isfinite().all():
+        raise UserError(
+            f"the stream entering layer {site} holds numbers that are not finite: the model's "
+            "weights are damaged, or its precision is too low for it"
+        )
+    return norms
 
 
 def shard_path(directory: Path, index: int) -> Path:

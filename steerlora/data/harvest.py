@@ -19,6 +19,7 @@ from steerlora.data.activations import (
     STORE_FILE,
     ActivationStore,
     Harvest,
+    finite_norms,
     shard_path,
 )
 from steerlora.engine.manifests import write_json
@@ -63,12 +64,7 @@ class _ShardWriter:
             return
         for site, folder in self.stores.items():
             rows = torch.cat([part[site] for part in self._waiting])
-            norms = rows.float().norm(dim=1)
-            if not norms.isfinite().all():
-                raise UserError(
-                    f"the stream entering layer {site} holds numbers that are not finite: the "
-                    "model's weights are damaged, or its precision is too low for it"
-                )
+            norms = finite_norms(rows, site)
             path = shard_path(folder, len(self.shard_tokens))
             unfinished = path.with_name(f".{path.name}.tmp")
             save_file({ACTIVATIONS: rows, NORMS: norms}, unfinished)

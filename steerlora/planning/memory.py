@@ -18,6 +18,7 @@ from steerlora.planning.sharding import Held, held, sizes
 from steerlora.planning.trials import FIXED, IN_STEP, Measured, Trials
 
 BASE, WATCHING = "weights of the base", "SAEs and prototypes"
+BESIDE = "base and buffers of a stream"
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,18 @@ def _method_held(config: Config, trials: Trials) -> Held:
 
 
 def sae_training(config: Config, trials: Trials) -> Memory:
-    """Of a step of one SAE's training on one rank; all of it is float32."""
+    """Of a step of one SAE's training on one rank, all of it float32; and with ``sae.stream`` of
+    the base and two buffers beside it."""
     ranks, trainer = config.plan.gpus, replace(config.trainer, precision="32-true")
     on_rank = held(trainer, ranks, {}, sizes(trials.new_sae().parameters()))
-    return _highest(config, on_rank, {}, trials.sae_step(math.ceil(config.sae.batch_size / ranks)))
+    beside = {}
+    if config.sae.stream:
+        weight = next(iter(trials.base.values()))
+        streams, width = len(config.sae.streams(0)), trials.new_sae().width
+        beside[BESIDE] = sum(p.nbytes for p in trials.base.values())
+        beside[BESIDE] += 2 * config.sae.stream_buffer * streams * width * weight.itemsize
+    step = trials.sae_step(math.ceil(config.sae.batch_size / ranks))
+    return _highest(config, on_rank, beside, step)
 
 
 def harvesting(config: Config, trials: Trials, sites: tuple[int, ...]) -> Memory:

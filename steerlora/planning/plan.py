@@ -94,14 +94,14 @@ def make(config: Config) -> Plan:
         saes=len({*read}),
         memories=dict(memories(config, trials)),
         works=works(config, shape, trials),
-        disk=len(sites) * config.sae.tokens_to_harvest * _stored_bytes(shape, trials),
+        disk=0 if config.sae.stream else len(sites) * _stored_bytes(config, shape, trials),
     )
 
 
-def _stored_bytes(shape: DecoderShape, trials: Trials) -> int:
-    """Of one token's activation at one site, in the model's type, and of its norm."""
+def _stored_bytes(config: Config, shape: DecoderShape, trials: Trials) -> int:
+    """Of one site's activations, in the model's type, and of their norms."""
     weight = next(iter(trials.base.values()))
-    return weight.itemsize * shape.width + FLOAT
+    return config.sae.tokens_to_harvest * (weight.itemsize * shape.width + FLOAT)
 
 
 def memories(config: Config, trials: Trials) -> Iterator[tuple[str, Memory]]:

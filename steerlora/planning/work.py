@@ -48,7 +48,8 @@ def trained_sites(config: Config) -> tuple[int, ...]:
 
 
 def harvested_sites(config: Config) -> tuple[int, ...]:
-    """Sites whose activations are stored: none where no SAE is to be trained on them."""
+    """Sites whose activations are stored, or streamed: none where no SAE is to be trained on
+    them."""
     if not trained_sites(config):
         return ()
     method = config.method
@@ -70,7 +71,9 @@ def works(config: Config, shape: DecoderShape, trials: Trials) -> tuple[Work, ..
         )
     if sites := harvested_sites(config):
         each = flops.harvesting_flops_per_token(shape, max(sites), row)
-        found.append(Work(HARVEST, sae.tokens_to_harvest, each))
+        # What is streamed is computed for each SAE anew.
+        trained = len(trained_sites(config)) * sae.steps_over(0) * sae.batch_size
+        found.append(Work(HARVEST, trained if sae.stream else sae.tokens_to_harvest, each))
     if sites := trained_sites(config):
         each = trials.new_sae().training_flops_per_token()
         tokens = len(sites) * sae.steps_over(sae.tokens_to_harvest) * sae.batch_size

@@ -61,6 +61,18 @@ class SAEConfig(Section, key="sae"):
     max_tokens: Annotated[int, Interval(ge=1, le=10**12)] | None = None
     """Tokens of activations that are harvested, over all domains, from 1; fewer where the text has
     no more. Null: 300 a latent, and at least 200,000."""
+    corpus: Location | None = None
+    """Text to harvest beside the domains' rows, which then give about half of the tokens: a file of
+    rows with ``text`` (.jsonl, .jsonl.gz), a plain text file, a folder of such files, or a dataset
+    of the hub with a column ``text`` (``owner/name``, ``owner/name@revision``; its split "train").
+    It is read from its beginning, in windows of ``trainer.max_length`` tokens. Null: none."""
+    stream: bool = False
+    """Train on activations as the model computes them, beside it on its device, and store none:
+    ``max_tokens`` does not count, the text is read as often as the steps need, and other SAEs of
+    the site compute them again."""
+    stream_buffer: Annotated[int, Interval(ge=1, le=2**31)] = 2**17
+    """Tokens that are shuffled together with ``stream``, from 1. Two such buffers are held in the
+    memory of the model's device."""
     steps: Count | None = None
     """Optimizer steps, from 1. Null: as many as ``epochs`` takes; without, those of 1600 tokens a
     latent, and at least 1000."""
@@ -105,6 +117,12 @@ class SAEConfig(Section, key="sae"):
             raise UserError(
                 f"sae.steps={self.steps} and sae.epochs={self.epochs}: give one of them, and null "
                 "for the other"
+            )
+
+        if self.stream and self.epochs is not None:
+            raise UserError(
+                f"sae.stream=true with sae.epochs={self.epochs}: what is not stored is not passed "
+                "over again; set sae.epochs=null, and sae.steps if the default does not suit"
             )
 
     @classmethod

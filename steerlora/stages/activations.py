@@ -1,4 +1,4 @@
-"""Stage ``activations``: the stream at a control or monitor site, over all domains' text.
+"""Stage ``activations``: the stream at a control or monitor site, over text of domains and others.
 
 One artifact a site. It depends on the text and the base alone: another seed, architecture or number
 of active latents, or a further site, harvests nothing again. Sites that are missing in a run are
@@ -7,20 +7,17 @@ harvested together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count, islice
-
-from torch import Tensor
 
 from steerlora.config import Config
 from steerlora.data.activations import ActivationStore
-from steerlora.data.batches import ChatBatches
-from steerlora.data.harvest import HARVEST_ROWS, harvest
+from steerlora.data.harvest import harvest
 from steerlora.data.headers import signal_tokens_of
 from steerlora.engine.steps import Context, Step, stage
 from steerlora.stages import base
 from steerlora.stages.common import WHERE, load_base, sae_rows
+from steerlora.stages.sae_text import Corpus, SAEText
 
 FOLDER = "activations"
 """Folder of the artifact that holds the store."""
@@ -30,11 +27,12 @@ ORDER = 0
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationSettings:
-    """Attributes: site: whose stream; domains: whose text; max_tokens: over all of it; max_length:
-    of a row; accelerator and spread: where the model runs."""
+    """Attributes: site: whose stream; domains: whose text; corpus: beside it; max_tokens: over all
+    text; max_length: of a row; accelerator and spread: where the model runs."""
 
     site: int
     domains: tuple[str, ...]
+    corpus: Corpus
     max_tokens: int
     max_length: int
     accelerator: str
@@ -46,6 +44,7 @@ def step(config: Config, site: int) -> Step:
     settings = ActivationSettings(
         site=site,
         domains=tuple(config.domains.names),
+        corpus=Corpus.of(config),
         max_tokens=config.sae.tokens_to_harvest,
         max_length=config.trainer.max_length,
         accelerator=config.trainer.accelerator,
@@ -73,7 +72,8 @@ def stores_of(context: Context) -> list[ActivationStore]:
     return [ActivationStore(one / FOLDER) for one in context.inputs["activations"]]
 
 
-@stage("activations", 3, step=requested, skip=WHERE, together="site")
+# The place of a corpus does not matter, its content does.
+@stage("activations", 3, step=requested, skip=WHERE | {"corpus.path"}, together="site")
 def build(contexts: Sequence[Context]) -> list[dict]:
     first = contexts[0]
     settings: ActivationSettings = first.config  # but for the site, the others' too
@@ -81,15 +81,22 @@ def build(contexts: Sequence[Context]) -> list[dict]:
         first.inputs["base"], accelerator=settings.accelerator, spread=settings.spread
     )
     rows = sae_rows(first.inputs["domains"], settings.domains, tokenizer, settings.max_length)
+    text = SAEText(rows, settings.corpus.path, tokenizer, settings.max_length, ORDER)
     label = ", ".join(context.label for context in contexts)
     with first.progress.task(label, settings.max_tokens, unit="token") as task:
         stores = harvest(
             model,
-            _one_epoch(rows, tokenizer.pad_token_id),
+            text.once(settings.max_tokens),
             {context.config.site: context.directory / FOLDER for context in contexts},
             max_tokens=settings.max_tokens,
             signal_tokens=signal_tokens_of(tokenizer),
             progress=lambda tokens: task.advance(tokens, tokens=tokens),
+        )
+    found = stores[settings.site].tokens
+    if found < settings.max_tokens:
+        first.progress.message(
+            f"{label}: the text holds {found:,} tokens that carry a signal, fewer than the "
+            f"{settings.max_tokens:,} of sae.max_tokens"
         )
     return [_summary(stores[context.config.site]) for context in contexts]
 
@@ -97,11 +104,3 @@ def build(contexts: Sequence[Context]) -> list[dict]:
 def _summary(store: ActivationStore) -> dict:
     outliers = int((~store.usual()).sum())
     return {"tokens": store.tokens, "outliers": outliers, "width": store.width}
-
-
-def _one_epoch(rows: list, pad_token_id: int) -> Iterator[tuple[Tensor, Tensor]]:
-    batches = ChatBatches(
-        rows, [-1] * len(rows), batch_size=HARVEST_ROWS, pad_token_id=pad_token_id, seed=ORDER
-    )
-    for batch in map(batches, islice(count(), len(rows) // batches.batch_size)):
-        yield batch.input_ids, batch.attention_mask

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,6 +15,7 @@ from transformers import PreTrainedModel
 from steerlora.config import Config, LoggerConfig, TrainerConfig
 from steerlora.data.activations import ActivationBatches
 from steerlora.data.headers import signal_tokens_of
+from steerlora.data.streaming import StreamedActivations
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
 from steerlora.engine.manifests import write_json
@@ -31,6 +35,7 @@ from steerlora.stages.common import (
     WHERE,
     load_base,
     run_log,
+    sae_rows,
     train,
 )
 from steerlora.stages.end_to_end import (
@@ -47,6 +52,7 @@ from steerlora.stages.sae_quality import (
     quality,
     streams_of,
 )
+from steerlora.stages.sae_text import Corpus, SAEText
 
 FOLDER = "sae"
 """Folder of the artifact that holds the SAE, in SAELens' layout."""
@@ -64,17 +70,27 @@ _log = logging.getLogger(__name__)
 class SAESettings:
     """Attributes: site: the layer whose incoming stream it reads, the number of layers for the
     stream that leaves the last; domains: whose text the activations are of, or the training end to
-    end; max_length: of a row; identity: of the files behind ``sae.path``, empty where none are
-    given; spread: the base over all GPUs, when quality is measured."""
+    end; corpus: text beside it where activations are streamed; max_length: of a row; identity: of
+    the files behind ``sae.path``, empty where none are given; spread: the base over all GPUs, when
+    quality is measured or activations are streamed."""
 
     sae: SAEConfig
     site: int
     domains: tuple[str, ...]
+    corpus: Corpus
     max_length: int
     identity: str
     spread: bool
     trainer: TrainerConfig
     logger: LoggerConfig
+
+
+class Activations(NamedTuple):
+    """What an SAE trains on."""
+
+    batches: ActivationBatches | StreamedActivations
+    steps: int
+    """Optimizer steps."""
 
 
 def steps(config: Config) -> tuple[Step, ...]:
@@ -99,12 +115,14 @@ def _step(config: Config, sae: SAEConfig, site: int) -> Step:
     own = sae.end_to_end
     if own.steps and own.start == "trained":
         inputs["sae"] = _step(config, replace(sae, end_to_end=EndToEndConfig()), site)
-    elif sae.path is None and not own.steps:
+    trained = sae.path is None and not own.steps
+    if trained and not sae.stream:
         inputs["activations"] = activations.steps_of(config, site)
     settings = SAESettings(
         sae=sae,
         site=site,
         domains=tuple(config.domains.names),
+        corpus=Corpus.of(config) if trained and sae.stream else Corpus(),
         max_length=config.trainer.max_length,
         identity=identity_of_saes(config, sae.path, site),
         spread=config.evaluation.spread,
@@ -113,7 +131,8 @@ def _step(config: Config, sae: SAEConfig, site: int) -> Step:
     )
     label = f"sae_training {config.model.name} site {site}"
     label += " end to end" if own.steps else ""
-    return Step("sae_training", settings, inputs, label, cost=20)
+    unread = frozenset() if sae.stream else frozenset({"sae.stream_buffer"})
+    return Step("sae_training", settings, inputs, label, cost=20, skip=unread)
 
 
 def _check(settings: SAESettings) -> None:
@@ -134,7 +153,10 @@ def _check(settings: SAESettings) -> None:
     9,
     step=requested,
     # The place of given files does not matter, their content does.
-    skip=NOT_IDENTITY | ADAPTER_ONLY | WHERE | {"sae.max_tokens", "sae.path"},
+    skip=NOT_IDENTITY
+    | ADAPTER_ONLY
+    | WHERE
+    | {"sae.max_tokens", "sae.corpus", "sae.path", "corpus.path"},
     shared=True,
     check=_check,
 )
@@ -176,7 +198,9 @@ def build(context: Context) -> dict:
             sae, figures = open_given(settings.sae.path, settings.site, pointer, own), {}
             history = []
         else:
-            sae, figures, history = _train(context, settings, log, buffer())
+            held_out = buffer()
+            with _activations(context, settings, loaded) as source:
+                sae, figures, history = _train(context, settings, log, source, held_out)
         if not ranks.is_main():
             return {}
         model, tokenizer = loaded()
@@ -204,14 +228,44 @@ def build(context: Context) -> dict:
     return {**figures, **measured, "fingerprint": sae_fingerprint(sae)}
 
 
+@contextmanager
+def _activations(
+    context: Context, settings: SAESettings, loaded: Callable[[], tuple]
+) -> Iterator[Activations]:
+    """Stored ones, or with ``sae.stream`` those that the base computes meanwhile."""
+    config = settings.sae
+    if not config.stream:
+        batches = ActivationBatches(activations.stores_of(context), config.batch_size, config.seed)
+        yield Activations(batches, config.steps_over(batches.tokens))
+        return
+    model, tokenizer = loaded()
+    rows = sae_rows(context.inputs["domains"], settings.domains, tokenizer, settings.max_length)
+    text = SAEText(rows, settings.corpus.path, tokenizer, settings.max_length, config.seed)
+    steps = config.steps_over(0)
+    with StreamedActivations(
+        model,
+        text.again,
+        config.streams(settings.site),
+        batch_size=config.batch_size,
+        buffer=config.stream_buffer,
+        steps=steps,
+        seed=config.seed,
+        signal_tokens=signal_tokens_of(tokenizer),
+    ) as batches:
+        yield Activations(batches, steps)
+
+
 def _train(
-    context: Context, settings: SAESettings, log: RunLog, held_out: Tensor | None
+    context: Context,
+    settings: SAESettings,
+    log: RunLog,
+    source: Activations,
+    held_out: Tensor | None,
 ) -> tuple[SparseAutoencoder, dict, list[dict[str, float]]]:
     """The SAE, figures of its training, and how it did on held-out activations meanwhile."""
-    config, stores = settings.sae, activations.stores_of(context)
-    batches = ActivationBatches(stores, config.batch_size, config.seed)
-    steps = config.steps_over(batches.tokens)
-    sae, first = config.build(stores[0].width), batches(0).float()
+    config, (batches, steps) = settings.sae, source
+    first = batches(0).cpu().float()
+    sae = config.build(first.shape[-1])
     scale = input_scale(config, first)
     start_on(sae, config, first / scale)
     schedule = course(config, steps, config.batch_size)

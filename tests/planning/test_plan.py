@@ -212,6 +212,14 @@ def test_disk_is_of_every_site_and_the_monitor():
     assert more.disk == 3 * one.disk
 
 
+def test_a_stream_takes_memory_in_place_of_disk():
+    asked = (*QWEN3_8B, *FEW, "sae.stream_buffer=1000")
+    stored, streamed = (plan_of(*asked, f"sae.stream={stream}") for stream in ("false", "true"))
+    assert stored.disk > streamed.disk == 0
+    more = streamed.memories[SAE].total - stored.memories[SAE].total
+    assert more == 2 * streamed.base + 2 * 1000 * 4096 * 2  # of bfloat16
+
+
 def test_monitored_losses_and_second_forwards_cost_their_share():
     def each(*changes: str) -> float:
         found = plan_of(*QWEN3_8B, *FEW, *changes).works

@@ -13,6 +13,7 @@ from steerlora.config import Config
 from steerlora.data import harvest
 from steerlora.data.activations import ActivationStore
 from steerlora.engine.artifacts import Artifact, ArtifactStore
+from steerlora.engine.progress import SilentProgress
 from steerlora.engine.run import run
 from steerlora.errors import UserError
 from steerlora.stages import activations, sae_training
@@ -99,3 +100,35 @@ def test_each_site_s_sae_reads_its_own_and_a_transcoder_s_reads_two():
     (step,) = sae_training.steps(config_of("method.sites=[0]", "sae=skip_transcoder"))
     assert [one.config.site for one in step.inputs["activations"]] == [0, 1]
     assert step.inputs["activations"][0].fingerprint == inputs[0][0].fingerprint
+
+
+@pytest.mark.slow
+def test_a_corpus_gives_half_of_the_tokens_and_more_where_rows_end(build, tmp_path):
+    text = tmp_path / "corpus.jsonl"
+    text.write_text('{"text": "one two three"}\n' * 500)
+    options = ("method.sites=[1]", "sae.max_tokens=800", f"sae.corpus={text}")
+    (plain,), _ = build(*options[:2])
+    (mixed,), _ = build(*options)
+    own, both = (set(map(tuple, rows_of(one).tolist())) for one in (plain, mixed))
+    assert len(rows_of(mixed)) == 800
+    assert 0.3 < sum(tuple(row) in own for row in rows_of(mixed).tolist()) / 800 < 0.6
+    assert len(both - own) > 10
+    text.write_text('{"text": "one two three"}\n')
+    (again,), _ = build(*options)  # the rows fill what a short corpus leaves
+    assert (again.fingerprint != mixed.fingerprint, len(rows_of(again))) == (True, 800)
+
+
+@pytest.mark.slow
+def test_fewer_tokens_than_asked_are_said(store):
+    class Heard(SilentProgress):
+        said = ""
+
+        def message(self, text: str) -> None:
+            Heard.said += text
+
+    steps = activations.requested(config_of("method.sites=[1]", "sae.max_tokens=100000"))
+    report = run(steps, store, progress=Heard())
+    tokens = report[steps[0]].manifest["summary"]["tokens"]
+    assert f"the text holds {tokens:,} tokens that carry a signal, fewer than the 100,000 of" in (
+        Heard.said
+    )

@@ -54,6 +54,9 @@ CHANGES = {
     "sae.k": 3,
     "sae.normalize": "layer_norm",
     "sae.max_tokens": 99,
+    "sae.corpus": None,  # files: covered below
+    "sae.stream": "true",
+    "sae.stream_buffer": None,  # only with stream: tests/stages/test_streaming.py
     "sae.steps": 7,
     "sae.epochs": None,  # in place of steps: tests/saes/test_config.py
     "sae.batch_size": 33,
@@ -415,6 +418,7 @@ GIVEN = {
     "model.path": ["config.json"],
     "sae.path": ["cfg.json", "sae_weights.safetensors"],
     "model.sae_path": ["cfg.json", "sae_weights.safetensors"],
+    "sae.corpus": ["a.txt", "b.jsonl"],
 }
 
 

@@ -48,7 +48,8 @@ def set_up(monkeypatch) -> Callable[..., SAEModule]:
     def set_up(architecture: str = "topk", **options) -> SAEModule:
         sae = SAES[architecture](latents=64, steps=STEPS, **options)
         settings = SimpleNamespace(sae=sae, site=1, trainer=TrainerConfig())
-        sae_training._train(sae.streams(1), settings, None, None)
+        with sae_training._activations(sae.streams(1), settings, None) as source:
+            sae_training._train(None, settings, None, source, None)
         return found[-1]
 
     return set_up
