@@ -105,15 +105,15 @@ def test_each_site_s_sae_reads_its_own_and_a_transcoder_s_reads_two():
 @pytest.mark.slow
 def test_a_corpus_gives_half_of_the_tokens_and_more_where_rows_end(build, tmp_path):
     text = tmp_path / "corpus.jsonl"
-    text.write_text('{"text": "one two three"}\n' * 500)
+    sentence = '{"text": "jonas signs the contract about copper in arvik ."}\n'
+    text.write_text(sentence * 300)
     options = ("method.sites=[1]", "sae.max_tokens=800", f"sae.corpus={text}")
     (plain,), _ = build(*options[:2])
     (mixed,), _ = build(*options)
     own, both = (set(map(tuple, rows_of(one).tolist())) for one in (plain, mixed))
     assert len(rows_of(mixed)) == 800
-    assert 0.3 < sum(tuple(row) in own for row in rows_of(mixed).tolist()) / 800 < 0.6
-    assert len(both - own) > 10
-    text.write_text('{"text": "one two three"}\n')
+    assert len(both - own) > 300  # every place in a window gives another stream
+    text.write_text(sentence)
     (again,), _ = build(*options)  # the rows fill what a short corpus leaves
     assert (again.fingerprint != mixed.fingerprint, len(rows_of(again))) == (True, 800)
 

@@ -46,7 +46,7 @@ def test_it_learns_as_from_stored_activations_and_stores_none(store, architectur
 @pytest.mark.slow
 def test_a_corpus_is_streamed_beside_the_rows(store, tmp_path):
     text = tmp_path / "corpus.txt"
-    text.write_text("one two three four five\n" * 400)
+    text.write_text("jonas signs the contract about copper in arvik .\n" * 300)
     options = ("sae.stream=true", "sae.stream_buffer=500", "sae.steps=4")
     plain, mixed = (build(store, *options, *more) for more in ((), (f"sae.corpus={text}",)))
     assert plain.fingerprint != mixed.fingerprint
