@@ -1,14 +1,16 @@
 """Activations from the model to a training, shuffled in a bounded buffer and never stored.
 
-Shapes: B batch, S sequence, T tokens, D model width. A *site* c names the stream entering layer c.
+Shapes: B batch, S sequence, T tokens, C columns, D model width. A *site* c names the stream
+entering layer c. A *reader* has a site, or several whose activations of the same tokens it reads
+side by side; each of its sites is a column.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
+from itertools import accumulate, chain, count
 from typing import NamedTuple
 
 import torch
@@ -44,7 +46,7 @@ class _Chunk(NamedTuple):
     rows: Tensor
     """[buffer, sites, D]."""
     order: Tensor
-    """[buffer], in which they are read."""
+    """[readers, buffer], in which each reads them."""
 
 
 class StreamedActivations:
@@ -56,26 +58,29 @@ class StreamedActivations:
     token may move. While one chunk is read, a thread has the model fill the next: at most two are
     held.
 
-    Of a chunk's outliers (`steerlora.lm.outliers`, by the chunk's median) none is read. Others of
-    the chunk are read twice in their places, so that a step's tokens do not depend on how many
-    there were before.
+    Of a chunk's outliers (`steerlora.lm.outliers`, by the chunk's median) at a reader's sites it
+    reads none. Others of the chunk are read twice in their places, so that a step's tokens do not
+    depend on how many there were before. What one reader reads does not depend on the others.
 
     Args:
         model: a causal language model in evaluation mode, on its own device.
         text: what it reads.
-        sites: of one site, or of several whose activations of the same tokens come side by side.
+        readers: the sites of each.
         batch_size: tokens of the whole batch.
         buffer: tokens of a chunk.
         steps: of the training: no chunk is filled that they do not reach.
         seed: of the shuffles.
         signal_tokens: which tokens are taken.
+
+    Attributes:
+        columns: of each reader.
     """
 
     def __init__(
         self,
         model: nn.Module,
         text: Text,
-        sites: Sequence[int],
+        readers: Sequence[Sequence[int]],
         *,
         batch_size: int,
         buffer: int,
@@ -83,23 +88,28 @@ class StreamedActivations:
         seed: int,
         signal_tokens: SignalTokens,
     ) -> None:
-        self.model, self.text, self.sites = model, text, tuple(sites)
+        self.model, self.text = model, text
+        self.sites = tuple(dict.fromkeys(chain.from_iterable(readers)))
+        self._readers = [[self.sites.index(site) for site in sites] for sites in readers]
+        ends = list(accumulate(map(len, readers)))
+        self.columns = [slice(end - len(s), end) for end, s in zip(ends, readers, strict=True)]
         self.batch_size, self.buffer, self.seed = batch_size, buffer, seed
         self.signal_tokens = signal_tokens
         self._chunks = -(-steps * batch_size // buffer)
         self._batches: Iterator[_Ahead] | None = None
         self._ahead: _Ahead | None = None
         self._futures: dict[int, Future[_Chunk]] = {}
-        self._thread = ThreadPoolExecutor(1, "activations")
+        self._thread, self._ended = ThreadPoolExecutor(1, "activations"), False
 
     def __enter__(self) -> StreamedActivations:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended = True
         self._thread.shutdown(cancel_futures=True)
 
     def __call__(self, step: int) -> Tensor:
-        """[batch_size, D] in the model's type, or [batch_size, sites, D] of several sites.
+        """[batch_size, D] in the model's type, or [batch_size, C, D] of several columns.
 
         Raises:
             UserError: the text holds no token that carries a signal, or a stream is not finite.
@@ -113,10 +123,11 @@ class StreamedActivations:
         numbers = positions // self.buffer
         found = []
         for number in numbers.unique().tolist():
-            chunk = self._chunk(number)
-            found.append(chunk.rows[chunk.order[positions[numbers == number] % self.buffer]])
+            chunk, places = self._chunk(number), positions[numbers == number] % self.buffer
+            each = zip(self._readers, chunk.order[:, places], strict=True)
+            found.append(torch.cat([chunk.rows[order][:, sites] for sites, order in each], 1))
         rows = torch.cat(found)
-        return rows if len(self.sites) > 1 else rows[:, 0]
+        return rows if rows.shape[1] > 1 else rows[:, 0]
 
     def _chunk(self, number: int) -> _Chunk:
         """Chunk ``number``; the next one is asked for meanwhile, and others are let go."""
@@ -137,6 +148,8 @@ class StreamedActivations:
             self._ahead = next(self._batches)
         rows: Tensor | None = None
         while True:
+            if self._ended:
+                raise CancelledError
             ahead = self._ahead
             if ahead.stop > start:
                 if ahead.rows is None:
@@ -150,9 +163,11 @@ class StreamedActivations:
                 break
             self._ahead = next(self._batches)
         norms = [finite_norms(rows[:, i], site) for i, site in enumerate(self.sites)]
-        usual = torch.stack([usual_tokens(one) for one in norms]).all(0).nonzero()[:, 0].cpu()
+        usual = torch.stack([usual_tokens(one) for one in norms]).cpu()
         order = permutation(self.buffer, self.seed, number)
-        return _Chunk(rows, usual[order % len(usual)].to(rows.device))
+        kept = [usual[sites].all(0).nonzero()[:, 0] for sites in self._readers]
+        orders = torch.stack([places[order % len(places)] for places in kept])
+        return _Chunk(rows, orders.to(rows.device))
 
     def _run(self, ahead: _Ahead) -> Tensor:
         streams = residual_streams(self.model, ahead.input_ids, ahead.mask, self.sites)

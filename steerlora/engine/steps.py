@@ -32,7 +32,7 @@ class Stage:
 
     build: Callable[..., Any]
     """Fills ``context.directory`` and returns a summary for the manifest; of a stage that builds
-    several ``together``, takes a sequence of contexts and returns a summary each."""
+    ``together``, takes a sequence of contexts and returns a summary each."""
 
     steps: Callable[[Any, Callable[..., Any]], Sequence[Step]] | None = None
     """The steps that ``stage=<name>`` means: of the run's configuration, and of a function that
@@ -46,9 +46,8 @@ class Stage:
     """Whether several ranks build it together, and rank 0 writes the files. If not, rank 0 builds
     it while the others wait."""
 
-    together: str = ""
-    """A key of the configuration. Steps of the stage that are missing in a run, and differ in this
-    key alone, are built by one call. Empty: each by its own."""
+    together: bool = False
+    """Whether it can build several steps by one call; which ones, they say themselves."""
 
     check: Callable[[Any], None] = lambda config: None
     """Raises a `UserError` for a configuration that cannot be built here, before anything is."""
@@ -140,6 +139,10 @@ class Step:
     """Dotted keys of this step's configuration that are not part of its fingerprint, beside the
     stage's."""
 
+    together: frozenset[str] = frozenset()
+    """Dotted keys of the configuration. Steps that are missing in a run, and differ in these alone,
+    are built by one call. Empty: it is built alone."""
+
     earlier: tuple[Step, ...] = ()
     """Steps of the same stage that do a part of this one's work, those that do most of it first.
     None of them is built for it, but the first whose artifact is stored spares it that part. What
@@ -158,8 +161,7 @@ class Step:
     @cached_property
     def group(self) -> str:
         """What it has in common with the steps that are built together with it, and no others."""
-        together = STAGES[self.stage].together
-        return self._fingerprint_without(frozenset({together})) if together else self.fingerprint
+        return self._fingerprint_without(self.together) if self.together else self.fingerprint
 
     @property
     def input_fingerprints(self) -> dict[str, str]:

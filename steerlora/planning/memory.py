@@ -16,9 +16,10 @@ from steerlora.data.harvest import HARVEST_ROWS
 from steerlora.planning.live import GRADIENTS, SPACE, Parts
 from steerlora.planning.sharding import Held, held, sizes
 from steerlora.planning.trials import FIXED, IN_STEP, Measured, Trials
+from steerlora.planning.work import harvested_sites, trained_sites
 
 BASE, WATCHING = "weights of the base", "SAEs and prototypes"
-BESIDE = "base and buffers of a stream"
+BESIDE, OTHERS = "base and buffers of a stream", "SAEs of the other sites"
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,18 @@ def _method_held(config: Config, trials: Trials) -> Held:
 
 
 def sae_training(config: Config, trials: Trials) -> Memory:
-    """Of a step of one SAE's training on one rank, all of it float32; and with ``sae.stream`` of
-    the base and two buffers beside it."""
+    """Of a step of one SAE's training on one rank, all of it float32; with ``sae.stream`` of those
+    of all sites together, and of the base and two buffers beside them."""
     ranks, trainer = config.plan.gpus, replace(config.trainer, precision="32-true")
     on_rank = held(trainer, ranks, {}, sizes(trials.new_sae().parameters()))
     beside = {}
     if config.sae.stream:
-        weight = next(iter(trials.base.values()))
-        streams, width = len(config.sae.streams(0)), trials.new_sae().width
+        weight, sites = next(iter(trials.base.values())), trained_sites(config)
+        token = len(harvested_sites(config)) * trials.new_sae().width * weight.itemsize
         beside[BESIDE] = sum(p.nbytes for p in trials.base.values())
-        beside[BESIDE] += 2 * config.sae.stream_buffer * streams * width * weight.itemsize
+        beside[BESIDE] += 2 * config.sae.stream_buffer * token
+        each = on_rank.weights + on_rank.adapter + on_rank.gradients + on_rank.optimizer
+        beside[OTHERS] = (len(sites) - 1) * each
     step = trials.sae_step(math.ceil(config.sae.batch_size / ranks))
     return _highest(config, on_rank, beside, step)
 

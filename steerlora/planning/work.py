@@ -71,9 +71,8 @@ def works(config: Config, shape: DecoderShape, trials: Trials) -> tuple[Work, ..
         )
     if sites := harvested_sites(config):
         each = flops.harvesting_flops_per_token(shape, max(sites), row)
-        # What is streamed is computed for each SAE anew.
-        trained = len(trained_sites(config)) * sae.steps_over(0) * sae.batch_size
-        found.append(Work(HARVEST, trained if sae.stream else sae.tokens_to_harvest, each))
+        streamed = sae.steps_over(0) * sae.batch_size  # once for all sites
+        found.append(Work(HARVEST, streamed if sae.stream else sae.tokens_to_harvest, each))
     if sites := trained_sites(config):
         each = trials.new_sae().training_flops_per_token()
         tokens = len(sites) * sae.steps_over(sae.tokens_to_harvest) * sae.batch_size

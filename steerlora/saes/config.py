@@ -68,11 +68,13 @@ class SAEConfig(Section, key="sae"):
     It is read from its beginning, in windows of ``trainer.max_length`` tokens. Null: none."""
     stream: bool = False
     """Train on activations as the model computes them, beside it on its device, and store none:
-    ``max_tokens`` does not count, the text is read as often as the steps need, and other SAEs of
-    the site compute them again."""
+    ``max_tokens`` does not count, and the text is read as often as the steps need. SAEs that one
+    run trains for the same number of steps share the stream."""
     stream_buffer: Annotated[int, Interval(ge=1, le=2**31)] = 2**17
     """Tokens that are shuffled together with ``stream``, from 1. Two such buffers are held in the
     memory of the model's device."""
+    stream_seed: Seed = 0
+    """Of the order of tokens with ``stream``, which SAEs of several seeds can so share."""
     steps: Count | None = None
     """Optimizer steps, from 1. Null: as many as ``epochs`` takes; without, those of 1600 tokens a
     latent, and at least 1000."""
@@ -90,7 +92,7 @@ class SAEConfig(Section, key="sae"):
     decay_fraction: Share = 0.2
     """Share of the steps, at the end, in which the rate falls linearly to 0."""
     scale_inputs: bool = True
-    """Train on stored activations divided by one number, so that their mean norm is sqrt(D), and
+    """Train on activations divided by one number, so that their mean norm is sqrt(D), and
     multiply it into the weights of the SAE that is saved. Else a penalty in the activations' units
     has no usual weight, and biases that Adam moves by its rate a step have far to go. Nothing
     changes where ``normalize`` sets the norm."""
@@ -102,7 +104,7 @@ class SAEConfig(Section, key="sae"):
     dead_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.1
     """A latent is dead that has not fired for this share of the training's tokens."""
     seed: Seed = 0
-    """Of initialisation and token order."""
+    """Of initialisation, and of the order of tokens that are stored."""
     end_to_end: EndToEndConfig = field(default_factory=EndToEndConfig)
     """Training by the model around the SAE, after that on reconstruction or in its place."""
 

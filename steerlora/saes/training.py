@@ -126,25 +126,35 @@ class SAEModule(lightning.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """batch [T, D] -> loss."""
-        self.sae.begin_step(self.global_step / self.total_steps)
+        logged = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        loss, figures = self.step(batch, self.global_step, in_full=logged)
+        self.log_dict(figures, sync_dist=True)
+        return loss
+
+    def step(
+        self, batch: Tensor, step: int, *, in_full: bool
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """What is minimised at a step, and what is logged of it.
+
+        Args:
+            batch: [T, D].
+            step: optimizer steps before it.
+            in_full: whether a logger sees this step: else little is worked out.
+        """
+        self.sae.begin_step(step / self.total_steps)
         losses, fired = self.losses(batch)
         (fired,) = sum_over_ranks([fired])
         tokens = self.tokens_in(batch)
         self.count_idle_tokens(fired, tokens)
-        self.log("sae/loss", losses.total.detach(), sync_dist=True)
+        figures = {"sae/loss": losses.total.detach()}
         if losses.kl is not None:
-            self.log("sae/kl", losses.kl.detach(), sync_dist=True)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # else no logger sees it
-            self.log_dict(
-                {
-                    "sae/fvu": losses.fvu.detach(),
-                    "sae/l0": fired.sum() / tokens,
-                    "sae/dead_fraction": self.dead().float().mean(),
-                    "sae/lr": self.optimizers().param_groups[0]["lr"],
-                },
-                sync_dist=True,
-            )
-        return losses.total
+            figures["sae/kl"] = losses.kl.detach()
+        if in_full:
+            figures["sae/fvu"] = losses.fvu.detach()
+            figures["sae/l0"] = fired.sum() / tokens
+            figures["sae/dead_fraction"] = self.dead().float().mean()
+            figures["sae/lr"] = self.lr * self.lr_factor(step)
+        return losses.total, figures
 
     def losses(self, batch: Tensor) -> tuple[SAELosses, Tensor]:
         """batch [T, D] -> the losses, and how often each latent fired [N]."""

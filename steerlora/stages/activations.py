@@ -51,7 +51,8 @@ def step(config: Config, site: int) -> Step:
         spread=config.evaluation.spread,
     )
     label = f"activations {config.model.name} site {site}"
-    return Step("activations", settings, base.inputs(config), label, cost=10)
+    inputs = base.inputs(config)
+    return Step("activations", settings, inputs, label, cost=10, together=frozenset({"site"}))
 
 
 def steps_of(config: Config, site: int) -> tuple[Step, ...]:
@@ -73,7 +74,7 @@ def stores_of(context: Context) -> list[ActivationStore]:
 
 
 # The place of a corpus does not matter, its content does.
-@stage("activations", 3, step=requested, skip=WHERE | {"corpus.path"}, together="site")
+@stage("activations", 3, step=requested, skip=WHERE | {"corpus.path"}, together=True)
 def build(contexts: Sequence[Context]) -> list[dict]:
     first = contexts[0]
     settings: ActivationSettings = first.config  # but for the site, the others' too

@@ -15,6 +15,7 @@ from torch import Tensor
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import editable
 from steerlora.saes.metrics import sae_metrics
+from steerlora.saes.several import SeveralSAEs
 from steerlora.saes.training import SAEModule
 from steerlora.training.loop import LOG_EVERY, ends_step
 
@@ -36,16 +37,21 @@ class HeldOut(Callback):
     Args:
         buffer: [T, D], or [T, 2, D] for a transcoder; None on ranks that do not measure.
         steps: of the training.
+        number: of the SAE in a training of several; None: it trains alone.
 
     Attributes:
         history: one entry a look: ``step``, optimizer steps done; ``tokens`` trained on; and every
             figure of `steerlora.saes.metrics.Reconstruction` that is a finite number.
     """
 
-    def __init__(self, buffer: Tensor | None, steps: int) -> None:
-        self.buffer = buffer
+    def __init__(self, buffer: Tensor | None, steps: int, number: int | None = None) -> None:
+        self.buffer, self.number = buffer, number
         self.every = LOG_EVERY * max(1, steps // (LOOKS * LOG_EVERY))
         self.history: list[dict[str, float]] = []
+
+    @property
+    def state_key(self) -> str:
+        return "HeldOut" if self.number is None else f"HeldOut {self.number}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}
@@ -54,19 +60,27 @@ class HeldOut(Callback):
         self.history = state["history"]
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: SAEModule, outputs: Any, batch: Tensor, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        module: SAEModule | SeveralSAEs,
+        outputs: Any,
+        batch: Tensor,
+        batch_idx: int,
     ) -> None:
         step = trainer.global_step
         if not ends_step(trainer, batch_idx) or step % self.every:
             return
+        alone = self.number is None
+        sae = module.sae if alone else module.parts[self.number].sae
         # Every rank comes here: one alone could not gather weights that are sharded.
-        with editable(trainer, list(module.sae.parameters())):
+        with editable(trainer, list(sae.parameters())):
             if self.buffer is None:
                 return
-            training = module.sae.training
-            figures = sae_metrics(module.sae.eval().for_inference(), self.buffer)
-            module.sae.train(training)
+            training = sae.training
+            figures = sae_metrics(sae.eval().for_inference(), self.buffer)
+            sae.train(training)
         found = {name: value for name, value in figures.items() if math.isfinite(value)}
         tokens = step * len(batch) * ranks.current().world
         self.history.append({"step": step, "tokens": tokens, **found})
-        module.log_dict({f"heldout/{name}": value for name, value in found.items()})
+        prefix = "heldout" if alone else f"{self.number}/heldout"
+        module.log_dict({f"{prefix}/{name}": value for name, value in found.items()})

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
-from typing import NamedTuple
+from itertools import product
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from steerlora.config import Config, LoggerConfig, TrainerConfig
-from steerlora.data.activations import ActivationBatches
 from steerlora.data.headers import signal_tokens_of
-from steerlora.data.streaming import StreamedActivations
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
 from steerlora.engine.manifests import write_json
 from steerlora.engine.steps import Context, Step, stage
-from steerlora.errors import UserError
+from steerlora.errors import UserError, nearest, shown
 from steerlora.reporting.runs import RunLog
-from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.config import SAEConfig
 from steerlora.saes.end_to_end.config import EndToEndConfig
 from steerlora.saes.saelens import sae_fingerprint, save_sae
-from steerlora.saes.training import SAEModule, course, input_scale, start_on
 from steerlora.stages import activations, base
 from steerlora.stages.common import (
     ADAPTER_ONLY,
@@ -35,7 +31,6 @@ from steerlora.stages.common import (
     WHERE,
     load_base,
     run_log,
-    sae_rows,
     train,
 )
 from steerlora.stages.end_to_end import (
@@ -44,7 +39,8 @@ from steerlora.stages.end_to_end import (
     text_batches,
 )
 from steerlora.stages.given_saes import hook_name, identity_of_saes, open_given
-from steerlora.stages.sae_held_out import HeldOut, buffer_of
+from steerlora.stages.sae_fitting import Trained, fit_stored, fit_streamed, in_full
+from steerlora.stages.sae_held_out import buffer_of
 from steerlora.stages.sae_quality import (
     TextBatch,
     held_out_batches,
@@ -52,7 +48,7 @@ from steerlora.stages.sae_quality import (
     quality,
     streams_of,
 )
-from steerlora.stages.sae_text import Corpus, SAEText
+from steerlora.stages.sae_text import Corpus
 
 FOLDER = "sae"
 """Folder of the artifact that holds the SAE, in SAELens' layout."""
@@ -85,12 +81,8 @@ class SAESettings:
     logger: LoggerConfig
 
 
-class Activations(NamedTuple):
-    """What an SAE trains on."""
-
-    batches: ActivationBatches | StreamedActivations
-    steps: int
-    """Optimizer steps."""
+SHARED = {"stream", "stream_buffer", "stream_seed", "steps", "epochs", "batch_size", "corpus"}
+"""Keys of an SAE that those have in common which share a stream."""
 
 
 def steps(config: Config) -> tuple[Step, ...]:
@@ -104,10 +96,35 @@ def monitor_step(config: Config) -> Step | None:
     return None if site is None else _step(config, replace(config.sae, path=None), site)
 
 
-def requested(config: Config) -> tuple[Step, ...]:
+def of_sites(config: Config) -> tuple[Step, ...]:
     """The SAEs of the control sites, and of the monitor site."""
     monitor = monitor_step(config)
     return (*steps(config), *([monitor] if monitor else []))
+
+
+def requested(config: Config, variant: Callable[..., Config]) -> tuple[Step, ...]:
+    """Those; with lists in ``stage.settings``, such as ``{k: [16, 32], seed: [0, 1]}``, of every
+    combination of these keys of ``sae``.
+
+    Raises:
+        UserError: a key that the SAE does not have, or no list.
+    """
+    lists = config.stage.settings
+    known = [field.name for field in fields(config.sae)]
+    for name, values in lists.items():
+        if name not in known:
+            raise UserError(f"stage.settings.{name}: no key of sae; {nearest(name, known)}")
+        if not isinstance(values, list) or not values:
+            raise UserError(
+                f"stage.settings.{name}={shown(values)}: must be a list of values of sae.{name}, "
+                "an SAE for each"
+            )
+    found = []
+    for values in product(*lists.values()):
+        changes = [f"{name}={shown(value)}" for name, value in zip(lists, values, strict=True)]
+        own = of_sites(variant(*(f"sae.{one}" for one in changes)) if lists else config)
+        found += [replace(step, label=" ".join([step.label, *changes])) for step in own]
+    return tuple({step.fingerprint: step for step in found}.values())
 
 
 def _step(config: Config, sae: SAEConfig, site: int) -> Step:
@@ -131,8 +148,20 @@ def _step(config: Config, sae: SAEConfig, site: int) -> Step:
     )
     label = f"sae_training {config.model.name} site {site}"
     label += " end to end" if own.steps else ""
-    unread = frozenset() if sae.stream else frozenset({"sae.stream_buffer"})
-    return Step("sae_training", settings, inputs, label, cost=20, skip=unread)
+    if not sae.stream:
+        unread = frozenset({"sae.stream_buffer", "sae.stream_seed"})
+        return Step("sae_training", settings, inputs, label, cost=20, skip=unread)
+    # DeepSpeed clips the gradients of all parameters together.
+    alone = not trained or config.trainer.strategy.startswith("zero")
+    together = frozenset() if alone else _differing(sae)
+    return Step("sae_training", settings, inputs, label, cost=20, together=together)
+
+
+def _differing(sae: SAEConfig) -> frozenset[str]:
+    """Keys in which the steps of SAEs that share a stream may differ. The latents decide the number
+    of steps, where it is not given."""
+    own = {field.name for field in fields(sae)} - SHARED - ({"latents"} if not sae.steps else set())
+    return frozenset({"site", *(f"sae.{name}" for name in own)})
 
 
 def _check(settings: SAESettings) -> None:
@@ -151,28 +180,29 @@ def _check(settings: SAESettings) -> None:
 @stage(
     "sae_training",
     9,
-    step=requested,
+    steps=requested,
     # The place of given files does not matter, their content does.
     skip=NOT_IDENTITY
     | ADAPTER_ONLY
     | WHERE
     | {"sae.max_tokens", "sae.corpus", "sae.path", "corpus.path"},
     shared=True,
+    together=True,
     check=_check,
 )
-def build(context: Context) -> dict:
-    settings: SAESettings = context.config
-    pointer = context.inputs["base"].json(POINTER)
+def build(contexts: Sequence[Context]) -> list[dict]:
+    first = contexts[0]
+    settings: SAESettings = first.config
 
     @cache
     def loaded() -> tuple:
         return load_base(
-            context.inputs["base"], accelerator=settings.trainer.accelerator, spread=settings.spread
+            first.inputs["base"], accelerator=settings.trainer.accelerator, spread=settings.spread
         )
 
     @cache
     def batches() -> list[TextBatch]:
-        return held_out_batches(context.inputs["domains"], loaded()[1], settings.max_length)
+        return held_out_batches(first.inputs["domains"], loaded()[1], settings.max_length)
 
     def streams(*sites: int) -> Tensor:
         """Of held-out rows, [T, D], or [T, sites, D] of several sites."""
@@ -180,33 +210,49 @@ def build(context: Context) -> dict:
         found = streams_of(model, batches(), sites, signal_tokens_of(tokenizer)).rows
         return found if len(sites) > 1 else found[:, 0]
 
-    def buffer() -> Tensor | None:
-        """Held-out activations, for rank 0; the base is let go until the training is over."""
+    def buffer(own: SAESettings) -> Tensor | None:
+        """Held-out activations, for rank 0."""
         if not ranks.is_main():
             return None
-        sites = settings.sae.streams(settings.site)
-        found = streams(*sites).cpu()
-        loaded.cache_clear()
-        return buffer_of(found, settings.sae.batch_size)
+        return buffer_of(streams(*own.sae.streams(own.site)).cpu(), own.sae.batch_size)
 
-    with run_log(context, settings.logger) as log:
+    with run_log(first, settings.logger) as log:
         if settings.sae.end_to_end.steps:
-            sae, figures = _train_end_to_end(context, settings, *loaded(), log)
-            history = []
+            trained = [_train_end_to_end(first, settings, *loaded(), log)]
         elif settings.sae.path:
-            own = partial(streams, settings.site)
-            sae, figures = open_given(settings.sae.path, settings.site, pointer, own), {}
-            history = []
+            base_facts, own = first.inputs["base"].json(POINTER), partial(streams, settings.site)
+            sae = open_given(settings.sae.path, settings.site, base_facts, own)
+            trained = [Trained(sae, {}, [])]
+        elif settings.sae.stream:
+            held_out = [buffer(context.config) for context in contexts]
+            trained = fit_streamed(contexts, log, held_out, *loaded())
         else:
-            held_out = buffer()
-            with _activations(context, settings, loaded) as source:
-                sae, figures, history = _train(context, settings, log, source, held_out)
+            held_out = buffer(settings)
+            loaded.cache_clear()  # the base is let go until the training is over
+            trained = [fit_stored(first, log, held_out)]
         if not ranks.is_main():
-            return {}
-        model, tokenizer = loaded()
-        sae.to(model.device)
-        measured = quality(model, sae, settings.site, batches(), signal_tokens_of(tokenizer))
-        log.results({**figures, **measured})
+            return [{} for _ in contexts]
+        summaries = [_store(first, trained[0], log, *loaded(), batches())]
+    for context, one in zip(contexts[1:], trained[1:], strict=True):
+        with run_log(context, context.config.logger) as log:
+            summaries.append(_store(context, one, log, *loaded(), batches()))
+    return summaries
+
+
+def _store(
+    context: Context,
+    trained: Trained,
+    log: RunLog,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    batches: list[TextBatch],
+) -> dict:
+    """Measure an SAE and write the files of its artifact; the summary."""
+    settings, (sae, figures, history) = context.config, trained
+    pointer = context.inputs["base"].json(POINTER)
+    sae.to(model.device)
+    measured = quality(model, sae, settings.site, batches, signal_tokens_of(tokenizer))
+    log.results({**figures, **measured})
     wrong = implausible(measured, sae.latents)
     if settings.sae.path and wrong:
         _log.warning("sae.path=%s: at site %d %s", settings.sae.path, settings.site, wrong)
@@ -228,64 +274,10 @@ def build(context: Context) -> dict:
     return {**figures, **measured, "fingerprint": sae_fingerprint(sae)}
 
 
-@contextmanager
-def _activations(
-    context: Context, settings: SAESettings, loaded: Callable[[], tuple]
-) -> Iterator[Activations]:
-    """Stored ones, or with ``sae.stream`` those that the base computes meanwhile."""
-    config = settings.sae
-    if not config.stream:
-        batches = ActivationBatches(activations.stores_of(context), config.batch_size, config.seed)
-        yield Activations(batches, config.steps_over(batches.tokens))
-        return
-    model, tokenizer = loaded()
-    rows = sae_rows(context.inputs["domains"], settings.domains, tokenizer, settings.max_length)
-    text = SAEText(rows, settings.corpus.path, tokenizer, settings.max_length, config.seed)
-    steps = config.steps_over(0)
-    with StreamedActivations(
-        model,
-        text.again,
-        config.streams(settings.site),
-        batch_size=config.batch_size,
-        buffer=config.stream_buffer,
-        steps=steps,
-        seed=config.seed,
-        signal_tokens=signal_tokens_of(tokenizer),
-    ) as batches:
-        yield Activations(batches, steps)
-
-
-def _train(
-    context: Context,
-    settings: SAESettings,
-    log: RunLog,
-    source: Activations,
-    held_out: Tensor | None,
-) -> tuple[SparseAutoencoder, dict, list[dict[str, float]]]:
-    """The SAE, figures of its training, and how it did on held-out activations meanwhile."""
-    config, (batches, steps) = settings.sae, source
-    first = batches(0).cpu().float()
-    sae = config.build(first.shape[-1])
-    scale = input_scale(config, first)
-    start_on(sae, config, first / scale)
-    schedule = course(config, steps, config.batch_size)
-    module = SAEModule(sae, lr=config.learning_rate, scale=scale, **schedule)
-    watch = HeldOut(None if held_out is None else held_out.float() / scale, steps)
-    trainer = _in_full(settings)
-    found = train(context, module, batches, steps, log, trainer=trainer, callbacks=[watch])
-    sae.rescale(scale)
-    return sae, found, watch.history
-
-
-def _in_full(settings: SAESettings) -> TrainerConfig:
-    """In full precision, whole batches: accumulation and mixed precision are the adapter's."""
-    return replace(settings.trainer, precision="32-true", accumulate=1)
-
-
 def _train_end_to_end(
     context: Context, settings: SAESettings, model: PreTrainedModel, tokenizer, log: RunLog
-) -> tuple[SparseAutoencoder, dict]:
-    """The SAE and its figures, of which some are those of the SAE that was fine-tuned."""
+) -> Trained:
+    """Some of the figures are those of the SAE that was fine-tuned."""
     own, start = settings.sae.end_to_end, context.inputs.get("sae")
     sae = starting_sae(settings.sae, start and start / FOLDER, model.config.hidden_size)
     batches = text_batches(
@@ -293,6 +285,7 @@ def _train_end_to_end(
     )
     replaced = signal_tokens_of(tokenizer)
     module = end_to_end_module(settings.sae, sae, model, settings.site, batches, replaced)
-    figures = train(context, module, batches, own.steps, log, trainer=_in_full(settings))
+    figures = train(context, module, batches, own.steps, log, trainer=in_full(context))
     before = start.json(QUALITY) if start else {}
-    return sae, {**figures, **{f"{name}_before": before[name] for name in COMPARED if before}}
+    figures |= {f"{name}_before": before[name] for name in COMPARED if before}
+    return Trained(sae, figures, [])

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,8 @@ class Watch(Callback):
 class Gradients(Callback):
     """Clips the norm of the gradients, and logs what it was before.
 
-    DeepSpeed clips by itself: there the norm is only asked for.
+    Of a module with ``clips_groups``, the groups of its optimizer are clipped one by one. DeepSpeed
+    clips by itself: there the norm is only asked for.
 
     Args:
         largest: norm that gradients are scaled down to.
@@ -186,8 +188,11 @@ class Gradients(Callback):
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         if not isinstance(trainer.strategy, ZeroStrategy):
-            trained = [p for group in optimizer.param_groups for p in group["params"]]
-            self.norm = clip_grad_norm_(trained, self.largest)
+            groups = [group["params"] for group in optimizer.param_groups]
+            if not getattr(module, "clips_groups", False):
+                groups = [list(chain.from_iterable(groups))]
+            norms = [clip_grad_norm_(group, self.largest) for group in groups]
+            self.norm = torch.stack(norms).norm()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if ends_step(trainer, batch_idx) and trainer.global_step % LOG_EVERY == 0:

@@ -46,8 +46,10 @@ def text(number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def streamed(model, *sites: int, seed: int = 0, **options) -> StreamedActivations:
+    """One reader of these sites, or those in ``readers``."""
     settings = {"batch_size": SIZE, "buffer": BUFFER, "steps": STEPS, "signal_tokens": NOT_FIRST}
-    return StreamedActivations(model, text, sites, seed=seed, **settings | options)
+    settings |= {"readers": [sites]} | options
+    return StreamedActivations(model, text, seed=seed, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,27 @@ def test_a_resumed_stream_runs_no_text_before_its_chunk(model, monkeypatch):
     with streamed(model, 1, steps=4 * BUFFER // SIZE) as batches:
         batches(3 * BUFFER // SIZE + 1)  # of chunk 3, the last: tokens 90 to 119
     assert len(ran) == 3  # batches of 19 tokens: 76 to 94, ..., 114 to 132
+
+
+def test_readers_together_read_what_each_reads_alone(model, monkeypatch):
+    real = streaming.residual_streams
+
+    def streams(model, ids, mask, sites):
+        found = real(model, ids, mask, sites)
+        if 2 in sites:
+            found[2][0, 3] *= 100
+        return found
+
+    monkeypatch.setattr(streaming, "residual_streams", streams)
+    readers = [(1,), (2,), (2, 1), (1,)]
+    with streamed(model, readers=readers) as batches:
+        assert batches.columns == [slice(0, 1), slice(1, 2), slice(2, 4), slice(4, 5)]
+        together = [batches(step) for step in range(5)]
+    for columns, sites in zip(batches.columns, readers, strict=True):
+        with streamed(model, *sites) as alone:
+            for step, rows in enumerate(together):
+                expected = alone(step).view(SIZE, len(sites), WIDTH)
+                assert torch.equal(rows[:, columns], expected)
 
 
 def test_outliers_are_replaced_by_others_of_the_chunk(model, monkeypatch):

@@ -123,7 +123,7 @@ def together(contexts: Sequence[Context]) -> list[dict]:
     return [{"name": context.config.name} for context in contexts]
 
 
-stage("test_together", 1, skip=SKIP, together="name")(together)
+stage("test_together", 1, skip=SKIP, together=True)(together)
 
 
 # ---------------------------------------------------------------- helpers
@@ -275,12 +275,11 @@ def test_damaged_input_is_rebuilt_and_deleted_one_is_not(store, log_file: Path, 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_steps_that_differ_in_one_key_are_built_by_one_call(store, log_file: Path, workers: int):
-    one, two, other = (
-        step(log_file, name, "test_together", seed=seed)
-        for name, seed in (("one", 0), ("two", 0), ("one", 1))
+    one, two, three, other = (
+        replace(step(log_file, name, "test_together", seed=seed), together=frozenset({"name"}))
+        for name, seed in (("one", 0), ("two", 0), ("three", 0), ("one", 1))
     )
     build_all([one], store, workers)
-    three = step(log_file, "three", "test_together")
     report = build_all([one, two, other, three], store, workers)
     built = sorted(line.split()[0] for line in log_file.read_text().splitlines())
     assert built == ["one", "one", "two+three"]  # what was there is not built again

@@ -57,6 +57,7 @@ CHANGES = {
     "sae.corpus": None,  # files: covered below
     "sae.stream": "true",
     "sae.stream_buffer": None,  # only with stream: tests/stages/test_streaming.py
+    "sae.stream_seed": None,
     "sae.steps": 7,
     "sae.epochs": None,  # in place of steps: tests/saes/test_config.py
     "sae.batch_size": 33,

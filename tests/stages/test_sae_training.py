@@ -12,7 +12,7 @@ from steerlora.cli import compose
 from steerlora.config import TrainerConfig
 from steerlora.saes.config import SAES
 from steerlora.saes.training import SAEModule
-from steerlora.stages import activations, sae_training
+from steerlora.stages import activations, sae_fitting
 
 WIDTH, STEPS = 8, 40
 
@@ -27,7 +27,7 @@ def set_up(monkeypatch) -> Callable[..., SAEModule]:
         found.append(module)
         return {}
 
-    monkeypatch.setattr(sae_training, "train", keep)
+    monkeypatch.setattr(sae_fitting, "train", keep)
 
     class Batches:
         tokens = len(rows)
@@ -42,14 +42,16 @@ def set_up(monkeypatch) -> Callable[..., SAEModule]:
     class Site(int):
         width = WIDTH
 
-    monkeypatch.setattr(sae_training, "ActivationBatches", Batches)
-    monkeypatch.setattr(activations, "stores_of", lambda sites: [Site(site) for site in sites])
+    monkeypatch.setattr(sae_fitting, "ActivationBatches", Batches)
+    monkeypatch.setattr(
+        activations, "stores_of", lambda context: [Site(site) for site in context.inputs]
+    )
 
     def set_up(architecture: str = "topk", **options) -> SAEModule:
         sae = SAES[architecture](latents=64, steps=STEPS, **options)
         settings = SimpleNamespace(sae=sae, site=1, trainer=TrainerConfig())
-        with sae_training._activations(sae.streams(1), settings, None) as source:
-            sae_training._train(None, settings, None, source, None)
+        context = SimpleNamespace(config=settings, inputs=sae.streams(1))
+        sae_fitting.fit_stored(context, None, None)
         return found[-1]
 
     return set_up
