@@ -244,7 +244,7 @@ def test_dead_latents_are_those_idle_for_long_enough(store):
 
 
 def test_a_penalised_sae_learns_activations_of_any_size(store, tmp_path):
-    x = torch.cat([ActivationBatches(store, 1, 128, 0)(step) for step in range(4)])
+    x = torch.cat([ActivationBatches([store], 128, 0)(step) for step in range(4)])
     unexplained = {}
     for size, scale in {1.0: 1.0, 1e4: 1e4, 1e-3: 1e-3}.items():
         sae = ReLU(WIDTH, LATENTS, l1=1e-3)
