@@ -19,6 +19,7 @@ from steerlora.cli.overrides import (
     samples_of,
     spelt_out,
     with_folders,
+    with_own_model,
 )
 from steerlora.distributed import ranks
 from steerlora.errors import UserError
@@ -83,7 +84,7 @@ class CommandLine:
                 raise UserError(f"--{flag.replace('_', '-')}: {instead}")
         more = [folder_of("--config-dir", asked.config_dir)] if asked.config_dir else []
         refuse_lists_of_options(read(asked.overrides))
-        overrides = with_folders(asked.overrides, more)
+        overrides = with_own_model(with_folders(asked.overrides, more))
         jobs: list[list[str]] = []
         sweeper = Sweeper(searches=False, params=[])
         if asked.multirun:

@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from steerlora.cli.overrides import read, search_path, with_folders
+from steerlora.cli.overrides import read, search_path, with_folders, with_own_model
 from steerlora.cli.sections import (
     KINDS,
     config_directory,
@@ -140,7 +140,7 @@ def tree(overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: an unknown key or option, with the nearest right ones.
     """
-    overrides = with_folders(overrides)
+    overrides = with_own_model(with_folders(overrides))
     with hydra_ready():
         try:
             return _composed(overrides)

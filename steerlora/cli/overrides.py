@@ -23,6 +23,8 @@ from steerlora.errors import UserError, nearest, shown
 from steerlora.registry import import_plugins
 
 SEARCH_PATH = "hydra.searchpath"
+OWN_MODEL = "model=own"
+"""The option for a model of which nothing is known but its files."""
 MOST_JOBS = 10_000
 """Jobs of a sweep at most: each is composed and checked before the first one starts."""
 
@@ -111,6 +113,19 @@ def with_folders(overrides: Sequence[str], folders: Iterable[str] = ()) -> list[
         if override.key_or_group != SEARCH_PATH
     ]
     return [*others, f"{SEARCH_PATH}=[{','.join(map(_quoted, path))}]"] if path else others
+
+
+def with_own_model(overrides: Sequence[str]) -> list[str]:
+    """Overrides with `OWN_MODEL` where they give ``model.path`` and choose no option of ``model``:
+    the sizes of the default option are another model's.
+
+    Raises:
+        UserError: an override cannot be read.
+    """
+    given = {override.key_or_group: override for override in read(overrides)}
+    path = given.get("model.path")
+    alone = path is not None and "model" not in given and path.value() not in (None, "")
+    return [OWN_MODEL, *overrides] if alone else [*overrides]
 
 
 def _plugins_named(overrides: Iterable[Override]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from steerlora.cli.model_defaults import filled
 from steerlora.cli.sections import GROUPS, OTHER_KEYS, options_of, schema_of
 from steerlora.cli.suggestions import explain, nearest_key
 from steerlora.config import Config
@@ -31,6 +32,7 @@ def typed(tree: DictConfig) -> Config:
         if key not in (*GROUPS, *OTHER_KEYS):
             raise UserError(f"no such key: {key}; {nearest_key(str(key))}")
     try:
+        tree = filled(tree, typed)
         values = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error

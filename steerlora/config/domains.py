@@ -94,7 +94,8 @@ class DomainsConfig(Section, key="domains"):
 
     broad: Name | None = "instruction"
     """The broad domain, one of ``names``, which the orders put first or last. For kind "hub", half
-    of its rows are set aside as general text. Null, for other kinds: none is broad."""
+    of its rows may be set aside as general text (``pretraining``). Null, for other kinds: none is
+    broad."""
 
     train_items: Count = 2000
     """Rows of each domain for adapter training. At least 1. Kinds "text" and "hub" may have
@@ -103,6 +104,11 @@ class DomainsConfig(Section, key="domains"):
     pretrain_items: Count = 24_000
     """Rows of general text, which a base model pretrained here learns from. At least 1. Kinds
     "text" and "hub" may have fewer."""
+
+    pretraining: bool | None = None
+    """Whether half of the rows of every domain of kind "text", or of the broad one of kind "hub",
+    are set aside: for the pretraining of a base, and as general text for all that follows. Null:
+    where the base is pretrained here. A base that is given needs none of them."""
 
     evaluation_items: Count = 200
     """Items of each evaluation set. At least 1. Kinds "text" and "hub" may have fewer."""

@@ -33,6 +33,11 @@ class ModelConfig(Section, key="model"):
 
     The sizes given here are what ``stage=plan`` and the early checks read. A loaded model that
     turns out to have other sizes is refused.
+
+    Of a model that is loaded, a YAML file or the command line may say null of its sizes and of the
+    five keys from ``control_sites`` on: its files, rules of thumb and a measurement then say what
+    suits it (``stage=model_defaults``), so that none of them is null here. ``model.path`` alone
+    says null of all (``model=own``).
     """
 
     name: Name
@@ -85,6 +90,10 @@ class ModelConfig(Section, key="model"):
     tied: bool = True
     """Whether the output head shares its weights with the embedding."""
 
+    chat_template: Location | None = None
+    """File with the chat template (Jinja), for a model whose tokenizer has none; it goes before one
+    that the tokenizer has. Null takes the tokenizer's."""
+
     thinking: bool | None = None
     """The chat template's switch for thinking, where it has one (Qwen3), in training, evaluation
     and everything else. False asks for the answer at once; null leaves it to the template. Must be
@@ -97,11 +106,26 @@ class ModelConfig(Section, key="model"):
     control_sites: Annotated[list[Layer], MinLen(1), Distinct()] = field(
         default_factory=lambda: [1]
     )
-    """Control sites that suit this model, for the sections that ask for a default: layer numbers,
-    about 3/8 of the depth."""
+    """Control sites that suit this model, the default of ``method.sites``: layer numbers, about 3/8
+    of the depth. Null: the layer nearest to that whose stream no attention sink dominates, as
+    measured."""
 
     sae_latents: Annotated[int, Interval(ge=1, le=2**24)] = 512
-    """Number of SAE latents that suits this model, the default of ``sae.latents``."""
+    """Number of SAE latents that suits this model, the default of ``sae.latents``. Null: eight
+    times the width."""
+
+    sae_k: Annotated[int, Interval(ge=1, le=2**24)] = 16
+    """Active latents a token that suit this model, the default of ``sae.k``. Null: about the square
+    root of the width."""
+
+    context_length: Count = 128
+    """Tokens of a conversation at most that suit this model and the domains' text, the default of
+    ``trainer.max_length``. At least 1. Null: as many as 95 % of each domain's rows fit into, up to
+    1024, as measured."""
+
+    adapter_learning_rate: Positive = 8e-3
+    """Peak learning rate of adapters that suits this model, the default of
+    ``trainer.learning_rate``. Greater than 0. Null: it falls with the width."""
 
     sae_path: Location | None = None
     """Published SAEs of this model, the default of ``sae.path``. Null trains them here."""
@@ -150,6 +174,11 @@ class ModelConfig(Section, key="model"):
             raise UserError(
                 f"model.thinking={str(self.thinking).lower()}: models pretrained here do not "
                 "think: set model.thinking=null"
+            )
+        if self.chat_template is not None and self.path is None:
+            raise UserError(
+                f"model.chat_template={self.chat_template}: models pretrained here have their own: "
+                "set model.chat_template=null"
             )
         if self.gguf_file is not None and self.path is None:
             raise UserError(

@@ -111,6 +111,16 @@ def convert(file: Path, folder: Path) -> None:
         _change(folder / "generation_config.json", generation)
 
 
+def read_gguf_config(file: Path) -> PretrainedConfig:
+    """The configuration of the model in a GGUF file.
+
+    Raises:
+        UserError: as :func:`check_header`; or transformers cannot open this architecture.
+    """
+    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    return _config(check_header(file), place, file)
+
+
 def _config(header: GgufHeader, place: dict[str, str], file: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(**place)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from jinja2.exceptions import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -46,7 +47,12 @@ THINKING = "enable_thinking"
 
 
 def open_tokenizer(
-    path: str, revision: str | None = None, *, thinking: bool | None = None, date: str = DATE
+    path: str,
+    revision: str | None = None,
+    *,
+    thinking: bool | None = None,
+    date: str = DATE,
+    chat_template: str | None = None,
 ) -> Any:
     """A tokenizer with a chat template and a padding token.
 
@@ -58,8 +64,12 @@ def open_tokenizer(
             generation prompt, so that a response is the answer alone, in training too. True: the
             response begins with the block. None: the template's own default.
 
+        date: the day that the template is told is today.
+        chat_template: in place of the tokenizer's own.
+
     Raises:
-        UserError: there is none, it has no chat template, or one without a switch for thinking.
+        UserError: there is none, it has no chat template, one that is no Jinja, or one without a
+            switch for thinking.
     """
     folder = local_folder(path, revision, weights=False)
     if not any(found for pattern in VOCABULARIES for found in folder.glob(pattern)):
@@ -68,8 +78,19 @@ def open_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"the tokenizer of {path} cannot be loaded: {_line(error)}") from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+        except TemplateError as error:
+            raise UserError(
+                f"model.chat_template: the file is no chat template ({_line(error)})"
+            ) from error
     if tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer of {path} has no chat template: use a chat model")
+        raise UserError(
+            f"the tokenizer of {path} has no chat template: use a chat model, or give a template, "
+            "model.chat_template=<Jinja file>"
+        )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise UserError(

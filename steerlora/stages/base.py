@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,13 +53,14 @@ HELD_OUT_BATCH = 128
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSettings:
-    """Attributes: identity: of the files behind ``model.path``; gguf: the GGUF file that is
-    dequantised into the artifact; the others, where no model is given, are those of the
-    pretraining."""
+    """Attributes: identity: of the files behind ``model.path`` and ``model.chat_template``; gguf:
+    the GGUF file that is dequantised into the artifact; chat_template: what its file holds; the
+    others, where no model is given, are those of the pretraining."""
 
     model: ModelConfig
     identity: str = ""
     gguf: str = ""
+    chat_template: str | None = None
     kind: str = ""
     max_length: int = 0
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -66,20 +68,23 @@ class BaseSettings:
 
 
 def step(config: Config) -> Step:
-    model = config.model
+    model, template = config.model, _chat_template(config.model)
     if file := gguf_file(model):
         settings = BaseSettings(
             # Its content alone counts: nothing that follows reads the file.
             model=replace(model, path="gguf", gguf_file=None),
-            identity=_identity_of_gguf(file, config),
+            identity=_with_template(_identity_of_gguf(file, config), template),
             gguf=str(file),
+            chat_template=template,
         )
         return Step("base", settings, {}, f"base {model.name}", cost=5)
     if model.path:
         # By one name, wherever the run starts: later ones may start elsewhere.
         model = replace(model, path=absolute(model.path))
         identity = identity_of_model(model.path, config.artifacts.root)
-        settings = BaseSettings(model=model, identity=identity)
+        settings = BaseSettings(
+            model=model, identity=_with_template(identity, template), chat_template=template
+        )
         return Step("base", settings, {}, f"base {model.name}", cost=5)
     if not config.domains.has_general_text:
         raise UserError(
@@ -96,6 +101,25 @@ def step(config: Config) -> Step:
     cost = model.steps * model.layers * model.width**2 * 1e-6
     inputs = {"domains": domains.step(config)}
     return Step("base", settings, inputs, f"base {model.name}", cost=cost)
+
+
+def _chat_template(model: ModelConfig) -> str | None:
+    """What the file of ``model.chat_template`` holds."""
+    if model.chat_template is None:
+        return None
+    try:
+        return Path(model.chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"model.chat_template={model.chat_template} cannot be read: give a file with a chat "
+            "template (Jinja)"
+        ) from error
+
+
+def _with_template(identity: str, template: str | None) -> str:
+    if template is None:
+        return identity
+    return f"{identity} template {hashlib.sha256(template.encode()).hexdigest()}"
 
 
 def _identity_of_gguf(file: Path, config: Config) -> str:
@@ -126,8 +150,9 @@ def _check(settings: BaseSettings) -> None:
     step=step,
     skip=NOT_IDENTITY
     | ADAPTER_ONLY
-    | {"model.name", "model.control_sites", "model.sae_latents", "model.sae_path"}
-    | {"gguf", "model.gguf_file", "model.sha256", "model.wheel", "model.instead"},
+    | {"model.name", "model.control_sites", "model.sae_latents", "model.sae_path", "model.sae_k"}
+    | {"model.context_length", "model.adapter_learning_rate", "model.chat_template"}
+    | {"gguf", "chat_template", "model.gguf_file", "model.sha256", "model.wheel", "model.instead"},
     shared=True,
     check=_check,
 )
@@ -139,18 +164,20 @@ def build(context: Context) -> dict:
             return {}
         if settings.gguf:
             given = replace(given, path=settings.gguf)
-            facts = _from_gguf(context, given)
+            facts = _from_gguf(context, given, settings.chat_template)
         else:
-            facts = _at(given.path, given)
+            facts = _at(given.path, given, settings.chat_template)
     else:
         model, figures = _pretrain(context, settings)
         if not ranks.is_main():
             return {}
         parameters = sum(p.numel() for p in model.parameters())
         facts = PretrainedFacts(model_fingerprint(model), parameters, shape_of(model.config))
+    template = {} if settings.chat_template is None else {"chat_template": settings.chat_template}
     write_json(
         context.directory / POINTER,
-        {
+        template
+        | {
             "path": None if settings.gguf else given.path,
             # The commit, so that all that follows reads what is described here.
             "revision": None
@@ -166,10 +193,15 @@ def build(context: Context) -> dict:
     return {**figures, "parameters": facts.parameters, "fingerprint": facts.fingerprint}
 
 
-def _at(path: str, given: ModelConfig) -> PretrainedFacts:
+def _at(path: str, given: ModelConfig, template: str | None) -> PretrainedFacts:
     """The facts of a given model in a Hugging Face folder or at a hub id."""
     try:
-        open_tokenizer(path, given.revision, thinking=given.thinking, date=given.date)
+        open_tokenizer(
+            *(path, given.revision),
+            thinking=given.thinking,
+            date=given.date,
+            chat_template=template,
+        )
         facts = describe(path, given.revision)
     except UserError as error:
         if given.instead is None or "hub" not in str(error):
@@ -181,12 +213,12 @@ def _at(path: str, given: ModelConfig) -> PretrainedFacts:
     return facts
 
 
-def _from_gguf(context: Context, given: ModelConfig) -> PretrainedFacts:
+def _from_gguf(context: Context, given: ModelConfig, template: str | None) -> PretrainedFacts:
     """Dequantise a GGUF file into the artifact; the facts of what is written."""
     home = context.directory / BASE
     convert(Path(given.path), home)
     try:
-        return _at(str(home), replace(given, revision=None))
+        return _at(str(home), replace(given, revision=None), template)
     except UserError as error:
         raise UserError(str(error).replace(str(home), given.path)) from error
 

@@ -58,7 +58,7 @@ POINTER = "base.json"
 
 
 class BasePlace(NamedTuple):
-    """Where a base model lies, and what its chat template is told of thinking and the date.
+    """Where a base model lies, its chat template, and what that is told of thinking and the date.
 
     The arguments of :func:`open_tokenizer`; the first two are also :func:`open_model`'s.
     """
@@ -67,13 +67,15 @@ class BasePlace(NamedTuple):
     revision: str | None
     thinking: bool | None
     date: str
+    chat_template: str | None
 
 
 def place_of(artifact: Artifact) -> BasePlace:
     """Where the model of a base artifact lies: in it, or at the user's own place."""
     pointer = artifact.json(POINTER)
     path = pointer["path"] or str(artifact / BASE)
-    return BasePlace(path, pointer["revision"], pointer["thinking"], pointer["date"])
+    template = pointer.get("chat_template")
+    return BasePlace(path, pointer["revision"], pointer["thinking"], pointer["date"], template)
 
 
 def load_base(
@@ -91,7 +93,7 @@ def load_base(
     """
     place = place_of(artifact)
     device = device_of(accelerator, spread=spread)
-    tokenizer = open_tokenizer(place.path, place.revision, thinking=place.thinking, date=place.date)
+    tokenizer = open_tokenizer(**place._asdict())
     return open_model(place.path, place.revision, device=device), tokenizer
 
 

@@ -21,10 +21,12 @@ from steerlora.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class DomainsSettings:
-    """Attributes: version: of the micro world, a digest of the user's files, or the sources."""
+    """Attributes: version: of the micro world, a digest of the user's files, or the sources;
+    pretraining: whether rows are set aside for it, which the version says where they are not."""
 
     domains: DomainsConfig
     version: str
+    pretraining: bool = True
 
 
 def step(config: Config) -> Step:
@@ -35,9 +37,28 @@ def step(config: Config) -> Step:
         "classification": lambda: _of_classification(domains),
         "hub": lambda: hub.identity(domains),
     }
-    version = versions[domains.kind]()
-    settings = DomainsSettings(domains=domains, version=version)
+    version, pretraining = versions[domains.kind](), sets_aside(config)
+    if not pretraining:
+        version += " without pretraining"
+    settings = DomainsSettings(domains=domains, version=version, pretraining=pretraining)
     return Step("domains", settings, {}, f"domains {domains.name}", cost=3)
+
+
+def sets_aside(config: Config) -> bool:
+    """Whether rows of the domains are set aside for pretraining; kinds of other text have theirs.
+
+    Raises:
+        UserError: there would be nothing to pretrain on.
+    """
+    wanted, here = config.domains.pretraining, config.model.path is None
+    if config.domains.kind not in ("text", "hub"):
+        return True
+    if here and wanted is False:
+        raise UserError(
+            f"domains.pretraining=false leaves no text to pretrain {config.model.name} on: set it "
+            "to null, or give a base that is trained, model.path=<folder>"
+        )
+    return here if wanted is None else wanted
 
 
 def _of_classification(domains: DomainsConfig) -> str:
@@ -67,8 +88,10 @@ def _digest(folder: Path, files: Sequence[Path]) -> str:
     2,
     step=step,
     skip=frozenset(
-        f"domains.{key}" for key in ("dir", "sources", "general", "development", "name", "broad")
-    ),
+        f"domains.{key}"
+        for key in ("dir", "sources", "general", "development", "name", "broad", "pretraining")
+    )
+    | {"pretraining"},
 )
 def build(context: Context) -> dict:
     domains: DomainsConfig = context.config.domains
@@ -83,7 +106,13 @@ def build(context: Context) -> dict:
             evaluation_items=domains.evaluation_items,
         )
     elif domains.kind == "hub":
-        hub.write(context.directory, domains, context.progress, context.label)
+        hub.write(
+            context.directory,
+            domains,
+            context.progress,
+            context.label,
+            pretraining=context.config.pretraining,
+        )
     else:
         options = {
             "source": Path(domains.dir),
@@ -95,7 +124,7 @@ def build(context: Context) -> dict:
             "prompt_characters": domains.prompt_characters,
         }
         if domains.kind == "text":
-            text.write(context.directory, **options)
+            text.write(context.directory, **options, pretraining=context.config.pretraining)
         else:
             general = Path(domains.general) if domains.general else None
             options |= {"general": general, "development": domains.development}

@@ -138,6 +138,11 @@ def build(context: Context) -> dict:
     if settings.features.frequency == GENERAL:
         most = max(map(len, rows.values()))
         rows[GENERAL] = general_text(source, tokenizer, settings.max_length, most)
+        if not rows[GENERAL]:
+            raise UserError(
+                "features.frequency=general_text: no text is set aside beside the domains'; set "
+                "domains.pretraining=true, or features.frequency=domains"
+            )
 
     @torch.no_grad()
     def tokens(reader: PreTrainedModel, name: str) -> Iterator[_Tokens]:

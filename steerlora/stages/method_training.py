@@ -141,9 +141,7 @@ def load_to_train(artifact: Artifact, trainer: TrainerConfig) -> tuple[nn.Module
     """The base model as this rank holds it in training, and its tokenizer."""
     place = place_of(artifact)
     model = open_to_train(place.path, place.revision, trainer)
-    return model, open_tokenizer(
-        place.path, place.revision, thinking=place.thinking, date=place.date
-    )
+    return model, open_tokenizer(**place._asdict())
 
 
 def open_to_train(path: str, revision: str | None, trainer: TrainerConfig) -> nn.Module:

@@ -61,9 +61,9 @@ def test_a_base_and_saes_that_are_given_are_the_same_in_all(tmp_path):
         (tmp_path / name).write_text("{}")
     of_sae = counted(planned(f"sae.path={tmp_path}"))
     assert (of_sae["base"], of_sae["sae_training"], of_sae["adapter_training"]) == (2, 2, 2)
-    plan = planned(f"model.path={tmp_path}", f"sae.path={tmp_path}")
+    plan = planned("model=micro_xs", f"model.path={tmp_path}", f"sae.path={tmp_path}")
     assert tuple(counted(plan).values()) == (1, 1, 1, 2)
-    config = compose.load([*SMOKE, f"model.path={tmp_path}"])
+    config = compose.load([*SMOKE, "model=micro_xs", f"model.path={tmp_path}"])
     assert experiment.varied(config) == ["sae", "adapter"]
 
 

@@ -29,15 +29,21 @@ OPTIONS = {
     "intervention": 10,
     "logger": 2,
     "method": 21,
-    "model": 16,
+    "model": 17,
     "order": 6,
     "sae": 8,
-    "stage": 19,
+    "stage": 20,
     "trainer": 6,
 }
 """How many options each group ships."""
 
 NEEDED = {
+    "model=own": [
+        "model.path=.",
+        *("model.layers=4", "model.width=128", "model.heads=4", "model.kv_heads=2"),
+        *("model.head_width=32", "model.ffn_width=384", "model.vocabulary=99", "model.tied=true"),
+        *("model.control_sites=[1]", "model.context_length=128"),
+    ],
     "domains=text": ["domains.dir=."],
     "domains=continual": ["domains.dir=."],
     "experiment=text": ["domains.dir=."],
@@ -63,7 +69,7 @@ def shipped() -> list[str]:
 
 def test_every_group_ships_what_is_counted_here():
     assert {name: len(options) for name, options in sections.groups().items()} == OPTIONS
-    assert len(shipped()) == sum(OPTIONS.values()) == 105
+    assert len(shipped()) == sum(OPTIONS.values()) == 107
 
 
 @pytest.mark.parametrize("option", shipped())
@@ -160,6 +166,9 @@ def test_a_value_of_the_wrong_type_is_named(overrides, says):
         ("method.sites=[2,1]", "give layers in rising order, each once"),
         ("method.sites=[]", "method.sites=[]: must be a list of whole numbers"),
         ("model.heads=3", "model.heads=3 is not a multiple of model.kv_heads=2"),
+        ("model.layers=null", "model.layers=null: follows from the files of a model that is given"),
+        ("model=own", "set model.path=<folder, hub id or GGUF file>, or model.layers"),
+        ("model.chat_template=a.jinja", "models pretrained here have their own: set model.chat"),
         ("model.steps=0", "model.steps=0: must be a whole number from 1"),
         ("trainer.max_steps=0", "trainer.max_steps=0: must be a whole number from 1"),
         ("trainer.learning_rate=nan", "trainer.learning_rate=nan: must be a number above 0"),

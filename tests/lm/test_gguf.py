@@ -77,7 +77,7 @@ def test_the_tokenizer_is_the_one_of_the_file_s_metadata(folder):
 def test_the_base_stage_keeps_what_it_dequantised(file, tmp_path):
     def step(*options: str):
         root = f"artifacts.root={tmp_path / 'artifacts'}"
-        return base.step(load([root, "logger=none", *SIZES, *options]))
+        return base.step(load([root, "logger=none", "model=micro_m", *SIZES, *options]))
 
     given = step(f"model.path={file}")
     store = ArtifactStore(tmp_path / "artifacts")

@@ -86,6 +86,7 @@ def test_a_model_that_cannot_be_reached(start, root):
     runs = start.ranks(
         "stage=base",
         "trainer.strategy=ddp",
+        "model=micro_m",
         "model.path=no/such-model",
         f"artifacts.root={root}",
         HF_HUB_OFFLINE="1",

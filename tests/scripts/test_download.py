@@ -125,7 +125,11 @@ def test_a_revision_and_the_layers_of_an_sae(hub, capsys):
 
 def test_what_is_on_disk_or_generated_is_not_fetched(hub, capsys, tmp_path):
     (tmp_path / "mine.jsonl").write_text("{}\n")
-    given = [f"domains.sources.law.path={tmp_path}/mine.jsonl", f"model.path={tmp_path}"]
+    given = [
+        f"domains.sources.law.path={tmp_path}/mine.jsonl",
+        f"model.path={tmp_path}",
+        "model=micro_m",
+    ]
     evaluation = ["evaluation=paper", f"evaluation.files.ifeval={tmp_path}/mine.jsonl"]
     only = ["domains.names=[law]", "domains.broad=law", "evaluation.tasks=[ifeval,text_law]"]
     assert download.main(["domains=paper", *given, *evaluation, *only]) == 0

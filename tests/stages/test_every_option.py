@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 
 from steerlora.cli import compose, experiment, sections
+from steerlora.errors import UserError
 from steerlora.stages import features
 
 BASE = ("experiment=smoke", "model.steps=2")
@@ -23,10 +24,14 @@ CHANGES = {
     "model.ffn_width": 96,
     "model.vocabulary": 999,
     "model.tied": "false",
+    "model.chat_template": None,  # likewise
     "model.thinking": None,  # needs a model on disk: covered below
     "model.date": "2021-02-03",
     "model.control_sites": "[0]",
     "model.sae_latents": 96,
+    "model.sae_k": 3,
+    "model.context_length": 99,
+    "model.adapter_learning_rate": 0.9,
     "model.sae_path": None,  # files: covered below
     "model.steps": 3,
     "model.batch_size": 5,
@@ -45,6 +50,7 @@ CHANGES = {
     "domains.broad": "law",
     "domains.train_items": 11,
     "domains.pretrain_items": 17,
+    "domains.pretraining": None,  # of kinds "text" and "hub": covered below
     "domains.evaluation_items": 7,
     "domains.prompt_characters": 99,
     "domains.seed": 4,
@@ -427,19 +433,43 @@ GIVEN = {
 def test_files_given_by_path_count_by_content(key, tmp_path):
     for name in GIVEN[key]:
         (tmp_path / name).write_text("{}")
-    before = fingerprints(f"{key}={tmp_path}")
-    assert fingerprints(f"{key}={tmp_path}") == before != fingerprints()
+    given = ("model=micro_xs", f"{key}={tmp_path}")
+    before = fingerprints(*given)
+    assert fingerprints(*given) == before != fingerprints()
     for name in GIVEN[key]:
         (tmp_path / name).write_text("{ }")
-        changed = fingerprints(f"{key}={tmp_path}")
+        changed = fingerprints(*given)
         assert changed != before
         before = changed
 
 
 def test_thinking_counts_with_a_model_that_can(tmp_path):
-    given = f"model.path={tmp_path}"
-    found = [fingerprints(given, f"model.thinking={value}") for value in ("null", "true", "false")]
+    given = ("model=micro_xs", f"model.path={tmp_path}")
+    found = [fingerprints(*given, f"model.thinking={value}") for value in ("null", "true", "false")]
     assert found[0] != found[1] != found[2] != found[0]
+
+
+def test_a_chat_template_counts_by_content_not_by_place(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for place, text in (("a", "x"), ("b", "x"), ("c", "y")):
+        (tmp_path / f"{place}.jinja").write_text(text)
+    given = ("model=micro_xs", f"model.path={tmp_path}")
+    a, b, c = (
+        fingerprints(*given, f"model.chat_template={tmp_path / name}.jinja") for name in "abc"
+    )
+    assert fingerprints(*given) != a == b != c
+
+
+def test_rows_set_aside_for_pretraining_count_by_the_base_that_needs_them(tmp_path):
+    (tmp_path / "law_train.jsonl").write_text("x")
+    (tmp_path / "config.json").write_text("{}")
+    given = ("model=micro_xs", "domains.kind=text", f"domains.dir={tmp_path}")
+    trained = (*given, f"model.path={tmp_path}")
+    assert fingerprints(*given) == fingerprints(*given, "domains.pretraining=true")
+    assert fingerprints(*trained) == fingerprints(*trained, "domains.pretraining=false")
+    assert fingerprints(*trained) != fingerprints(*trained, "domains.pretraining=true")
+    with pytest.raises(UserError, match="leaves no text to pretrain micro_xs on: set it to null"):
+        fingerprints(*given, "domains.pretraining=false")
 
 
 def test_random_orders_count_by_seed():

@@ -164,7 +164,7 @@ def test_the_last_stream_has_its_name_and_every_figure(monitored, built):
 
 def test_a_monitor_beyond_the_last_stream_of_a_given_model_is_refused(smoke, tmp_path):
     with pytest.raises(UserError, match=r"method.monitor=3: micro_xs has 2 layers; 2 is the"):
-        smoke.config(f"model.path={tmp_path}", "method.monitor=3")
+        smoke.config("model=micro_xs", f"model.path={tmp_path}", "method.monitor=3")
 
 
 # The instruction-tuned version of the base

@@ -132,7 +132,9 @@ def test_a_given_model_is_used_and_named(smoke, store, tmp_path):
     folder = next((smoke.root / "base").glob("*/model"))
     mine = shutil.copytree(folder, tmp_path / "mine")
     words = json.loads((mine / "config.json").read_text())["vocab_size"]
-    config = smoke.config(f"model.path={mine}", f"model.vocabulary={words}", "method=lora")
+    config = smoke.config(
+        "model=micro_xs", f"model.path={mine}", f"model.vocabulary={words}", "method=lora"
+    )
     step = adapter_training.step(config)
     report = run([step], store)
     assert report[base.step(config)].json("base.json")["path"] == str(mine)
@@ -144,7 +146,9 @@ def test_a_given_model_counts_by_content_and_has_one_name(smoke, store, tmp_path
     mine = shutil.copytree(next((smoke.root / "base").glob("*/model")), tmp_path / "mine")
 
     def step(path):
-        return base.step(smoke.config(f"model.path={path}", "model.vocabulary=338"))
+        return base.step(
+            smoke.config("model=micro_xs", f"model.path={path}", "model.vocabulary=338")
+        )
 
     first = step(mine)
     monkeypatch.chdir(tmp_path)
@@ -162,7 +166,9 @@ def test_a_given_model_counts_by_content_and_has_one_name(smoke, store, tmp_path
 
 def test_a_model_of_another_shape_than_the_configuration_says_is_refused(smoke, store, tmp_path):
     mine = shutil.copytree(next((smoke.root / "base").glob("*/model")), tmp_path / "mine")
-    config = smoke.config(f"model.path={mine}", "model.layers=3", "model.tied=false")
+    config = smoke.config(
+        "model=micro_xs", f"model.path={mine}", "model.layers=3", "model.tied=false"
+    )
     with pytest.raises(UserError) as error:
         run([base.step(config)], store)
     found = "set model.layers=2 model.vocabulary=338 model.tied=true"
@@ -173,7 +179,9 @@ def test_thinking_is_the_base_s_from_its_artifact_on(smoke, store, make_tokenize
     mine = shutil.copytree(next((smoke.root / "base").glob("*/model")), tmp_path / "mine")
     make_tokenizer().save_pretrained(mine)
     step = base.step(
-        smoke.config(f"model.path={mine}", "model.vocabulary=338", "model.thinking=false")
+        smoke.config(
+            "model=micro_xs", f"model.path={mine}", "model.vocabulary=338", "model.thinking=false"
+        )
     )
     artifact = run([step], store)[step]
     _, tokenizer = load_base(artifact)
@@ -186,4 +194,4 @@ def test_thinking_is_the_base_s_from_its_artifact_on(smoke, store, make_tokenize
 
 def test_a_model_that_is_not_there_is_one_line(smoke, store):
     with pytest.raises(UserError, match=r"model\.path=/nowhere/at/all cannot be loaded"):
-        run([base.step(smoke.config("model.path=/nowhere/at/all"))], store)
+        run([base.step(smoke.config("model=micro_xs", "model.path=/nowhere/at/all"))], store)

@@ -258,11 +258,13 @@ class RoutedLoRALearner(Learner):
         return nullcontext()
 
     def begin(self, task: Task) -> None:
-        """Fit prototypes: general text is known from the start, a domain from its arrival on."""
+        """Fit prototypes: general text, where there is any, is known from the start, a domain from
+        its arrival on."""
         if not any(router.fitted for router in self.method.routers.values()):
             return
-        if not task.position and self.config.null_specialist:
-            self._fit(None, self.general_text(PROTOTYPE_ROWS))
+        wanted = not task.position and self.config.null_specialist
+        if wanted and (general := self.general_text(PROTOTYPE_ROWS)):
+            self._fit(None, general)
         for specialist, (name, rows) in enumerate(task.rows.items(), task.position or 0):
             self._fit(specialist, rows)
             self.arrived[name] = specialist

@@ -543,3 +543,17 @@ def test_a_file_counts_if_and_only_if_it_is_read(name, source, tmp_path):
     after = fingerprint(source, names), written("after")
     assert (after[0] == before[0]) == (after[1] == before[1])
     assert (after[0] == before[0]) == (name.split("_")[0] in ("code", "law", "history", "notes"))
+
+
+def test_a_base_that_is_trained_already_leaves_all_rows_to_adaptation(tmp_path, source):
+    writer.write(tmp_path / "half", source=source, seed=0, evaluation_items=12)
+    writer.write(tmp_path / "all", source=source, seed=0, evaluation_items=12, pretraining=False)
+    assert load(tmp_path / "all/pretrain.jsonl") == []
+    pretraining = load(tmp_path / "half/pretrain.jsonl")
+    halves = [row for name in writer.DOMAINS for row in load(tmp_path / f"half/train/{name}.jsonl")]
+    whole = [row for name in writer.DOMAINS for row in load(tmp_path / f"all/train/{name}.jsonl")]
+    assert pretraining
+    assert sorted(map(str, whole)) == sorted(map(str, [*halves, *pretraining]))
+    assert [load(tmp_path / f"{folder}/heldout/law.jsonl") for folder in ("half", "all")] == [
+        load(tmp_path / "half/heldout/law.jsonl")
+    ] * 2

@@ -57,7 +57,14 @@ def identity(config: DomainsConfig) -> str:
     return json.dumps({"sources": used, "broad": config.broad}, sort_keys=True)
 
 
-def write(directory: Path, config: DomainsConfig, progress: Progress, description: str) -> None:
+def write(
+    directory: Path,
+    config: DomainsConfig,
+    progress: Progress,
+    description: str,
+    *,
+    pretraining: bool = True,
+) -> None:
     """Write the domains artifact of ``config.sources`` into ``directory``.
 
     As many rows of general text are kept as of one domain. Rows stay on disk, but for the held-out
@@ -67,6 +74,7 @@ def write(directory: Path, config: DomainsConfig, progress: Progress, descriptio
         directory: where the artifact goes; created.
         config: of kind "hub".
         progress, description: where and under which name to report.
+        pretraining: whether half of the broad domain's rows are general text.
 
     Raises:
         UserError: a source that cannot be had or read, or that leaves a set without rows.
@@ -86,7 +94,8 @@ def write(directory: Path, config: DomainsConfig, progress: Progress, descriptio
             write_objects(directory / f"heldout/{name}.jsonl", chats)
         with (directory / "pretrain.jsonl").open("w", encoding="ascii") as pretrain:
             for one in opened:
-                general = pretrain if one.name == config.broad else None
+                broad = one.name == config.broad
+                general = pretrain if broad and pretraining else None
                 rows = rows_of(one.name, one.source, one.train, seed=config.seed)
                 rows = training_rows(rows, reserved, counts[one.name])
                 wanted = config.train_items + (config.pretrain_items if general else 0)

@@ -9,7 +9,8 @@ Three disjoint sets leave it. *Held-out* rows come from the test file (for math 
 ``gsm8k_test``), or are split from the training rows. Of the training rows that match no held-out or
 test prompt of any domain, even up to case and white space, a seeded hash of the prompt sends a
 fraction to the *pretraining* of a small base model and the rest to *adaptation*: a base that had
-been fitted to the adapter's own rows would leave it nothing to learn.
+been fitted to the adapter's own rows would leave it nothing to learn. A base that is trained
+already leaves all rows to adaptation.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def write(
     source: Path,
     seed: int,
     names: tuple[str, ...] = DOMAINS,
+    pretraining: bool = True,
     pretrain_items: int | None = None,
     train_items: int | None = None,
     evaluation_items: int = 200,
@@ -80,6 +82,7 @@ def write(
         source: the folder of JSON lines.
         seed: of every split, so of which rows are held out, pretrained on and adapted to.
         names: domains to use, in order.
+        pretraining: whether a share of the rows is for pretraining.
         pretrain_items: most rows to pretrain on, as many of each domain; None: all.
         train_items: most rows of a domain to adapt to, the first ones; None: all.
         evaluation_items: most held-out rows of a domain and most items of an evaluation task.
@@ -114,6 +117,7 @@ def write(
         write_objects(directory / "heldout" / f"{name}.jsonl", chats[name])
 
     answers = {name: ShortAnswers() for name in names if name in SHORT_ANSWER_DOMAINS}
+    set_aside = PRETRAINING_SHARE if pretraining else 0.0
     share = pretrain_items and math.ceil(pretrain_items / len(names))
     with (directory / "pretrain.jsonl").open("w", encoding="ascii") as pretrain:
         for name in names:
@@ -124,7 +128,7 @@ def write(
                     if name in answers:
                         answers[name].add(row)
                     count = counts[name]
-                    if uniform(row.prompt, seed, "pretraining") < PRETRAINING_SHARE:
+                    if uniform(row.prompt, seed, "pretraining") < set_aside:
                         if share is None or count.pretraining < share:
                             pretrain.write(json.dumps(written(row, count)) + "\n")
                             count.pretraining += 1

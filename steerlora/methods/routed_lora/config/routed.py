@@ -162,7 +162,8 @@ class RoutedLoRAConfig(MethodConfig):
     """"prototype" leaves a token without any update where the cosines of the nearest two prototypes
     differ by less, from 0 to 2."""
     null_specialist: bool = True
-    """"prototype" knows general text too, and leaves it without any update."""
+    """"prototype" knows general text too, where the domains have any (``domains.pretraining``), and
+    leaves it without any update."""
     dynamic_rank: bool = True
     """Learn a token-dependent rank mask."""
     initial_rank: Positive = 0.75
