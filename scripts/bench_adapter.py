@@ -59,6 +59,8 @@ class Target(NamedTuple):
 TARGETS = (
     Target("sc_lora", "peft_same_layers", most=1.05),
     Target("sc_lora", "peft_all_layers", most=0.95),
+    Target("stan", "peft_same_layers", most=1.05),
+    Target("stan_wide_gathered", "stan_wide_masked", most=1.0),
     Target("sc_lora_all_losses", "sc_lora", most=2.2),
     Target("published", "sc_lora_reference", least=1.5),
     Target("published_relu", "sc_lora_reference_relu", least=1),

@@ -18,11 +18,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from steerlora.config import InterventionConfig, TrainerConfig
 from steerlora.data.batches import ChatBatch
+from steerlora.methods.base import Sources
 from steerlora.methods.config import QWEN3_LINEAR
 from steerlora.methods.module import MethodModule
 from steerlora.methods.monitor import Monitor
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.config import LossWeights, RoutedLoRAConfig
+from steerlora.methods.stan.config import StanConfig
+from steerlora.methods.stan.units import StanLinear
 from steerlora.saes.base import SparseAutoencoder
 from steerlora.saes.relu import ReLU
 from steerlora.saes.taxonomy import Taxonomy
@@ -119,6 +122,48 @@ def _published(options: Namespace, batch: ChatBatch, sae: str) -> Contender:
     return _contender(loss, arrangement.trainable())
 
 
+def stan(options: Namespace, batch: ChatBatch) -> Contender:
+    """no SAE, task loss
+
+    As many units as PEFT's rank, a quarter of which act.
+    """
+    units = options.specialists * options.rank
+    return _stan(options, batch, units=units, k=max(1, units // 4))
+
+
+def stan_wide_masked(options: Namespace, batch: ChatBatch) -> Contender:
+    """no SAE, task loss
+
+    Sixteen times as many units, of which as many act; a product with all of them.
+    """
+    return _wide_stan(options, batch, gathered=False)
+
+
+def stan_wide_gathered(options: Namespace, batch: ChatBatch) -> Contender:
+    """no SAE, task loss
+
+    The same, with the rows of those that act gathered.
+    """
+    return _wide_stan(options, batch, gathered=True)
+
+
+def _wide_stan(options: Namespace, batch: ChatBatch, *, gathered: bool) -> Contender:
+    units = options.specialists * options.rank
+    return _stan(options, batch, gathered, units=16 * units, k=max(1, units // 4))
+
+
+def _stan(
+    options: Namespace, batch: ChatBatch, gathered: bool | None = None, **settings: int
+) -> Contender:
+    """Units in the layers that ``sc_lora`` adapts; ``gathered`` None: as their number says."""
+    model = _model(options)
+    method = StanConfig(sites=[_site(options)], **settings).build(model, Sources(), 0)
+    for layer in model.modules() if gathered is not None else ():
+        if isinstance(layer, StanLinear):
+            layer.gathers = lambda x: gathered
+    return _contender(lambda: next_token_loss(model, batch), list(method.parameters()))
+
+
 def peft_same_layers(options: Namespace, batch: ChatBatch) -> Contender:
     """no SAE, task loss"""
     return _peft(options, batch, range(_site(options), options.layers))
@@ -134,6 +179,9 @@ CONTENDERS: dict[str, Build] = {
     build.__name__: build
     for build in (
         sc_lora,
+        stan,
+        stan_wide_masked,
+        stan_wide_gathered,
         peft_same_layers,
         peft_all_layers,
         sc_lora_all_losses,

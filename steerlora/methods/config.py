@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Interval, MinLen
 
-from steerlora.config.checks import Section
+from steerlora.config.checks import Section, one_of
 from steerlora.config.ranges import Count, Distinct, Label, Layer, NotEmpty, OneOf
 from steerlora.errors import UserError
 from steerlora.registry import Registry
@@ -169,6 +169,10 @@ class MethodConfig(Section, key="method"):
                 f"{config.trainer.strategy} no rank has the whole optimizer; set it to false, or "
                 "train with trainer.strategy=single or ddp"
             )
+        if config.model.path is None:
+            for name in self.target_modules or ():
+                if name.isidentifier():  # else a path or a pattern, which the model itself checks
+                    one_of("method.target_modules", name, QWEN3_LINEAR)
 
     def check_trains(self) -> None:
         """Refuse to train, or to break or follow in training, what has nothing to train.

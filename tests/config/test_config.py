@@ -28,7 +28,7 @@ OPTIONS = {
     "experiment": 10,
     "intervention": 10,
     "logger": 2,
-    "method": 21,
+    "method": 35,
     "model": 17,
     "order": 6,
     "sae": 8,
@@ -69,7 +69,7 @@ def shipped() -> list[str]:
 
 def test_every_group_ships_what_is_counted_here():
     assert {name: len(options) for name, options in sections.groups().items()} == OPTIONS
-    assert len(shipped()) == sum(OPTIONS.values()) == 107
+    assert len(shipped()) == sum(OPTIONS.values()) == 121
 
 
 @pytest.mark.parametrize("option", shipped())
@@ -156,6 +156,13 @@ def test_a_value_of_the_wrong_type_is_named(overrides, says):
         ("method.signal=saee", "did you mean 'sae'"),
         ("method=lora method.dynamic_rank=true", "set method.signal=sae"),
         ("method.target_modules=[q_poj]", "did you mean 'q_proj'"),
+        ("method=stan method.k=65", "method.k=65 is more than method.units=64"),
+        ("method=stan_sae method.k=17", "method.k=17 is more than the 16 latents of the SAE"),
+        ("method=stan_threshold method.select=absolute", "set method.select=value"),
+        ("method=stan_sae method.gate=static", "set method.gate=token"),
+        ("method=stan_sae method.gate_in_evaluation=random", "set method.encoder=learnt or frozen"),
+        ("method=stan method.gate=statc", "did you mean 'static'"),
+        ("method=stan method.target_modules=[q_poj]", "did you mean 'q_proj'"),
         ("sae.k=600", "sae.k=600 is more than sae.latents=512"),
         ("sae.steps=0", "sae.steps=0: must be a whole number from 1"),
         ("method.sites=[4]", "micro_m has layers 0 to 3"),

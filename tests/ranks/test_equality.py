@@ -56,7 +56,7 @@ def assert_close(found: Path, expected: Path, loss: float = LOSS, weight: float 
         torch.testing.assert_close(ours[name], value, rtol=0, atol=weight, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["adapter", "memory", "spliced", "sae", "relu"])
+@pytest.mark.parametrize("kind", ["adapter", "memory", "spliced", "units", "sae", "relu"])
 @pytest.mark.parametrize("strategy", trainings.STRATEGIES)
 def test_two_ranks_train_what_one_process_does(kind, strategy, one, two):
     assert_close(two / f"{kind} {strategy}", one / f"{kind} one")

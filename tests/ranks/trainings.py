@@ -35,6 +35,7 @@ from steerlora.methods.routed_lora.config import LossWeights, MemoryConfig, Rout
 from steerlora.methods.routed_lora.memory import MemoryPolicy
 from steerlora.methods.saving import save_adapter
 from steerlora.methods.spliced_lora.config import SplicedLoRAConfig
+from steerlora.methods.stan.config import StanConfig
 from steerlora.saes.batch_topk import BatchTopK
 from steerlora.saes.end_to_end.training import EndToEndModule
 from steerlora.saes.relu import ReLU
@@ -206,6 +207,14 @@ def spliced_training(folder: Path, trainer: TrainerConfig) -> None:
     note(folder, facts, method.state_dict())
 
 
+def units_training(folder: Path, trainer: TrainerConfig) -> None:
+    """Units that are chosen token by token."""
+    base = model()
+    method = StanConfig(sites=[1], units=24, k=3).build(base, Sources(), 0)
+    facts = train(module_of(base, method, trainer), chats(), folder, trainer)
+    note(folder, facts, method.state_dict())
+
+
 def memory_training(folder: Path, trainer: TrainerConfig) -> None:
     """Specialists are spawned and merged on the way: weights and moments are cut up and sewn."""
     base = model()
@@ -285,6 +294,7 @@ def runs(strategies: dict[str, dict]) -> dict[str, tuple]:
         found[f"adapter {name}"] = (adapter_training, options, {})
         found[f"memory {name}"] = (memory_training, options, {})
         found[f"spliced {name}"] = (spliced_training, options, {})
+        found[f"units {name}"] = (units_training, options, {})
         if options["strategy"] in ("single", "ddp"):  # whole on every rank, always
             found[f"base {name}"] = (pretraining, options, {})
             found[f"batch_topk {name}"] = (sae_training, options, {"architecture": "batch_topk"})

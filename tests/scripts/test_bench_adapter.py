@@ -46,6 +46,8 @@ def test_json_has_every_ratio_and_every_figure_of_every_contender(bench):
     targets = {
         "sc_lora_over_peft_same_layers": "at most 1.05",
         "sc_lora_over_peft_all_layers": "at most 0.95",
+        "stan_over_peft_same_layers": "at most 1.05",
+        "stan_wide_gathered_over_stan_wide_masked": "at most 1.0",
         "sc_lora_all_losses_over_sc_lora": "at most 2.2",
         "published_over_sc_lora_reference": "at least 1.5",
         "published_relu_over_sc_lora_reference_relu": "at least 1",
@@ -66,6 +68,9 @@ def test_json_has_every_ratio_and_every_figure_of_every_contender(bench):
         "sc_lora_reference_relu",
         "published_relu",
         "sc_lora_reference_losses",
+        "stan",
+        "stan_wide_masked",
+        "stan_wide_gathered",
         "peft_same_layers",
         "peft_all_layers",
     }
@@ -82,6 +87,8 @@ def test_json_has_every_ratio_and_every_figure_of_every_contender(bench):
     # The same equations in two arrangements, and the same adapter under two losses.
     assert contenders["published"]["parameters"] == contenders["sc_lora_reference"]["parameters"]
     assert contenders["sc_lora"]["parameters"] == contenders["sc_lora_all_losses"]["parameters"]
+    # As many units as PEFT's rank are as many parameters.
+    assert contenders["stan"]["parameters"] == contenders["peft_same_layers"]["parameters"]
     ratio = contenders["published"]["parameters"] / contenders["sc_lora"]["parameters"]
     assert found["published_over_sc_lora_parameters"]["median"] == pytest.approx(ratio)
 

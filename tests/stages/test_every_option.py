@@ -359,6 +359,18 @@ def test_scale_options_count_with_a_second_model():
             ),
         ),
         (
+            "method=stan method.scale=alpha/k study.interventions=[]",
+            (
+                *("method.units=80", "method.k=5", "method.select=absolute"),
+                *("method.scale=1/k", "method.alpha=3", "method.encoder=frozen"),
+                *("method.gate=static", "method.gate=chosen", "method.gate_in_evaluation=random"),
+            ),
+        ),
+        (
+            "method=stan_chosen study.interventions=[]",
+            ("method.chosen_after=0.3", "method.chosen_after=0.4"),
+        ),
+        (
             "method=sc_lora intervention=shuffle study.interventions=[]",
             ("intervention.phase=training", "intervention.phase=evaluation"),
         ),

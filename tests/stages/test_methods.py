@@ -29,8 +29,13 @@ from steerlora.stages import (
 from steerlora.stages.common import load_base
 from steerlora.stages.sequence_state import SequenceState
 
-METHODS = [name for name in sections.groups()["method"] if name != "base"]
-"""Those that train: what base does is tested in tests/methods/test_base_alone.py."""
+OTHERS = ("base", "stan")
+"""What they do is tested in tests/methods/test_base_alone.py and tests/stages/test_stan.py."""
+METHODS = [
+    name
+    for name in sections.groups()["method"]
+    if not name.startswith(OTHERS) and not name.endswith("_narrow")  # the same, and smaller
+]
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Interval
 
-from steerlora.config.checks import Section, one_of
+from steerlora.config.checks import Section
 from steerlora.config.ranges import Count, Name, NotNegative, OneOf, Positive, Share
 from steerlora.errors import UserError
-from steerlora.methods.config import QWEN3_LINEAR, MethodConfig, method
+from steerlora.methods.config import MethodConfig, method
 
 if TYPE_CHECKING:
     from torch import nn
@@ -367,10 +367,6 @@ class RoutedLoRAConfig(MethodConfig):
                 f"method.isolation={self.isolation}: weight decay would shrink the frozen "
                 "specialists: set trainer.weight_decay=0"
             )
-        if config.model.path is None:
-            for name in self.target_modules or ():
-                if name.isidentifier():  # else a path or a pattern, which the model itself checks
-                    one_of("method.target_modules", name, QWEN3_LINEAR)
 
     def check_names(self) -> None:
         from steerlora.methods.routed_lora.routing import ROUTERS
