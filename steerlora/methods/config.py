@@ -121,6 +121,9 @@ class MethodConfig(Section, key="method"):
     """Interventions can change the signal that routes it."""
     splices: ClassVar[bool] = False
     """It puts reconstructions of SAEs in the place of the streams that enter its sites."""
+    has_units: ClassVar[bool] = False
+    """Its layers have units that act or not, token by token, which can be watched and switched off
+    (``methods/units.py``): stage ``units`` looks at them."""
     exports_to_peft: ClassVar[bool] = False
     """PEFT can hold it: training writes PEFT's format as well."""
     not_trained: ClassVar[frozenset[str]] = frozenset({"name"})

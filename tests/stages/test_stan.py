@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from helpers.experiments import TINY
 
 from steerlora.__main__ import main
+from steerlora.cli import compose
+from steerlora.errors import UserError
+from steerlora.stages import units
+
+MICRO_XS_LAYERS = 2
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +43,39 @@ def test_it_trains_is_scored_and_goes_through_a_sequence(run):
     assert len(scores["tasks"]) == 9
     sequence = json.loads((run("sequential_forgetting") / "sequential.json").read_text())
     assert len(sequence["matrix"]) == 6
+
+
+def test_its_units_are_looked_at(run):
+    """Of the joint adapter and of a sequence's last; with controls whose figures are numbers."""
+    for training in ("joint", "sequence"):
+        chosen = (f"stage.settings.training={training}", "stage.settings.rows=6")
+        folder = run("units", *chosen)
+        found = json.loads((folder / "units.json").read_text())
+        assert all(math.isfinite(value) for value in found["figures"].values())
+        assert 0 < found["figures"]["load/alive"] <= 1
+        assert len(found["load_by_layer"]) == 7 * (MICRO_XS_LAYERS - 1)
+        assert [one["domain"] for one in found["switched_off"]] == list(found["intact"])
+        assert any(one["own"] != one["control"] for one in found["switched_off"])
+        table = pd.read_csv(folder / "units.csv")
+        assert len(table) == 2 * len(found["intact"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("method=lora",), "method=lora has none: give another method="),
+        (("stage.settings.rows=3",), "stage.settings.rows=3: a number of rows from 4"),
+        (("stage.settings.training=jont",), "did you mean 'joint'"),
+        (("stage.settings.row=4",), "stage=units has training and rows alone"),
+    ],
+)
+def test_what_makes_no_units_is_one_line(overrides, says):
+    overrides = [f"+{o}" if o.startswith("stage.settings.row=") else o for o in overrides]
+    config = compose.load([*TINY, "stage=units", "method=stan", *overrides])
+    with pytest.raises(UserError) as caught:
+        units.step(config)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_it_has_a_plan_which_counts_what_lora_of_as_many_ranks_has(capsys):

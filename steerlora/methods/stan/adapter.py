@@ -116,9 +116,17 @@ class Stan(Method):
         self.gate = self.config.gate if trained else gate_in_evaluation
         self._step = self._forwards = 0
 
+    def active_units(self) -> dict[str, Tensor]:
+        """Which units acted in this thread's last forward, where it was watched."""
+        return self.forward_state.active or {}
+
+    def unit_norms(self) -> dict[str, Tensor]:
+        """The norm of what each unit writes where it is one, |D_j|."""
+        return {name: layer.decoder.detach().norm(dim=1) for name, layer in self.layers.items()}
+
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Inside, every forward's ``forward_state.active`` says which units act."""
+        """Inside, :meth:`active_units` says of every forward which units act."""
         self._watched = True
         try:
             yield

@@ -69,6 +69,7 @@ class StanConfig(MethodConfig):
     """The gate of a trained adapter in evaluation: "trained", the one that it was trained with, or
     a control, "random" or "shuffled"."""
 
+    has_units: ClassVar[bool] = True
     not_trained: ClassVar[frozenset[str]] = frozenset({"name", "gate_in_evaluation"})
     only_in_evaluation: ClassVar[tuple[str, ...]] = ("gate_in_evaluation",)
 
