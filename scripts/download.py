@@ -32,6 +32,7 @@ from steerlora.engine.content import sha256
 from steerlora.errors import UserError
 from steerlora.evaluation import registered
 from steerlora.evaluation.punkt import require_ifeval_packages
+from steerlora.evaluation.suite import TARGET
 from steerlora.saes.formats import hub_files
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
@@ -229,9 +230,9 @@ def _evaluation(config: Config) -> Iterator[Item]:
     evaluation = config.evaluation
     grouped = [task for tasks in evaluation.groups.values() for task in tasks]
     for task in dict.fromkeys(evaluation.tasks or grouped):
-        if task.startswith(OWN_TASKS):
+        if task.startswith(OWN_TASKS) or task == TARGET:
             continue
-        if task not in evaluation.files:
+        if task not in evaluation.files and evaluation.folder is None:
             yield _task(task, evaluation.include_path)
         if task == "ifeval":
             require_ifeval_packages()

@@ -27,12 +27,19 @@ class EvaluationConfig(Section, key="evaluation"):
     """Items of each task at most, or of each task in a group of lm-eval's. At least 1; null takes
     all."""
 
+    limits: dict[str, Count] = field(default_factory=dict)
+    """{task: items at most, in place of ``limit``}, at least 1; of a group of lm-eval's, of each
+    task in it."""
+
     generation_items: Count | None = 40
     """Items at most of each of lm-eval's own tasks with a long written answer. At least 1; null
     takes all."""
 
     tasks: Tasks | None = None
-    """Names of the tasks to score. Null scores every task of ``groups`` and of the domains."""
+    """Names of the tasks to score; "target" stands for the domains' own. Null scores every task of
+    ``groups`` and of the domains. A causal ablation scores those domains of which it names the
+    task, all where it names none; a sequence scores all domains, and after its end those tasks of
+    general knowledge that are named."""
 
     max_length: Count | None = None
     """Tokens of context at most. At least 1; null takes the model's own limit. A prompt that does
@@ -61,6 +68,12 @@ class EvaluationConfig(Section, key="evaluation"):
     """{task: local data in place of the task's dataset on the hub}, a .jsonl file with the same
     columns, or a folder with one such file for each split. For lm-eval's own tasks and groups
     only."""
+
+    folder: Location | None = None
+    """Folder of jsonl files with data of lm-eval's own tasks: ``<name>_test.jsonl``, and for solved
+    examples ``<name>_train.jsonl`` or ``<name>_dev.jsonl``, each with the columns of the task's
+    dataset on the hub. A task reads the file whose name it begins with (truthfulqa_mc2 reads
+    truthfulqa), and ``files`` go before it. Null: no such folder."""
 
     include_path: Location | None = None
     """Folder of task files of lm-eval's form, whose tasks ``groups`` and ``tasks`` may name. Null:

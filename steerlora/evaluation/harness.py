@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from steerlora.config.model import DATE
 from steerlora.errors import UserError, nearest
 from steerlora.evaluation import registered
+from steerlora.evaluation.local_rows import LocalRows
 from steerlora.evaluation.registered import Loaded
 from steerlora.evaluation.scores import Score
 from steerlora.evaluation.statistics import standard_error
@@ -176,9 +177,10 @@ class Harness:
                 config = self.suite.config
                 self._loaded[name] = registered.load(
                     name,
-                    place=config.files.get(name),
+                    local=LocalRows.of(name, config),
                     shots=config.shots.get(name),
                     folder=config.include_path,
+                    limit=self.suite.limit_of(name),
                 )
         return self._loaded[name]
 
@@ -220,11 +222,13 @@ class Harness:
         return {name: scores[name] for name in tasks}
 
     def _together(self, loaded: dict[str, Loaded]) -> Iterator[list[str]]:
-        """Which tasks share batches: the domains' of a kind; lm-eval's may share their tasks."""
+        """Which tasks share batches: the domains' of a kind and a limit; lm-eval's may share their
+        tasks."""
         own = [name for name in loaded if name in self.manager.all_tasks]
-        for generative in (False, True):
-            if names := [name for name in own if loaded[name].generative == generative]:
-                yield names
+        alike: dict[tuple[bool, int | None], list[str]] = {}
+        for name in own:
+            alike.setdefault((loaded[name].generative, self.suite.limit_of(name)), []).append(name)
+        yield from (alike[key] for key in sorted(alike, key=lambda key: key[0]))
         yield from ([name] for name in loaded if name not in own)
 
     def _evaluate(self, lm: SteerLoRALM, batch: dict[str, Loaded], generative: bool) -> dict:
@@ -238,7 +242,7 @@ class Harness:
                 own = task.config.generation_kwargs.get("max_gen_toks", lm.max_gen_toks)
                 most = min(config.max_generated_tokens or own, lm.max_length // 2)
                 task.set_config("generation_kwargs", {"max_gen_toks": most}, update=True)
-        limits = [config.limit]
+        limits = [self.suite.limit_of(next(iter(batch)))]
         if generative and not tasks.keys() & set(self.manager.all_tasks):
             limits.append(config.generation_items)
         with _quiet():

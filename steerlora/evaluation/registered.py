@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +26,14 @@ _FOLDERS = (
     "ifeval",
     "mmlu/default",
     "mmlu_pro",
+    "openbookqa",
+    "piqa",
+    "super_glue/boolq",
     "truthfulqa",
     "winogrande",
 )
-"""Where the tasks of ``evaluation=paper`` lie. Reading these 100 task files takes a twentieth of a
-second; all of lm-eval's 14,000, which any other name needs, several seconds."""
+"""Where the tasks of ``evaluation=paper`` and ``local`` lie. Reading these task files takes a
+twentieth of a second; all of lm-eval's 14,000, which any other name needs, several seconds."""
 _SHOWN = 5
 _LOCAL = (None, "json", "csv", "parquet", "text")
 """What a task of the user's may read in place of a data set of the hub."""
@@ -135,15 +139,21 @@ def hub_datasets(name: str, folder: str | None = None) -> list[tuple[str, str | 
 
 
 def load(
-    name: str, *, place: str | None = None, shots: int | None = None, folder: str | None = None
+    name: str,
+    *,
+    local: LocalRows | None = None,
+    shots: int | None = None,
+    folder: str | None = None,
+    limit: int | None = None,
 ) -> Loaded:
     """A task or group, ready to be scored.
 
     Args:
         name: lm-eval's.
-        place: a file or folder in place of the hub's data, with the same columns.
+        local: rows in place of the hub's data, with the same columns.
         shots: solved examples before each item; None: as the task says.
         folder: of the user's task files.
+        limit: items of each task that are scored, the first ones; None: all.
 
     Raises:
         UserError: no such task; data that cannot be reached, or does not fit the task; a group
@@ -151,7 +161,6 @@ def load(
     """
     manager = find(name, folder)
     members = _members(manager, name)
-    local = LocalRows.read(name, place) if place else None
     tasks, without_rows = {}, []
     for member in members:
         config = manager.task_index[member].cfg
@@ -162,6 +171,8 @@ def load(
                 changes |= local.changes(config, number, grouped=name != member)
             with _explained(name, config, local):
                 tasks[member] = _build(manager, member, changes)
+            if local:
+                _check_answers(local, tasks[member], limit)
         except NoRows:
             without_rows.append(member)
             continue
@@ -182,6 +193,33 @@ def load(
     for task in tasks.values():
         group.add(task)
     return Loaded(tasks, group)
+
+
+def _check_answers(local: LocalRows, task: Task, limit: int | None) -> None:
+    """Refuse a row whose answer is not among its choices: lm-eval counts it as wrong, or stops in
+    the middle of a run.
+
+    Raises:
+        UserError: names the row.
+    """
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for number, doc in enumerate(islice(task.eval_docs, limit), start=1):
+        choices, answer, reason = [], None, ""
+        try:
+            choices = task.doc_to_choice(doc)
+            text = task.doc_to_text(doc)
+            # Where the choices are beginnings, the text is the number of the right one.
+            answer = text if isinstance(text, int) else task.doc_to_target(doc)
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            reason = f" ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+        answers = answer if isinstance(answer, list) else [answer]
+        if not all(one in range(len(choices)) or one in choices for one in answers) or not answers:
+            shown = "" if answer is None else f" {str(answer)[:50]}"
+            raise UserError(
+                f"{local.key}: row {number} of {task.config.task}: its answer{shown} is not among "
+                f"its {len(choices) or 'own'} choices{reason}: mend the row or leave it out"
+            )
 
 
 def _shots(name: str, config: dict[str, Any], shots: int | None) -> dict[str, int]:

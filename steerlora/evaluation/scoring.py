@@ -89,7 +89,8 @@ class Scorer:
 
     def _likelihood(self, domain: str) -> Score:
         """The mean over held-out rows of exp(-nats a response token)."""
-        rows = self._heldout(domain)[: self.config.limit]
+        task = self.domains.target_tasks[domain]
+        rows = self._heldout(domain)[: self.suite.limit_of(task)]
         result = heldout_cross_entropy(
             self.model,
             self.tokenizer,

@@ -124,6 +124,19 @@ class Suite:
         return list(dict.fromkeys([*grouped, *self.domains.extra_tasks]))
 
     @property
+    def chosen(self) -> list[str]:
+        """The tasks to score: those that the configuration names, or every task."""
+        if self.config.tasks is None:
+            return self.tasks
+        own = self.averaged[TARGET]
+        named = [own if name == TARGET else [name] for name in self.config.tasks]
+        return list(dict.fromkeys(task for tasks in named for task in tasks))
+
+    def limit_of(self, task: str) -> int | None:
+        """Items of a task at most, or of each task in a group; None: all."""
+        return self.config.limits.get(task, self.config.limit)
+
+    @property
     def owners(self) -> dict[str, str]:
         """{task: the domain whose own it is}."""
         return {task: domain for domain, task in self.domains.target_tasks.items()}

@@ -17,6 +17,7 @@ from steerlora.evaluation.records import (
     write_record,
 )
 from steerlora.evaluation.scores import Score
+from steerlora.evaluation.scoring import Scorer
 from steerlora.methods.interventions import INTERVENTIONS
 from steerlora.stages import adapter_training, base, evaluate
 from steerlora.stages.common import WHERE, run_log
@@ -54,7 +55,7 @@ def step(config: Config) -> Step:
     settings = AblationSettings.of(config, interventions=names, doses=doses)
     inputs = base.inputs(config) | {
         "adapter": adapter_training.step(config),
-        "intact": evaluate.step(config, every_task=True),
+        "intact": evaluate.step(config, targets=True),
     }
     label = f"causal_ablation {config.model.name} {config.method.name} seed {config.seed}"
     return Step(
@@ -75,7 +76,7 @@ def step(config: Config) -> Step:
 def build(context: Context) -> dict:
     settings: AblationSettings = context.config
     method, scorer = evaluate.open_scorer(context)
-    names = scorer.domains.names
+    names = _domains(scorer)
     intact = read_record(context.inputs["intact"] / evaluate.SCORES, Evaluation)
     scores = {INTACT: {name: intact.tasks[scorer.domains.target_tasks[name]] for name in names}}
     strengths = (settings.intervention.strength, *settings.doses)
@@ -112,3 +113,10 @@ def build(context: Context) -> dict:
     with run_log(context, settings.logger) as log:
         log.results(means, record)
     return means
+
+
+def _domains(scorer: Scorer) -> tuple[str, ...]:
+    """The domains whose own tasks are asked for; all of them where none is."""
+    chosen, targets = scorer.suite.chosen, scorer.domains.target_tasks
+    asked = tuple(name for name in scorer.domains.names if targets[name] in chosen)
+    return asked or scorer.domains.names

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -28,7 +29,7 @@ from steerlora.evaluation.records import (
 )
 from steerlora.evaluation.scores import averages
 from steerlora.evaluation.scoring import Scorer
-from steerlora.evaluation.suite import OWN
+from steerlora.evaluation.suite import OWN, TARGET
 from steerlora.lm.decoder import decoder_of
 from steerlora.methods.base import Method
 from steerlora.methods.interventions import INTERVENTIONS
@@ -39,8 +40,11 @@ from steerlora.stages.common import WHERE, domain_names, load_base, run_log
 SCORES = "scores.json"
 MICRO = TASKS / "micro"
 """Where the tasks of the micro world lie."""
-BY_CONTENT = frozenset({"evaluation.batch_size", "evaluation.files", "evaluation.include_path"})
-"""Keys that do not change scores: the user's files count by content, not by place."""
+BY_CONTENT = frozenset(
+    f"evaluation.{key}" for key in ("batch_size", "files", "folder", "include_path", "limits")
+)
+"""Keys that do not change scores, or count by what a digest says of them (`EvaluationSettings`):
+the user's files by content, not by place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,21 +85,23 @@ class EvaluationSettings(ScoringSettings):
     """What an evaluation depends on."""
 
     files: str
-    """A digest of the rows and the task files that the user gives."""
+    """A digest of the rows and the task files that the user gives, and of the limits of tasks."""
 
 
-def step(config: Config, *, adapted: bool = True, every_task: bool = False) -> Step:
+def step(config: Config, *, adapted: bool = True, targets: bool = False) -> Step:
     """Scores of the adapter, or of the base alone (``adapted=False``, or nothing that trains).
 
-    ``every_task`` is for what compares with these scores: all tasks, whatever the user asked for.
+    ``targets`` is for what compares with these scores: the domains' own tasks, and those that the
+    user asked for.
     """
-    _check_tasks(config)
-    if every_task:
-        config = replace(config, evaluation=replace(config.evaluation, tasks=None))
+    run = _check_tasks(config)
+    asked = config.evaluation.tasks
+    if targets and asked is not None and TARGET not in asked:
+        config = replace(config, evaluation=replace(config.evaluation, tasks=[TARGET, *asked]))
     if adapted:
         method_training.check_intervention(config)
     adapted = adapted and config.method.trains
-    files = local_rows.digest(config.evaluation.files, config.evaluation.include_path)
+    files = local_rows.digest(config.evaluation, run)
     settings = EvaluationSettings.of(config, adapted=adapted, files=files)
     intervention = settings.intervention
     inputs = base.inputs(config)
@@ -109,17 +115,21 @@ def step(config: Config, *, adapted: bool = True, every_task: bool = False) -> S
     )
 
 
-def _check_tasks(config: Config) -> None:
+def _check_tasks(config: Config) -> set[str]:
     """Refuse, before hours of training and not after, a task that nothing knows, and settings of a
     task that does not run.
+
+    Returns:
+        The tasks of lm-eval's own that run.
 
     Raises:
         UserError: names it.
     """
     evaluation = config.evaluation
     grouped = [task for tasks in evaluation.groups.values() for task in tasks]
-    run = {*grouped, *(evaluation.tasks or ())}
-    for name in {*run, *evaluation.metrics, *evaluation.shots, *evaluation.files}:
+    run = {*grouped, *(evaluation.tasks or ())} - {TARGET}
+    named = (evaluation.metrics, evaluation.shots, evaluation.files, evaluation.limits)
+    for name in {*run, *chain.from_iterable(named)}:
         if not name.startswith(OWN):
             registered.find(name, evaluation.include_path)
         elif config.domains.kind == "micro":
@@ -132,6 +142,8 @@ def _check_tasks(config: Config) -> None:
         # Where groups are given, metrics may stand ready for more than the tasks of a narrower run.
         if not evaluation.groups and not name.startswith(OWN):
             _refuse_idle("metrics", name, run)
+    asked = run if evaluation.tasks is None else {*evaluation.tasks}
+    return {name for name in asked if not name.startswith(OWN) and name != TARGET}
 
 
 def _refuse_idle(key: str, name: str, run: Collection[str]) -> None:
@@ -165,7 +177,7 @@ def build(context: Context) -> dict:
     settings: EvaluationSettings = context.config
     method, scorer = open_scorer(context)
     suite = scorer.suite
-    names = settings.evaluation.tasks or suite.tasks
+    names = suite.chosen
     owners = suite.owners
     scores = {}
     with context.progress.task(context.label, len(names), unit="task") as task:

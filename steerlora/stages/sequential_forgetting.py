@@ -56,7 +56,7 @@ def step(config: Config) -> Step:
         model=config.model.name,
     )
     inputs = method_training.inputs(config, monitored=config.method.monitor is not None)
-    inputs["base_scores"] = evaluate.step(config, adapted=False, every_task=True)
+    inputs["base_scores"] = evaluate.step(config, adapted=False, targets=True)
     label = (
         f"sequential_forgetting {config.model.name} {config.method.name} "
         f"{config.order.name} seed {config.seed}"

@@ -17,6 +17,7 @@ from steerlora.engine.artifacts import Artifact, ArtifactStore
 from steerlora.engine.run import run
 from steerlora.errors import UserError
 from steerlora.evaluation import registered
+from steerlora.evaluation.local_rows import LocalRows
 from steerlora.evaluation.records import DomainSequence, Evaluation, read_record
 from steerlora.evaluation.scores import averages
 from steerlora.evaluation.scoring import Scorer
@@ -167,7 +168,7 @@ def test_a_groups_items_follow_each_other_and_its_error_is_pooled(
     assert (algebra, anatomy) == ([1.0, 0.0, 0.0], [0.0, 0.0])
     names = [
         name.removeprefix("mmlu_")
-        for name in registered.load("mmlu", place=paper_files["mmlu"]).tasks
+        for name in registered.load("mmlu", local=LocalRows.read("mmlu", paper_files["mmlu"])).tasks
     ]
     assert names[:3] == ["abstract_algebra", "anatomy", "astronomy"]
     assert names.index("virology") < names.index("sociology") < names.index("philosophy")
@@ -345,7 +346,7 @@ def test_the_stages_score_and_report_the_suite(world, paper_files):
     assert record.tasks["gsm8k"].shots == 5
     assert record.groups == config.evaluation.groups
     assert set(record.averages) == {"gsm8k", "target"}
-    before = evaluate.step(config, adapted=False, every_task=True)
+    before = evaluate.step(config, adapted=False, targets=True)
     scored = store.find("evaluate", before.fingerprint)
     base_scores = read_record(scored / evaluate.SCORES, Evaluation)
     assert base_scores.stand_ins == ("ifeval: sentence splitter trained on local text",)

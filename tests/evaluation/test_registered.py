@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from lm_eval.api import registry
 
+from steerlora.config import EvaluationConfig
 from steerlora.errors import UserError
 from steerlora.evaluation import registered
 from steerlora.evaluation.local_rows import LocalRows, digest
@@ -43,19 +44,21 @@ def test_a_task_file_of_the_users_is_found(own_tasks):
     assert len(list(task.test_docs())) == 4
     assert registered.hub_datasets("mine", own_tasks) == []
     assert registered.find("gsm8k", own_tasks) is registered.find("gsm8k")
-    assert digest({}) == ""
-    before = digest({}, own_tasks)
+    assert digest(EvaluationConfig(), ["mine"]) == ""
+    given = EvaluationConfig(include_path=own_tasks)
+    before = digest(given, ["mine"])
     (Path(own_tasks) / "other.yaml").touch()
-    assert digest({}, own_tasks) != before
+    assert digest(given, ["mine"]) != before
     with pytest.raises(UserError, match="there is no such folder"):
-        digest({}, own_tasks + "/no")
+        digest(EvaluationConfig(include_path=own_tasks + "/no"), ["mine"])
 
 
 def test_packed_rows_are_read_as_others_are(tmp_path):
     rows = b'{"question": "1 + 1 ?", "answer": "#### 2"}\n' * 3
     (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(rows))
     assert list(LocalRows.read("gsm8k", str(tmp_path)).splits) == ["test"]
-    task = registered.load("gsm8k", place=str(tmp_path / "test.jsonl.gz"), shots=0).tasks["gsm8k"]
+    local = LocalRows.read("gsm8k", str(tmp_path / "test.jsonl.gz"))
+    task = registered.load("gsm8k", local=local, shots=0).tasks["gsm8k"]
     assert len(list(task.test_docs())) == 3
 
 
@@ -67,7 +70,7 @@ def test_no_metric_is_looked_for_on_the_hub(paper_files, monkeypatch):
         "lm_eval.api.task.get_metric", lambda name, *rest: asked.append(name) or get(name, *rest)
     )
     for task in paper_files.keys() - {"ifeval"}:  # ifeval scores by itself
-        registered.load(task, place=paper_files[task])
+        registered.load(task, local=LocalRows.read(task, paper_files[task]))
     assert set(asked) == {"acc", "acc_norm", "exact_match"}
     assert set(asked) <= set(registry.metric_registry.keys())
 
@@ -112,22 +115,24 @@ def without(key: str):
 )
 def test_rows_that_do_not_fit_are_refused(paper_files, tmp_path, task, edit, says):
     with pytest.raises(UserError, match=says) as refused:
-        registered.load(task, place=change(paper_files, task, tmp_path, edit))
+        registered.load(task, local=LocalRows.read(task, change(paper_files, task, tmp_path, edit)))
     assert "\n" not in str(refused.value)
 
 
 def test_examples_have_to_come_from_somewhere(paper_files, tmp_path):
     only = str(Path(paper_files["gsm8k"]) / "test.jsonl")
+    local = LocalRows.read("gsm8k", only)
     with pytest.raises(UserError, match=r"5 examples of gsm8k .* evaluation\.shots\.gsm8k=0"):
-        registered.load("gsm8k", place=only)
-    assert registered.load("gsm8k", place=only, shots=0).tasks["gsm8k"].config.num_fewshot == 0
+        registered.load("gsm8k", local=local)
+    assert registered.load("gsm8k", local=local, shots=0).tasks["gsm8k"].config.num_fewshot == 0
     with pytest.raises(UserError, match="takes 9 examples and finds 8"):
-        registered.load("gsm8k", place=paper_files["gsm8k"], shots=9)
+        registered.load("gsm8k", local=LocalRows.read("gsm8k", paper_files["gsm8k"]), shots=9)
+    local = LocalRows.read("truthfulqa_mc2", paper_files["truthfulqa_mc2"])
     with pytest.raises(UserError, match=r"shots\.truthfulqa_mc2=3: .* without examples"):
-        registered.load("truthfulqa_mc2", place=paper_files["truthfulqa_mc2"], shots=3)
+        registered.load("truthfulqa_mc2", local=local, shots=3)
     (tmp_path / "train.jsonl").write_text('{"question": "1", "answer": "1"}\n')
     with pytest.raises(UserError, match=r"gsm8k is scored on test\.jsonl, not there"):
-        registered.load("gsm8k", place=str(tmp_path))
+        registered.load("gsm8k", local=LocalRows.read("gsm8k", str(tmp_path)))
 
 
 def test_files_count_by_content_not_by_place(paper_files, tmp_path):
@@ -137,9 +142,14 @@ def test_files_count_by_content_not_by_place(paper_files, tmp_path):
         else shutil.copy(place, tmp_path / f"other_{task}.jsonl")
         for task, place in paper_files.items()
     }
-    assert digest(copies) == digest(paper_files) != digest({})
+
+    def of(files: dict[str, str]) -> str:
+        given = {task: str(place) for task, place in files.items()}
+        return digest(EvaluationConfig(files=given), [*given])
+
+    assert of(copies) == of(paper_files) != of({})
     with Path(copies["ifeval"]).open("a") as rows:
         rows.write("\n")
-    assert digest(copies) != digest(paper_files)
+    assert of(copies) != of(paper_files)
     with pytest.raises(UserError, match=r"evaluation\.files\.mmlu=nowhere: no such file"):
-        digest({"mmlu": "nowhere"})
+        of({"mmlu": "nowhere"})

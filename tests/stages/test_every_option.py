@@ -175,6 +175,7 @@ CHANGES = {
     "trainer.decay_fraction": 0.3,
     "trainer.precision": "bf16-mixed",
     "evaluation.limit": 3,
+    "evaluation.limits": "{micro_law: 2}",
     "evaluation.generation_items": 3,
     "evaluation.tasks": "[micro_law]",
     "evaluation.max_length": 77,
@@ -183,6 +184,7 @@ CHANGES = {
     "evaluation.metrics": "{micro_law:'exact_match,none'}",
     "evaluation.shots": None,  # of a task that runs: covered below
     "evaluation.files": None,  # count by content: covered below
+    "evaluation.folder": None,  # likewise
     "evaluation.include_path": None,  # likewise
     "study.models": "[micro_s]",
     "study.main_model": "micro_s",
@@ -418,6 +420,16 @@ def test_rows_given_for_a_task_count_by_content_not_by_place(tmp_path):
         (tmp_path / f"{place}.jsonl").write_text(text)
     a, b, c = (fingerprints(f"evaluation.files.gsm8k={tmp_path / p}.jsonl") for p in "abc")
     assert a == b != c
+
+
+def test_a_folder_of_benchmarks_counts_by_the_files_of_the_tasks_that_run(tmp_path):
+    for place, text in (("a", "x"), ("b", "x"), ("c", "y")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "gsm8k_test.jsonl").write_text(text)
+        (tmp_path / place / "other_test.jsonl").write_text(place)
+    group = "evaluation.groups={gsm8k:[gsm8k]}"
+    a, b, c = (fingerprints(group, f"evaluation.folder={tmp_path / p}") for p in "abc")
+    assert fingerprints(group) != a == b != c
 
 
 def test_shots_count_for_a_task_that_runs():

@@ -282,14 +282,18 @@ def test_doses_repeat_the_ablation_at_lesser_strength(smoke, store):
     assert record.doses["invert"][0.001] == record.interventions["intact"]
 
 
-def test_what_compares_scores_needs_no_task_by_name(smoke, store):
-    """``evaluation.tasks`` is what stage=evaluate reports, not what others may compare with."""
+def test_what_compares_scores_has_the_domains_own_tasks(smoke, store):
+    """A sequence scores every domain; an ablation those whose tasks are asked for, else all."""
     changes = ("method=sc_lora", "evaluation.tasks=[micro_law]", "study.interventions=[invert]")
     record, _ = sequence(smoke, store, *changes)
     assert len(record.matrix[0]) == 5
     step = causal_ablation.step(smoke.config(*changes))
     record = read_record(run([step], store)[step] / causal_ablation.RESULT, Ablation)
-    assert len(record.interventions["intact"]) == 5
+    assert {name: list(of) for name, of in record.interventions.items()} == {
+        "intact": ["law"],
+        "invert": ["law"],
+    }
+    assert record.domains == ("law",)
 
 
 def test_the_monitors_own_artifacts_can_be_asked_for(smoke):

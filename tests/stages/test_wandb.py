@@ -65,7 +65,7 @@ def logged(folder, tmp_path_factory) -> dict[str, Logged]:
         "base": base.step(config),
         "sae_training": sae_training.steps(config)[0],
         "adapter_training": adapter_training.step(config),
-        "evaluate": evaluate.step(config, every_task=True),
+        "evaluate": evaluate.step(config, targets=True),
         "causal_ablation": asked[0],
         "sequential_forgetting": asked[1],
     }
