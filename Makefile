@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all test-fast lint bench clean
+.PHONY: help setup reproduce real test test-all test-fast lint bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/ \t/'
@@ -21,6 +21,13 @@ $(READY): pyproject.toml constraints.txt
 
 reproduce: setup ## the paper's tables in the micro world, into results/micro
 	$(BIN)/steerlora experiment=micro
+
+REAL ?= data/real
+BENCHMARKS ?= data/benchmarks
+
+real: setup ## the same on SmolLM2 135M: REAL=<folder of text> BENCHMARKS=<folder of benchmarks>
+	$(BIN)/python scripts/download.py model=smollm2_135m_q4
+	$(BIN)/steerlora experiment=smollm2 domains.dir=$(REAL) evaluation.folder=$(BENCHMARKS)
 
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 

@@ -34,8 +34,7 @@ class TrainerConfig(Section, key="trainer"):
     1."""
 
     drop_cut: bool = False
-    """Whether conversations of which the last answer lost its tail are left out of adapter
-    training."""
+    """Whether conversations that do not fit whole are left out of adapter training."""
 
     last_turn_only: bool = False
     """Whether the loss counts the last answer of a conversation only, and not every answer."""

@@ -167,7 +167,7 @@ def rows_to_learn(
 
     Returns:
         {domain: its conversations}, and the figures ``cut_prompts`` and ``cut_responses``. Where
-        ``trainer.drop_cut`` says so, the conversations of the latter are left out.
+        ``trainer.drop_cut`` says so, these conversations are left out.
 
     Raises:
         UserError: none is left of a domain.
@@ -178,12 +178,13 @@ def rows_to_learn(
     cuts = cuts_of(list(chain.from_iterable(found.values())))
     if trainer.drop_cut:
         found = {
-            name: [row for row in rows if not row.response_cut] for name, rows in found.items()
+            name: [row for row in rows if not (row.prompt_cut or row.response_cut)]
+            for name, rows in found.items()
         }
         for name, rows in found.items():
             if not rows:
                 raise UserError(
-                    f"trainer.drop_cut=true leaves nothing of {name}: no answer of it fits in "
+                    f"trainer.drop_cut=true leaves nothing of {name}: none of it fits whole in "
                     f"trainer.max_length={trainer.max_length}; set a larger one"
                 )
     return found, {f"cut_{what}": count for what, count in cuts._asdict().items()}

@@ -11,6 +11,7 @@ from steerlora.errors import UserError
 from steerlora.stages.method_training import rows_to_learn
 
 SHORT, LONG = exchange("ask", "say"), exchange("ask", "say " * 60)
+ASKING = exchange("ask " * 60, "say")
 TALK = (Turn("system", "Obey."), *exchange("one", "1"), *exchange("two", "2"))
 
 
@@ -36,6 +37,13 @@ def test_cut_answers_are_counted_and_kept_unless_they_are_to_be_dropped(learn, c
     assert dropped["law"] == [kept["law"][0], kept["law"][2]]
     assert all("law 1 and 0 of 3" in record.getMessage() for record in caplog.records)
     assert len(caplog.records) == 2
+
+
+def test_a_cut_prompt_is_dropped_like_a_cut_answer(learn):
+    kept, figures = learn({"law": [ASKING, SHORT]}, max_length=120)
+    assert figures == {"cut_prompts": 1, "cut_responses": 0}
+    dropped, _ = learn({"law": [ASKING, SHORT]}, max_length=120, drop_cut=True)
+    assert dropped["law"] == kept["law"][1:]
 
 
 def test_a_domain_of_which_nothing_fits_is_refused(learn):
