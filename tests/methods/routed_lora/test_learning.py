@@ -127,6 +127,12 @@ def known(learner: RoutedLoRALearner) -> list[int]:
     return learner.method.routers["1"].known.nonzero().flatten().tolist()
 
 
+def test_without_general_text_there_is_no_prototype_of_it(make):
+    learner = make(router="prototype", null_specialist=True)
+    learner.begin(JOINT)
+    assert known(learner) == [0, 1, 2]
+
+
 @pytest.mark.parametrize("null", [True, False])
 def test_joint_training_begins_with_all_prototypes(make, null):
     asked = []
