@@ -10,13 +10,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from steerlora.cli.compose import Compose
 from steerlora.config import Config, StudyConfig
-from steerlora.config.run import PARTS
+from steerlora.config.run import PARTS, StageConfig
 from steerlora.engine import code, machine
 from steerlora.engine.artifacts import Artifact, ArtifactStore
 from steerlora.engine.lineage import Library
-from steerlora.engine.steps import Step
+from steerlora.engine.steps import STAGES, Step
 from steerlora.errors import UserError
 from steerlora.evaluation.records import (
     Ablation,
@@ -62,9 +64,12 @@ class Plan:
     sequentials: tuple[Planned, ...]
     """Sequences, one for each method, order and replicate."""
 
+    staged: tuple[Planned, ...] = ()
+    """What ``study.stage`` asks for; the others are empty then."""
+
     @property
     def all(self) -> tuple[Planned, ...]:
-        return (*self.evaluations, *self.ablations, *self.sequentials)
+        return (*self.evaluations, *self.ablations, *self.sequentials, *self.staged)
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -82,6 +87,8 @@ def plan(config: Config, compose: Compose) -> Plan:
         UserError: the study names an option that does not exist, or that does not fit the others.
     """
     study = config.study
+    if study.stage:
+        return Plan((), (), (), _of_stage(config, compose))
     ablated = (study.main_model, f"method={study.ablation_method}")
     evaluations, ablations, sequentials = [], [], []
 
@@ -112,6 +119,18 @@ def plan(config: Config, compose: Compose) -> Plan:
             chosen = (study.main_model, f"method={method}", *_order(order))
             sequentials.append(planned(sequential_forgetting, seed, *chosen))
     return Plan(tuple(evaluations), tuple(ablations), tuple(sequentials))
+
+
+def _of_stage(config: Config, compose: Compose) -> tuple[Planned, ...]:
+    """The steps of an experiment that is about one stage."""
+    study = config.study
+    STAGES.check("study.stage", study.stage)
+    if STAGES[study.stage].report is None:
+        able = ", ".join(name for name, stage in STAGES.items() if stage.report)
+        raise UserError(f"study.stage={study.stage}: it writes no report; those that do: {able}")
+    asked = StageConfig(name=study.stage, settings=study.settings)
+    steps = STAGES[study.stage].steps(replace(config, stage=asked), compose)
+    return tuple(Planned(step, study.seeds[0], (f"stage={study.stage}",)) for step in steps)
 
 
 def _replicate(config: Config, seed: int) -> list[str]:
@@ -184,38 +203,15 @@ def report(
         artifacts: by fingerprint; those of steps, and what they were built from.
         absent: the steps that have none. The report is then of the others.
     """
-
-    def records(planned: tuple[Planned, ...], name: str, kind: type[Record]) -> list[Record]:
-        return [
-            replace(read_record(artifacts[one.step.fingerprint] / name, kind), seed=one.replicate)
-            for one in planned
-            if one.step.fingerprint in artifacts
-        ]
-
-    study, directory = config.study, Path(config.results.dir)
-    given = {
-        "evaluations": records(planned.evaluations, evaluate.SCORES, Evaluation),
-        "ablations": records(planned.ablations, causal_ablation.RESULT, Ablation),
-        "sequentials": records(planned.sequentials, sequential_forgetting.RESULT, DomainSequence),
-        "methods": methods(study),
-        "name": study.name,
-        "meaningful": study.meaningful,
-        "provenance": provenance(config, artifacts),
-        "main_model": study.main_model,
-    }
-    calibration = Path(study.calibration) if study.calibration else None
-    known = read_studies(calibration) if calibration and calibration.is_file() else None
+    study = config.study
     try:
-        written = write_report(
-            directory,
-            **given,
-            studies=known,
-            varied=varied(config),
-            least_general=study.least_general,
-        )
-        tables = dict(written.tables)
-        if study.calibrate:
-            tables |= write_calibration(directory, **given, sizes=study.calibrate).tables
+        if study.stage:
+            names = [one.step.fingerprint for one in planned.staged]
+            found = [artifacts[name] for name in names if name in artifacts]
+            written = STAGES[study.stage].report(config, found, provenance(config, artifacts))
+            tables = dict(written.tables)
+        else:
+            written, tables = _comparison(config, planned, artifacts)
         written = with_page(config, written, planned, artifacts, absent)
     except OSError as error:
         raise UserError(
@@ -239,6 +235,43 @@ def report(
         log.table("claims", ["claim", "paper", "ours", "verdict"], claims)
         log.images(file for file in written.files if file.suffix == ".png")
     return written
+
+
+def _comparison(
+    config: Config, planned: Plan, artifacts: Mapping[str, Artifact]
+) -> tuple[Report, dict[str, pd.DataFrame]]:
+    """The report on the paper's comparison, and its tables with those of a calibration."""
+
+    def records(planned: tuple[Planned, ...], name: str, kind: type[Record]) -> list[Record]:
+        return [
+            replace(read_record(artifacts[one.step.fingerprint] / name, kind), seed=one.replicate)
+            for one in planned
+            if one.step.fingerprint in artifacts
+        ]
+
+    study, directory = config.study, Path(config.results.dir)
+    given = {
+        "evaluations": records(planned.evaluations, evaluate.SCORES, Evaluation),
+        "ablations": records(planned.ablations, causal_ablation.RESULT, Ablation),
+        "sequentials": records(planned.sequentials, sequential_forgetting.RESULT, DomainSequence),
+        "methods": methods(study),
+        "name": study.name,
+        "meaningful": study.meaningful,
+        "provenance": provenance(config, artifacts),
+        "main_model": study.main_model,
+    }
+    calibration = Path(study.calibration) if study.calibration else None
+    written = write_report(
+        directory,
+        **given,
+        studies=read_studies(calibration) if calibration and calibration.is_file() else None,
+        varied=varied(config),
+        least_general=study.least_general,
+    )
+    tables = dict(written.tables)
+    if study.calibrate:
+        tables |= write_calibration(directory, **given, sizes=study.calibrate).tables
+    return written, tables
 
 
 def with_page(

@@ -115,6 +115,13 @@ class StudyConfig(Section, key="study"):
     """Whether the results may be read as results. False labels every table and figure of the
     report as a trial run."""
 
+    stage: Label = ""
+    """Stage whose artifacts the experiment is about, and which writes its report. Empty: the
+    comparison that the keys below say."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What that stage has of its own, as ``stage.settings`` for the stage alone."""
+
     models: Options = field(default_factory=list)
     """Base models to compare, the scale axis."""
 

@@ -49,6 +49,11 @@ class Stage:
     together: bool = False
     """Whether it can build several steps by one call; which ones, they say themselves."""
 
+    report: Callable[..., Any] | None = None
+    """Writes the report of an experiment that is about this stage (``study.stage``): of the run's
+    configuration, the artifacts of ``steps``, and what there is to say of their origin. None: no
+    experiment is."""
+
     check: Callable[[Any], None] = lambda config: None
     """Raises a `UserError` for a configuration that cannot be built here, before anything is."""
 

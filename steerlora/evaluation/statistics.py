@@ -137,6 +137,23 @@ def paired_test(differences: ArrayLike) -> float:
     return float(stats.ttest_1samp(values, 0.0).pvalue) if differ(values) else math.nan
 
 
+def equivalence(values: ArrayLike, margin: float) -> float:
+    """P-value of two one-sided t-tests that a mean lies within (-margin, margin), the larger one.
+
+    NaN below two values, or where all are equal. Source: Schuirmann 1987.
+
+    Args:
+        values: [S] numbers, such as changes within a replicate.
+        margin: above 0.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    if not differ(found):
+        return math.nan
+    error = found.std(ddof=1) / math.sqrt(len(found))
+    nearest = (margin - abs(float(found.mean()))) / error
+    return float(special.stdtr(len(found) - 1, -nearest))
+
+
 def differ(values: np.ndarray) -> bool:
     """Whether there are two values, and not all are equal but for rounding."""
     if len(values) < 2:

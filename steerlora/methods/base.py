@@ -62,6 +62,19 @@ class Sources:
     """Which tokens of the base's text carry a signal."""
 
 
+class LowRankUpdate(NamedTuple):
+    """What a method adds to a linear layer: scale * sum_e g_e B_e A_e x, of its E specialists."""
+
+    A: nn.Parameter
+    """[E*R, D_in]; rows e*R ... (e+1)*R are those of specialist e."""
+    B: nn.Parameter
+    """[D_out, E*R]; columns likewise."""
+    scale: float
+    """alpha / R."""
+    specialists: int
+    """E."""
+
+
 class Health(Protocol):
     """What a method measures of itself on held-out text."""
 
@@ -265,6 +278,16 @@ class Method(nn.Module):
     def products(self) -> list[nn.Parameter]:
         """Trained matrices that every token is multiplied by, for counting operations."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def low_rank(self) -> dict[str, LowRankUpdate]:
+        """{name of a target: what is added to it}, where ``config.low_rank``; the matrices are the
+        method's own."""
+        return {}
+
+    def gates(self) -> dict[int, Tensor]:
+        """{site: weights of the specialists [B, S, E] in this thread's last forward}, detached;
+        none where nothing is routed."""
+        return {}
 
     def health(self, domains: Sequence[str], seed: int) -> Health | None:
         """What measures the method on the forwards that follow; None: nothing does."""

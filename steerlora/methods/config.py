@@ -124,6 +124,8 @@ class MethodConfig(Section, key="method"):
     has_units: ClassVar[bool] = False
     """Its layers have units that act or not, token by token, which can be watched and switched off
     (``methods/units.py``): stage ``units`` looks at them."""
+    low_rank: ClassVar[bool] = False
+    """What it adds to linear layers is of low rank, ``total_rank``, and it gives the matrices."""
     exports_to_peft: ClassVar[bool] = False
     """PEFT can hold it: training writes PEFT's format as well."""
     not_trained: ClassVar[frozenset[str]] = frozenset({"name"})

@@ -64,6 +64,8 @@ class Claim:
     """The verdict, and what it comes from."""
     note: str = ""
     """What else a reader should know."""
+    rule: str = RULE
+    """How verdicts are reached; the same for all claims of a report."""
 
     @property
     def verdict(self) -> str:
@@ -174,7 +176,7 @@ def claims_markdown(
     Args:
         studies: what a calibration study saw, if there is one.
     """
-    parts = [claims_grid(claims), f"How a verdict is reached. {for_markdown(RULE)}"]
+    parts = [claims_grid(claims), f"How a verdict is reached. {for_markdown(_rule(claims))}"]
     for claim in claims:
         parts.append(f"## {claim.id}: {claim.shown_verdict}")
         parts.append(for_markdown(f"{claim.text}. Paper: {claim.paper}. Ours: {claim.definition}"))
@@ -187,6 +189,10 @@ def claims_markdown(
             sources = ", ".join(f"`{fingerprint[:12]}`" for fingerprint in claim.fingerprints)
             parts.append(f"From artifacts {sources}.")
     return page(parts, meaningful=meaningful, title=f"Claims: {name}")
+
+
+def _rule(claims: Sequence[Claim]) -> str:
+    return claims[0].rule if claims else RULE
 
 
 def _how_sure(claim: Claim) -> str:
@@ -222,7 +228,7 @@ def claims_json(claims: Sequence[Claim], *, name: str, meaningful: bool) -> str:
         "name": name,
         "meaningful": meaningful,
         **({} if meaningful else {"banner": BANNER}),
-        "rule": RULE,
+        "rule": _rule(claims),
         "verdicts": MEANINGS,
         "claims": [
             {

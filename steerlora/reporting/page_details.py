@@ -12,7 +12,7 @@ from steerlora.reporting.html_page import render_part
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.run_rows import RunRow
 from steerlora.reporting.tables import Table
-from steerlora.reporting.verdicts import MEANINGS, RULE
+from steerlora.reporting.verdicts import MEANINGS
 
 Details = dict[str, str]
 """{name: HTML, escaped}."""
@@ -45,7 +45,7 @@ def of_claims(claims: Sequence[Claim], artifacts: Mapping[str, Artifact]) -> Det
             "claim.html",
             claim=claim,
             meaning=MEANINGS.get(claim.verdict, ""),
-            rule=RULE,
+            rule=claim.rule,
             claim_sources=[artifacts[n] for n in claim.fingerprints if n in artifacts],
         )
         for claim in claims

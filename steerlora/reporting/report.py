@@ -142,14 +142,47 @@ def write_report(
     stale += [f"{figure}.{suffix}" for figure in FIGURES for suffix in ("png", "pdf")]
     for file in stale:
         (directory / file).unlink(missing_ok=True)
+    return write_parts(
+        directory,
+        name=name,
+        meaningful=meaningful,
+        claims=claims,
+        tables=tables,
+        drawn=_draw(
+            directory, evaluations, ablations, sequentials, methods, main_model, meaningful
+        ),
+        provenance=provenance_json(provenance, name, meaningful, provided),
+        varied=varied,
+        studies=studies,
+    )
+
+
+def write_parts(
+    directory: Path,
+    *,
+    name: str,
+    meaningful: bool,
+    claims: tuple[Claim, ...],
+    tables: Sequence[Table],
+    drawn: Sequence[Drawn],
+    provenance: str,
+    varied: Sequence[str] = (),
+    studies: Studies | None = None,
+) -> Report:
+    """Write tables, claims and the index of a report whose figures are drawn.
+
+    Args:
+        directory, name, meaningful, varied, studies: as for `write_report`.
+        claims, tables, drawn: all that the report shows.
+        provenance: the text of ``provenance.json``.
+    """
     files = [
         file for table in tables for file in write_table(table, directory, meaningful=meaningful)
     ]
-    drawn = _draw(directory, evaluations, ablations, sequentials, methods, main_model, meaningful)
     texts = {
         "claims.md": claims_markdown(claims, name=name, meaningful=meaningful, studies=studies),
         "claims.json": claims_json(claims, name=name, meaningful=meaningful),
-        "provenance.json": provenance_json(provenance, name, meaningful, provided),
+        "provenance.json": provenance,
         "results.md": _index(name, meaningful, varied, claims, tables, drawn),
     }
     for file, text in texts.items():
@@ -233,8 +266,8 @@ def _index(
     meaningful: bool,
     varied: Sequence[str],
     claims: tuple[Claim, ...],
-    tables: list[Table],
-    drawn: list[Drawn],
+    tables: Sequence[Table],
+    drawn: Sequence[Drawn],
 ) -> str:
     parts = [
         *_replicates(varied),

@@ -6,9 +6,12 @@ import pytest
 
 from steerlora.cli import compose, experiment
 from steerlora.engine.artifacts import ArtifactStore
-from steerlora.engine.steps import STAGES
+from steerlora.engine.progress import SilentProgress
+from steerlora.engine.run import run
+from steerlora.engine.steps import STAGES, Step, stage
 from steerlora.errors import UserError
 from steerlora.evaluation.records import BASE
+from steerlora.reporting.report import write_parts
 
 SMOKE = ("experiment=smoke", "study.seeds=[4,7]", "study.interventions=[shuffle]")
 
@@ -116,3 +119,46 @@ def test_nothing_stored_is_said_in_a_line(tmp_path):
 def test_a_study_that_makes_no_sense_is_refused(override, message):
     with pytest.raises(UserError, match=message):
         planned(override)
+
+
+def test_an_experiment_may_be_about_one_stage_which_writes_the_report(tmp_path, monkeypatch):
+    seen = {}
+
+    def write(config, artifacts, provenance):
+        seen.update(artifacts=artifacts, provenance=provenance)
+        return write_parts(
+            tmp_path,
+            name=config.study.name,
+            meaningful=config.study.meaningful,
+            claims=(),
+            tables=[],
+            drawn=[],
+            provenance="{}",
+        )
+
+    def steps(config):
+        return [Step("reported", {"seed": seed}, {}, f"of {seed}") for seed in config.study.seeds]
+
+    monkeypatch.delitem(STAGES._found, "reported", raising=False)
+    stage("reported", 1, step=steps, report=write)(lambda context: {"seed": context.config["seed"]})
+    root = tmp_path / "artifacts"
+    overrides = (*SMOKE, "study.stage=reported", f"artifacts.root={root}", "logger=none")
+    plan = planned(*overrides[len(SMOKE) :])
+    assert [one.step.config["seed"] for one in plan.staged] == [4, 7]
+    assert plan.steps == tuple(one.step for one in plan.staged)
+    finished = run(plan.steps[:1], ArtifactStore(root), progress=SilentProgress())
+    config = compose.load(overrides)
+    absent = experiment.missing(plan, finished.artifacts, overrides)
+    written = experiment.report(config, plan, finished.artifacts, absent)
+    assert [one.fingerprint for one in seen["artifacts"]] == [plan.steps[0].fingerprint]
+    assert seen["provenance"]["experiment"] == "smoke"
+    assert (tmp_path / "results.md") in written.files
+    assert "of 7" in (tmp_path / "report.html").read_text()
+    assert absent[0].command.endswith("stage=reported")
+
+
+def test_a_stage_without_a_report_is_no_experiments():
+    with pytest.raises(UserError, match=r"study.stage=features: it writes no report"):
+        planned("study.stage=features")
+    with pytest.raises(UserError, match=r"study.stage='?featurs'?.*features"):
+        planned("study.stage=featurs")

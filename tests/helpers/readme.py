@@ -99,6 +99,10 @@ def shrunk(command: str, text_folder: Path, root: Path, pretrained: Path) -> lis
         tiny |= {"study.sequential_methods": "[lora,sc_lora]"}
         tiny |= {"study.interventions": "[shuffle]", "study.retrained": "[shuffle]"}
         tiny |= {"study.doses": "[0.5]"}
+    if "experiment=geometry" in words:
+        own = {"layers": "[2]", "ranks": "[2,4]", "controls": "[2]", "tokens": 200}
+        own |= {"held_out": 100, "steps": 2, "batch_size": 32}
+        tiny |= {f"study.settings.{key}": value for key, value in own.items()}
     if "experiment=smoke" in words:
         tiny = {"artifacts.root": root, "results.dir": root / "results", "logger": "none"}
     if "--cfg" in words:

@@ -186,6 +186,8 @@ CHANGES = {
     "evaluation.files": None,  # count by content: covered below
     "evaluation.folder": None,  # likewise
     "evaluation.include_path": None,  # likewise
+    "study.stage": None,  # of a stage with a report: tests/cli/test_experiment.py
+    "study.settings": None,
     "study.models": "[micro_s]",
     "study.main_model": "micro_s",
     "study.methods": "[lora]",

@@ -24,7 +24,7 @@ from steerlora.data.batches import ChatBatch
 from steerlora.data.chat import EncodedChat
 from steerlora.lm.decoder import decoder_of, layers_path
 from steerlora.lm.targets import size_of
-from steerlora.methods.base import Method, Sources
+from steerlora.methods.base import LowRankUpdate, Method, Sources
 from steerlora.methods.interventions import INTERVENTIONS
 from steerlora.methods.lowrank import AdaptedLinear, LowRank
 from steerlora.methods.routed_lora.base_forward import keep_base, read_base
@@ -291,6 +291,16 @@ class Adapter(Method):
     def products(self) -> list[nn.Parameter]:
         """The matrices of the adapted layers; routers read a few rows of their tables a token."""
         return list(self.layers.parameters())
+
+    def low_rank(self) -> dict[str, LowRankUpdate]:
+        scale, specialists = self.config.alpha / self.config.rank, self.config.specialists
+        return {
+            name: LowRankUpdate(layer.A, layer.B, scale, specialists)
+            for name, layer in self.layers.items()
+        }
+
+    def gates(self) -> dict[int, Tensor]:
+        return {site: routing.gate for site, routing in self.routing().items()}
 
     def health(self, domains: Sequence[str], seed: int) -> SiteHealth | None:
         """What measures the routing of the forwards that follow, site by site."""

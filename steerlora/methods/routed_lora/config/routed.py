@@ -186,6 +186,7 @@ class RoutedLoRAConfig(MethodConfig):
     health: HealthConfig = field(default_factory=HealthConfig)
     """The health of routing, measured during training."""
 
+    low_rank: ClassVar[bool] = True
     not_trained: ClassVar[frozenset[str]] = frozenset(
         {"name", "hard_rank", "health.collapse", "health.collapse_below"}
     )
