@@ -84,14 +84,12 @@ def verdicts_table(
         np.put_along_axis(members, studies[size], 1.0, axis=1)
         apart = members @ members.T == 0
         for claim, ones in found.items():
-            for rule, said in (
-                (True, [one.verdict for one in ones]),
-                (False, [one.by_intervals for one in ones]),
-            ):
+            by_intervals = [one.by_intervals for one in ones]
+            for rule, said in ((True, [one.verdict for one in ones]), (False, by_intervals)):
                 if set(said) <= {NOT_MEASURED, NO_VERDICT}:
                     continue
                 row = {"claim": claim, "replicates": size, "rule": rule}
-                counts = counted(said) | _compared(said, apart)
+                counts = counted(said) | _compared(said, by_intervals, apart)
                 total = totals.setdefault((size, rule), Counter())
                 total.update(counts)
                 rows.append(row | counts)
@@ -101,13 +99,13 @@ def verdicts_table(
     ]
     if not rows:
         return None
-    names = [*VERDICTS, "pairs", "alike", "otherwise"]
+    names = [*VERDICTS, "pairs", "again", "alike", "otherwise"]
     data = pd.DataFrame(rows).reindex(columns=["claim", "replicates", "rule", *names]).fillna(0)
     total = data[list(VERDICTS)].sum(axis=1)
     shares = data[list(VERDICTS)].div(total, axis=0)
     data[list(VERDICTS)] = shares
     data.insert(3, "studies", total.astype(int))
-    for name in ("alike", "otherwise"):
+    for name in ("again", "alike", "otherwise"):
         data[name] = (data[name] / data.pairs).where(data.pairs > 0)
     of = data.set_index(["claim", "replicates", "rule"])
     cells = []
@@ -119,6 +117,7 @@ def verdicts_table(
                 str(size),
                 str(int(with_rule.studies)),
                 *(number(with_rule[verdict], 2) for verdict in SHOWN),
+                number(with_rule.again, 2),
                 number(with_rule.alike, 2),
                 number(with_rule.otherwise, 2),
                 number(1 - alone[UNDECIDED] - alone[NOT_MEASURED], 2),
@@ -127,14 +126,14 @@ def verdicts_table(
             )
         )
     caption = (
-        "Verdicts: the share of studies of so many replicates that came to each. Alike and "
-        "otherwise: of the pairs of studies without a common replicate of which one decided, how "
-        "often the other decided the same, or the opposite. Intervals alone: the same without "
-        f"the rule that a verdict stands only if another study would come to it with probability "
-        f"{LEAST_AGAIN}."
+        "Verdicts: the share of studies of so many replicates that came to each. Of the pairs of "
+        "studies without a common replicate of which one decided: again, how often the intervals "
+        f"of the other say the same, which the rule of verdicts wants to be {LEAST_AGAIN}; alike "
+        "and otherwise, how often the other decided the same, or the opposite. Intervals alone: "
+        "the same without the rule."
     )
     headings = ["Claim", "Replicates", "Studies", *(name.capitalize() for name in SHOWN)]
-    headings += ["Alike", "Otherwise", "Intervals alone: decided", "Alike", "Otherwise"]
+    headings += ["Again", "Alike", "Otherwise", "Intervals alone: decided", "Alike", "Otherwise"]
     return Table("verdicts", caption, data, headings, cells)
 
 
@@ -148,17 +147,25 @@ def counted(said: Sequence[str]) -> dict[str, int]:
     return {verdict: counted[verdict] for verdict in VERDICTS if counted[verdict]}
 
 
-def _compared(said: Sequence[str], apart: np.ndarray) -> dict[str, int]:
-    """Pairs (a study that decided, another), how many decided the same, and how many otherwise.
+def _compared(
+    said: Sequence[str], by_intervals: Sequence[str], apart: np.ndarray
+) -> dict[str, int]:
+    """Pairs (a study that decided, another), of how many the other's intervals say the same, and
+    how many decided the same, and otherwise.
 
     Args:
         said: [N] verdicts.
+        by_intervals: [N] what the intervals alone say.
         apart: [N, N] whether two studies have no replicate in common.
     """
-    side = np.array([DECIDED.get(verdict, 0) for verdict in said])
+    side, alone = (
+        np.array([DECIDED.get(verdict, 0) for verdict in verdicts])
+        for verdicts in (said, by_intervals)
+    )
     both = side[:, None] * side[None, :] * apart
     return {
         "pairs": int((apart & (side != 0)[:, None]).sum()),
+        "again": int((side[:, None] * alone[None, :] * apart > 0).sum()),
         "alike": int((both > 0).sum()),
         "otherwise": int((both < 0).sum()),
     }

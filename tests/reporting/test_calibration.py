@@ -251,12 +251,16 @@ def test_verdicts_of_pairs_without_a_common_replicate():
     assert [row[one] for one in said] == [0.25] * 4
     # Apart are 01 and 23, which agree, and 12 and 03, of which one decided.
     assert (row.pairs, row.alike, row.otherwise) == (3, pytest.approx(2 / 3), 0)
+    assert row.again == row.alike  # where every verdict is what the intervals say
     assert "C2" not in data.index
     assert data.loc["all", True].pairs == 3
     other = {2: {"C1": [Judged(one, 0.5, 2) for one in (IN_RANGE, NOT_REPRODUCED, *said[:2])]}}
     data = verdicts_table(other, studies).data.set_index(["claim", "rule"])
     assert data.loc["C1", True].undecided == 1
     assert np.isnan(data.loc["C1", True].alike)
+    unsure = [Judged(IN_RANGE, 0.95, 2), Judged(DIRECTION, 0.5, 2)] * 2
+    row = verdicts_table({2: {"C1": unsure}}, studies).data.set_index(["claim", "rule"])
+    assert row.loc["C1", True].again == 1 > row.loc["C1", True].alike == 0
     alone = data.loc["C1", False]
     assert (alone.pairs, alone.alike, alone.otherwise) == (4, 0.5, 0.5)
     assert verdicts_table({2: {"C2": [Judged(NOT_MEASURED)] * 4}}, studies) is None
