@@ -18,15 +18,15 @@ from steerlora.config import Config, ModelConfig
 from steerlora.distributed import ranks
 from steerlora.errors import UserError
 
-SIZES = (
-    *("layers", "width", "heads", "kv_heads", "head_width", "ffn_width", "vocabulary", "tied"),
-)
+SIZES = ("layers", "width", "heads", "kv_heads", "head_width", "ffn_width", "vocabulary", "tied")
 FROM_WIDTH = ("sae_latents", "sae_k", "adapter_learning_rate")
 FOLLOWED_BY = {"control_sites": "method.sites", "context_length": "trainer.max_length"}
 """{key of the model that is measured: the key that takes it, unless the user sets that}."""
 
 _sizes: dict[str, dict[str, int | bool]] = {}
+"""{place of a model's files: the sizes that they say}, of this process."""
 _measured: dict[str, dict[str, Any]] = {}
+"""{model and text: what was measured}, of this process."""
 
 
 def filled(tree: DictConfig, typed: Callable[[DictConfig], Config]) -> DictConfig:
