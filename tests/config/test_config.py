@@ -60,6 +60,24 @@ def default_tree() -> DictConfig:
     return compose.tree([])
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method=lora", "method.rank=3", "seed=4"),
+        ("experiment=smoke", "model.layers=3", "method.sites=[0,1]"),
+        ("evaluation.files.gsm8k=a", "evaluation.groups={gsm8k:[gsm8k]}"),
+        ("sae=relu", "++method.rank=3", "sae.latents=${model.width}"),
+        ("stage=base", "hydra.job.chdir=true", "~method.rank"),
+    ],
+)
+def test_trees_of_the_same_options_are_composed_once_and_each_has_its_own_keys(overrides):
+    before = compose.tree(["method=lora"])
+    found = compose.tree(overrides)
+    with compose.hydra_ready():
+        assert found == compose._compose(overrides)
+    assert compose.tree(["method=lora"]) == before
+
+
 def shipped() -> list[str]:
     """``group=option`` of every YAML file in ``conf/``, found by walking it."""
     root = sections.config_directory()
