@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -159,31 +160,27 @@ def collate(
 
     Answers always do; what is between them with ``prompt_weight``, not at all where it is zero.
     """
-    width = max(len(row.input_ids) for row in rows)
-    input_ids = torch.full((len(rows), width), pad_token_id)
-    attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
-    labels = torch.full((len(rows), width), IGNORED)
+    shape = len(rows), max(len(row.input_ids) for row in rows)
+    # As arrays, rows cost little: an operation of torch on each takes longer than its numbers do.
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    weights = np.full(shape, prompt_weight)
     for index, row in enumerate(rows):
-        ids = torch.tensor(row.input_ids)
-        input_ids[index, : len(ids)] = ids
-        attention_mask[index, : len(ids)] = 1
-        for start, stop in [(0, len(ids))] if prompt_weight else row.answers:
-            labels[index, start:stop] = ids[start:stop]
-    weights = None
-    if prompt_weight:
-        weights = torch.full((len(rows), width), prompt_weight)
-        for index, row in enumerate(rows):
-            for start, stop in row.answers:
-                weights[index, start:stop] = 1.0
-    tokens = sum(len(row.input_ids) for row in rows)
-    owners = torch.tensor(list(domains))
+        length = len(row.input_ids)
+        input_ids[index, :length] = row.input_ids
+        attention_mask[index, :length] = 1
+        for start, stop in [(0, length)] if prompt_weight else row.answers:
+            labels[index, start:stop] = input_ids[index, start:stop]
+        for start, stop in row.answers:
+            weights[index, start:stop] = 1.0
     return ChatBatch(
-        input_ids,
-        attention_mask,
-        labels,
-        owners,
-        tokens,
-        weights,
+        torch.tensor(input_ids),
+        torch.tensor(attention_mask),
+        torch.tensor(labels),
+        torch.tensor(list(domains)),
+        int(attention_mask.sum()),
+        torch.tensor(weights, dtype=torch.get_default_dtype()) if prompt_weight else None,
         signal_tokens=signal_tokens,
     )
 
