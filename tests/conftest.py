@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -53,6 +54,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if set(SLOW) & set(item.path.relative_to(item.config.rootpath).parts):
             item.add_marker("slow")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A run in this process sets levels, and Hydra handlers of streams that end with the test."""
+    loggers = logging.root, logging.getLogger("steerlora")
+    handlers, levels = list(logging.root.handlers), [logger.level for logger in loggers]
+    yield
+    logging.root.handlers = handlers
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

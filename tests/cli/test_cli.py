@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import re
 import shutil
 import subprocess
@@ -65,7 +64,6 @@ def steerlora(tmp_path, monkeypatch, capfd) -> Callable[..., Outcome]:
     monkeypatch.setattr(sys, "argv", ["steerlora"])
     # pytest is no terminal: a table must not be folded into its default width.
     monkeypatch.setattr(command, "console", Console(soft_wrap=True, width=300))
-    handlers, level = list(logging.root.handlers), logging.root.level
 
     def call(*arguments: str) -> Outcome:
         capfd.readouterr()
@@ -76,8 +74,7 @@ def steerlora(tmp_path, monkeypatch, capfd) -> Callable[..., Outcome]:
             code = ended.code or 0
         return Outcome(code, *capfd.readouterr())
 
-    yield call
-    logging.root.handlers, logging.root.level = handlers, level  # Hydra has set its own
+    return call
 
 
 @pytest.fixture(scope="session")

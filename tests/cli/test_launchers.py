@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import sys
@@ -30,15 +29,13 @@ def steerlora(tmp_path, monkeypatch, capfd) -> Callable[..., tuple[int, str, str
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["steerlora"])
     monkeypatch.setattr(command, "console", Console(soft_wrap=True, width=400))
-    handlers, level = list(logging.root.handlers), logging.root.level
 
     def call(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
             command.main(arguments)
         return (ended.value.code, *capfd.readouterr())
 
-    yield call
-    logging.root.handlers, logging.root.level = handlers, level  # Hydra has set its own
+    return call
 
 
 def test_two_jobs_of_two_ranks_one_of_which_fails(steerlora, tmp_path):

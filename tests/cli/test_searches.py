@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +60,6 @@ def search(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["steerlora"])
     monkeypatch.setattr(command, "console", Console(soft_wrap=True, width=300))
-    handlers, level = list(logging.root.handlers), logging.root.level
 
     def execute(config, *_):
         if config.method.rank == 3:
@@ -89,8 +87,7 @@ def search(tmp_path, monkeypatch, capfd):
         table = pd.read_csv(tables[0]) if tables else None
         return (ended.value.code, *capfd.readouterr(), table)
 
-    yield run
-    logging.root.handlers, logging.root.level = handlers, level  # Hydra has set its own
+    return run
 
 
 def test_a_sweeper_is_given_what_jobs_measured_and_the_table_has_those_it_chose(search):

@@ -7,7 +7,6 @@ A cluster's own SLURM is not used: tests have no business in its queue.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -121,7 +120,6 @@ def test_a_sweep_runs_as_slurm_jobs(tmp_path, monkeypatch, capfd):
         wait(launcher, jobs)
 
     monkeypatch.setattr(launchers.SlurmJobs, "_wait", cancel_the_last)
-    handlers, level = list(logging.root.handlers), logging.root.level
     with pytest.raises(SystemExit) as ended:
         command.main(
             [
@@ -130,7 +128,6 @@ def test_a_sweep_runs_as_slurm_jobs(tmp_path, monkeypatch, capfd):
                 *("domains.broad=law", "domains.dir=good,bad,never"),
             ]
         )
-    logging.root.handlers, logging.root.level = handlers, level  # Hydra has set its own
     out, err = capfd.readouterr()
     assert (ended.value.code, err) == (1, ""), out
     submitted = re.search(r"SLURM job (\d+) has the sweep's 3 jobs", out)

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import partialmethod
 
 import lm_eval
 import pytest
@@ -220,9 +221,14 @@ def run_command(trained: Trained, **changes) -> list[str]:
 
 @pytest.fixture
 def own_argv(monkeypatch) -> None:
-    """What lm-eval's command line changes in its process, changed back."""
+    """What lm-eval's command line changes in its process, changed back.
+
+    It knows our tasks alone: to read lm-eval's own takes longer than the rest of a test.
+    """
     monkeypatch.setattr(sys, "argv", ["steerlora.evaluation"])
     monkeypatch.setattr(lm_eval.utils, "_LOGGING_CONFIGURED", True)  # this test's streams close
+    ours = partialmethod(TaskManager.__init__, include_defaults=False)
+    monkeypatch.setattr(TaskManager, "__init__", ours)
 
 
 @pytest.mark.usefixtures("own_argv")
