@@ -29,7 +29,7 @@ settings.load_profile("repeatable")
 SLOW = (
     *("ranks", "cli", "stages", "extension", "planning", "scripts", "readme"),
     *("test_harness.py", "test_paper.py", "test_punkt.py", "test_report.py"),
-    *("test_generation.py", "test_shards.py", "test_sharded.py"),
+    *("test_generation.py", "test_gguf.py", "test_shards.py", "test_sharded.py"),
 )
 """Folders and files whose tests take seconds: ``make test-fast`` leaves them out."""
 
@@ -46,14 +46,43 @@ LONG = (
 ``make test`` leaves them to ``make test-all``."""
 
 
+TOGETHER = {
+    "tests/stages/": "the smoke experiment",
+    "tests/ranks/": "the zygote",
+    "tests/readme/test_commands.py": "the zygote",
+    "tests/distributed/test_shards.py": "the zygote",
+}
+"""{beginning of a test's name: what it shares}: built once, by the one worker that has them all."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """As ``--dist loadfile``, and what shares something in one process too."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            own = super()._split_scope(nodeid)
+            return next((what for part, what in TOGETHER.items() if own.startswith(part)), own)
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark slow and long ones, the slow first: what is quick fills both workers to the end."""
+    """Mark slow and long ones, the slow first, and first of all what stays together: what is quick
+    fills both workers to the end."""
     for item in items:
         if any(part in item.nodeid for part in LONG):
             item.add_marker("long")
         if set(SLOW) & set(item.path.relative_to(item.config.rootpath).parts):
             item.add_marker("slow")
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    together = tuple(TOGETHER)
+    items.sort(
+        key=lambda item: (
+            not item.nodeid.startswith(together),
+            item.get_closest_marker("slow") is None,
+        )
+    )
 
 
 @pytest.fixture(autouse=True)

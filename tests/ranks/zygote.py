@@ -1,5 +1,5 @@
-"""``python -m steerlora``, or a script, in a moment: a process that has imported what is slow, and
-forks.
+"""``python -m steerlora``, or a script, in a moment: a process that has imported and composed what
+takes long, and forks.
 
 Standard input takes a JSON line per request, standard output answers each with another:
 {"script", "arguments", "environment", "folder", "out", "err", "first"} starts a process and gives
@@ -18,6 +18,9 @@ import runpy
 import signal
 import sys
 
+from runs import TINY, TRAININGS
+
+from steerlora.cli import compose
 from steerlora.engine.steps import STAGES
 
 SLOW = ("deepspeed", "steerlora.cli.experiment", "steerlora.distributed.group")
@@ -60,6 +63,8 @@ def become(request: dict) -> None:
 for name in SLOW:
     importlib.import_module(name)
 STAGES.items()  # which imports every stage
+for stage in TRAININGS:
+    compose.load([*TINY, f"stage={stage}"])
 gc.freeze()  # at their ends the processes need not look through all of it
 asked = serve()
 if asked is not None:
