@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from steerlora.evaluation.records import OfOneRun
+
 OWN_SHARE = 0.02
 """Share of all units that are called a domain's own; at least one is."""
 OFTEN_SHARE = 0.1
@@ -78,6 +80,24 @@ class SwitchedOff:
         """Rise on the domain less the mean rise on the others."""
         others = [value for name, value in rise.items() if name != self.domain]
         return rise[self.domain] - sum(others) / max(1, len(others))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitsRecord(OfOneRun):
+    """What the units of one trained adapter stand for."""
+
+    training: str
+    """"joint", or "sequence": the adapter that a sequence of domains ends with."""
+    figures: dict[str, float]
+    """Of all domains: ``information/...`` (`Information`), ``load/...`` (`Load`),
+    ``overlap/jaccard`` and ``overlap/chance`` (`overlap`), ``switched_off/own`` and
+    ``switched_off/control`` (mean selectivity)."""
+    intact: dict[str, float]
+    """{domain: cross-entropy with all units, nats a token}."""
+    switched_off: tuple[SwitchedOff, ...]
+    """One a domain."""
+    load_by_layer: dict[str, dict[str, float]]
+    """{layer: `Load`}."""
 
 
 def _of_domains(rows: np.ndarray, domain: np.ndarray, domains: int) -> np.ndarray:

@@ -5,33 +5,46 @@ R rows of text, U units of all layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 
-from steerlora.config import Config, LoggerConfig
+from steerlora.config import Config, LoggerConfig, StudyConfig
 from steerlora.config.checks import one_of
+from steerlora.config.run import PARTS
 from steerlora.data.batches import batches_by_length
 from steerlora.data.chat import encode_chats
 from steerlora.data.jsonl import read_rows
-from steerlora.engine.manifests import write_json
+from steerlora.engine.artifacts import Artifact
 from steerlora.engine.steps import Context, Step, stage
-from steerlora.errors import UserError
+from steerlora.errors import UserError, nearest
 from steerlora.evaluation import units
 from steerlora.evaluation.cross_entropy import heldout_cross_entropy
-from steerlora.evaluation.units import Activity, SwitchedOff
+from steerlora.evaluation.records import (
+    SCHEMA,
+    DomainSequence,
+    Evaluation,
+    read_record,
+    write_record,
+)
+from steerlora.evaluation.units import Activity, SwitchedOff, UnitsRecord
 from steerlora.lm.decoder import decoder_of
 from steerlora.methods.saving import load_adapter
-from steerlora.stages import adapter_training, base, sequential_forgetting
+from steerlora.reporting.report import Report
+from steerlora.reporting.units.report import write_units
+from steerlora.reporting.units.study import ROLES, UnitStudy
+from steerlora.stages import adapter_training, base, evaluate, sequential_forgetting
 from steerlora.stages.common import WHERE, domain_names, load_base, run_log
 from steerlora.stages.sequence_state import FOLDER
 
 RESULT, TABLE = "units.json", "units.csv"
 TRAININGS = ("joint", "sequence")
-BATCH_SIZE, DRAWS = 32, 3
+ROWS, BATCH_SIZE, DRAWS = 200, 32, 3
 """DRAWS: sets of control units a domain."""
 
 
@@ -39,6 +52,9 @@ BATCH_SIZE, DRAWS = 32, 3
 class UnitsSettings:
     """What the figures depend on."""
 
+    model: str
+    method: str
+    """Their names."""
     training: str
     """Whose adapter: "joint", or that which a "sequence" of domains ends with."""
     rows: int
@@ -53,21 +69,29 @@ class UnitsSettings:
 
 
 def step(config: Config) -> Step:
-    given = {"training": "joint", "rows": 200} | config.stage.settings
+    """Of one method: ``stage.settings`` says whose adapter, and how many rows."""
+    given = {"training": "joint", "rows": ROWS} | config.stage.settings
     if unknown := sorted(set(given) - {"training", "rows"}):
         raise UserError(f"stage.settings.{unknown[0]}: stage=units has training and rows alone")
     one_of("stage.settings.training", given["training"], TRAININGS)
-    if type(given["rows"]) is not int or given["rows"] < 4:
-        raise UserError(f"stage.settings.rows={given['rows']}: a number of rows from 4")
+    return _step(config, given["training"], given["rows"])
+
+
+def _step(config: Config, training: str, rows: Any) -> Step:
+    if type(rows) is not int or rows < 4:
+        raise UserError(f"stage.settings.rows={rows}: a number of rows from 4")
     config.method.check_trains()
     if not config.method.has_units:
         raise UserError(
             f"stage=units looks at units that act token by token, and method={config.method.name} "
             "has none: give another method=<option>"
         )
-    trained = adapter_training if given["training"] == "joint" else sequential_forgetting
+    trained = adapter_training if training == "joint" else sequential_forgetting
     settings = UnitsSettings(
-        **given,
+        training=training,
+        rows=rows,
+        model=config.model.name,
+        method=config.method.name,
         max_length=config.trainer.max_length,
         seed=config.seed,
         accelerator=config.trainer.accelerator,
@@ -79,7 +103,78 @@ def step(config: Config) -> Step:
     return Step("units", settings, inputs, label, cost=5)
 
 
-@stage("units", 1, step=step, skip=WHERE | {"logger", "spread"})
+def steps(config: Config, variant: Callable[..., Config]) -> list[Step]:
+    """Of one method; in an experiment about units, all that its report compares."""
+    study = config.study
+    if study.stage != "units":
+        return [step(config)]
+    settings = _study_settings(study)
+    found = []
+    for seed in study.seeds:
+        replicate = [
+            f"{key}={seed if part in study.vary else study.seeds[0]}"
+            for part, key in zip(PARTS, ("model.seed", "sae.seed", "seed"), strict=True)
+        ]
+
+        def of(method: str, *options: str, replicate=tuple(replicate)) -> Config:
+            rate = settings.learning_rates.get(method)
+            chosen = [f"trainer.learning_rate={rate}"] if rate else []
+            return variant(f"method={method}", *options, *chosen, *replicate)
+
+        found.append(evaluate.step(variant(*replicate), adapted=False))
+        sparse = settings.roles["sparse"]
+        found += [evaluate.step(of(method)) for method in study.methods]
+        found.append(_step(of(sparse), "joint", settings.rows))
+        for method, order in product(study.sequential_methods, study.orders):
+            own = of(method, f"order={order}")
+            found.append(sequential_forgetting.step(own))
+            if method == sparse:
+                found.append(_step(own, "sequence", settings.rows))
+    return list({one.fingerprint: one for one in found}.values())
+
+
+class StudySettings(NamedTuple):
+    """``study.settings`` of an experiment about units."""
+
+    roles: dict[str, str]
+    """{part in the claims: method}, of `ROLES`; "sparse" is the method that they are about."""
+    learning_rates: dict[str, float]
+    """{method: its own in place of ``trainer.learning_rate``}."""
+    tuned: bool
+    """Whether all were chosen on development text, from one grid."""
+    rows: int
+    """As ``stage.settings.rows``."""
+
+
+def _study_settings(study: StudyConfig) -> StudySettings:
+    given = {"roles": {}, "learning_rates": {}, "tuned": False, "rows": ROWS} | study.settings
+    if unknown := sorted(set(given) - set(StudySettings._fields)):
+        raise UserError(
+            f"study.settings.{unknown[0]}: {nearest(unknown[0], StudySettings._fields)}"
+        )
+    for role in given["roles"]:
+        one_of("study.settings.roles", role, ROLES)
+    if "sparse" not in given["roles"]:
+        raise UserError("study.settings.roles.sparse=<method>: name the method with units")
+    return StudySettings(**given)
+
+
+def report(config: Config, artifacts: Sequence[Artifact], provenance: dict[str, Any]) -> Report:
+    """The report of an experiment about units, of those of its artifacts that are there."""
+
+    def records(stage: str, name: str, kind: type) -> list:
+        return [read_record(one / name, kind) for one in artifacts if one.stage == stage]
+
+    study = UnitStudy(
+        _study_settings(config.study).roles,
+        records("evaluate", evaluate.SCORES, Evaluation),
+        records("sequential_forgetting", sequential_forgetting.RESULT, DomainSequence),
+        records("units", RESULT, UnitsRecord),
+    )
+    return write_units(config, study, provenance)
+
+
+@stage("units", f"1.{SCHEMA}", steps=steps, skip=WHERE | {"logger"}, report=report)
 def build(context: Context) -> dict:
     settings: UnitsSettings = context.config
     source, adapter = context.inputs["domains"], context.inputs["adapter"]
@@ -91,7 +186,8 @@ def build(context: Context) -> dict:
     if settings.training == "sequence":
         folder = sorted((adapter / FOLDER).iterdir())[-1]
     method = load_adapter(model, folder)
-    rows = {name: read_rows(source / f"heldout/{name}.jsonl")[: settings.rows] for name in names}
+    method.configure()  # as trained: a control of the evaluation may have trained it first
+    rows = {name: _halves(read_rows(source / f"heldout/{name}.jsonl"), settings) for name in names}
     layers = {name: len(norms) for name, norms in method.unit_norms().items()}
     norms = torch.cat(list(method.unit_norms().values())).float().cpu().numpy()
     activity = _activity(method, model, tokenizer, list(rows.values()), settings.max_length)
@@ -135,19 +231,28 @@ def build(context: Context) -> dict:
         "switched_off/own": float(np.mean([one.selectivity(one.own) for one in found])),
         "switched_off/control": float(np.mean([one.selectivity(one.control) for one in found])),
     }
-    write_json(
-        context.directory / RESULT,
-        {
-            "figures": figures,
-            "intact": intact,
-            "switched_off": [asdict(one) for one in found],
-            "load_by_layer": dict(_loads(activity, layers)),
-        },
+    record = UnitsRecord(
+        model=settings.model,
+        method=settings.method,
+        seed=settings.seed,
+        fingerprint=context.fingerprint,
+        training=settings.training,
+        figures=figures,
+        intact=intact,
+        switched_off=tuple(found),
+        load_by_layer=dict(_loads(activity, layers)),
     )
+    write_record(context.directory / RESULT, record)
     _table(found).to_csv(context.directory / TABLE, index=False)
     with run_log(context, settings.logger) as log:
         log.results(figures)
     return figures
+
+
+def _halves(rows: list, settings: UnitsSettings) -> list:
+    """As many rows as are asked for and there are, an even number: every other one is a half."""
+    count = min(settings.rows, len(rows))
+    return rows[: count - count % 2]
 
 
 @torch.no_grad()

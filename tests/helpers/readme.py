@@ -103,6 +103,9 @@ def shrunk(command: str, text_folder: Path, root: Path, pretrained: Path) -> lis
         own = {"layers": "[2]", "ranks": "[2,4]", "controls": "[2]", "tokens": 200}
         own |= {"held_out": 100, "steps": 2, "batch_size": 32}
         tiny |= {f"study.settings.{key}": value for key, value in own.items()}
+    if "experiment=stan" in words:
+        tiny |= {f"study.{those}methods": "[lora,stan]" for those in ("", "sequential_")}
+        tiny |= {"study.settings.rows": 6}
     if "experiment=smoke" in words:
         tiny = {"artifacts.root": root, "results.dir": root / "results", "logger": "none"}
     if "--cfg" in words:

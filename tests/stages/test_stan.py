@@ -78,6 +78,56 @@ def test_what_makes_no_units_is_one_line(overrides, says):
     assert "\n" not in str(caught.value)
 
 
+SMALL = (
+    *("experiment=stan", *TINY[1:], "model=micro_xs", "study.models=[micro_xs]"),
+    *("study.main_model=micro_xs", "study.meaningful=false", "study.seeds=[0]"),
+    *("study.methods=[lora,stan]", "study.sequential_methods=[lora,stan]"),
+    *("study.settings.rows=6", "study.workers=1"),
+)
+
+
+def test_an_experiment_compares_them_and_writes_claims(root, tmp_path):
+    main([*SMALL, f"artifacts.root={root}", f"results.dir={tmp_path}"])
+    claims = json.loads((tmp_path / "claims.json").read_text())["claims"]
+    assert [claim["id"] for claim in claims] == [f"U{number}" for number in range(1, 9)]
+    assert {claim["verdict"] for claim in claims} == {"no verdict"}
+    measured = {claim["id"] for claim in claims if claim["measures"]}
+    assert {"U1", "U3"} <= measured
+    assert list(pd.read_csv(tmp_path / "scores.csv").method) == ["none", "lora", "stan"]
+    assert list(pd.read_csv(tmp_path / "sequences.csv").method) == ["lora", "stan"]
+    assert set(pd.read_csv(tmp_path / "units.csv").training) == {"joint", "sequence"}
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("~study.settings.roles.sparse", "study.settings.roles.sparse=<method>"),
+        ("++study.settings.roles.spares=stan", "did you mean 'sparse'"),
+        ("++study.settings.row=6", "did you mean 'rows'"),
+        ("study.settings.rows=2", "stage.settings.rows=2: a number of rows from 4"),
+    ],
+)
+def test_settings_of_an_experiment_that_make_none_are_one_line(override, says):
+    config = compose.load([*SMALL, override])
+    with pytest.raises(UserError) as caught:
+        units.steps(config, lambda *more: compose.load([*SMALL, *more]))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_learning_rate_of_its_own_is_the_methods_alone():
+    overrides = [*SMALL, "++study.settings.learning_rates.stan=0.5"]
+    made = units.steps(compose.load(overrides), lambda *more: compose.load([*overrides, *more]))
+    rates = {
+        step.config.method.name: step.config.trainer.learning_rate
+        for one in made
+        for step in one.upstream
+        if step.stage == "adapter_training"
+    }
+    assert rates == {"lora": compose.load(SMALL).trainer.learning_rate, "stan": 0.5}
+
+
 def test_it_has_a_plan_which_counts_what_lora_of_as_many_ranks_has(capsys):
     def line(*overrides: str) -> str:
         main([*TINY, "stage=plan", *overrides])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,9 +40,6 @@ class Stan(Method):
         ValueError: a site beyond the last layer, a missing SAE or one of another width, a name
             that no module has, a model that carries a method already or that keeps no keys and
             values.
-
-    Attributes:
-        gate: which units act, ``config.gate`` unless :meth:`configure` says otherwise.
     """
 
     forward_type = StanForward
@@ -60,7 +58,6 @@ class Stan(Method):
         for site in self.saes:
             mean = torch.tensor(float(sources.saes[site].mean_norm))
             self.register_buffer(f"scale_{site}", mean)
-        self.gate = config.gate
         self._seed, self._step, self._forwards = seed, 0, 0
         self._off: Mapping[str, Tensor] = {}
         self._watched = False
@@ -78,8 +75,9 @@ class Stan(Method):
         return {site: partial(self._read, site) for site in self.saes}
 
     def _read(self, site: int, stream: Tensor) -> Tensor:
+        sae = self.saes[site]
         with torch.no_grad():
-            found = self.saes[site].encode(stream)
+            found = sae.encode(stream.to(next(sae.parameters()).device))
             values = found.values / getattr(self, f"scale_{site}")
         self.forward_state.features[site] = SparseFeatures(values, found.indices)
         return stream
@@ -100,10 +98,17 @@ class Stan(Method):
     def observe(self, model: nn.Module, given: dict[str, Any]) -> None:
         super().observe(model, given)
         forward = self.forward_state
-        forward.gate, forward.off = self.gate, self._off
+        forward.gate, forward.off = self._gate(), self._off
         forward.draw = (self._seed, self._step, self._forwards)
         forward.active = {} if self._watched else None
         self._forwards += 1
+
+    def _gate(self) -> str:
+        """Which units act in a forward that begins; training is where gradients are recorded."""
+        other = self.config.gate_in_evaluation
+        if torch.is_grad_enabled() or other == "trained":
+            return self.config.gate
+        return other
 
     def begin_step(self, step: int) -> None:
         """Before a training step, from 0: its draws become a function of the seed and the step."""
@@ -111,10 +116,16 @@ class Stan(Method):
             self._step, self._forwards = step, 0
 
     def configure(self, *, gate_in_evaluation: str = "trained") -> None:
-        """From now on, units act as a control has it; "trained": as in training."""
-        trained = gate_in_evaluation == "trained"
-        self.gate = self.config.gate if trained else gate_in_evaluation
+        """From now on, units act as a control has it where no gradient is recorded; "trained": as
+        in training."""
+        self.config = replace(self.config, gate_in_evaluation=gate_in_evaluation)
         self._step = self._forwards = 0
+
+    def facts(self) -> dict[str, Any]:
+        return {"seed": self._seed}
+
+    def load_facts(self, stored: dict[str, Any]) -> None:
+        self._seed = stored["seed"]
 
     def active_units(self) -> dict[str, Tensor]:
         """Which units acted in this thread's last forward, where it was watched."""

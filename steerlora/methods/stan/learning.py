@@ -49,7 +49,7 @@ class FollowGate(Callback):
         noted = self.method.forward_state.noted
         for name, value in zip(noted, sum_over_ranks(noted.values()), strict=True):
             units = self.method.layers[name]
-            if self.method.gate == "threshold":
+            if self.method.config.gate == "threshold":
                 share = LATEST if units.threshold.any() else 1.0
                 units.threshold.lerp_(value.to(units.threshold) / world(), share)
             elif units.kept.all():
@@ -65,4 +65,4 @@ class StanLearner(Learner):
     method: Stan
 
     def callbacks(self, task: Task) -> list[Callback]:
-        return [FollowGate(self.method)] if self.method.gate != "token" else []
+        return [FollowGate(self.method)] if self.method.config.gate != "token" else []

@@ -119,7 +119,7 @@ class StanLinear(ReplacedLinear):
         """TopK_k(E x) as its K entries: [T, D_in] -> [T, K]; x in the type of E."""
         encoder = self.units.encoder
         if encoder is None:
-            return self._of_sae()
+            return self._of_sae(x.device)
         x = x.to(encoder.dtype)
         if self.config.select == "absolute":
             return self._chosen(F.linear(x, encoder))
@@ -129,7 +129,7 @@ class StanLinear(ReplacedLinear):
     def masked_code(self, x: Tensor) -> Tensor:
         """TopK_k(E x) with a column for every unit: [T, D_in] -> [T, M]."""
         if self.units.encoder is None:
-            return self._of_sae().dense(self.units.count)
+            return self._of_sae(x.device).dense(self.units.count)
         return self._token_code(F.linear(x, self.units.encoder.to(x.dtype)))
 
     def _token_code(self, scores: Tensor) -> Tensor:
@@ -145,9 +145,9 @@ class StanLinear(ReplacedLinear):
         values, indices = scores.topk(self.config.k, dim=-1, sorted=False)
         return SparseFeatures(values.relu(), indices)
 
-    def _of_sae(self) -> SparseFeatures:
+    def _of_sae(self, device: torch.device) -> SparseFeatures:
         """The K strongest of the site's features, [T, K]."""
-        values, indices = self.known.features
+        values, indices = (part.to(device) for part in self.known.features)
         kept = values.topk(min(self.config.k, values.shape[-1]), dim=-1, sorted=False)
         return SparseFeatures(kept.values, indices.gather(-1, kept.indices))
 

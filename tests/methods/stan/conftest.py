@@ -17,9 +17,9 @@ from steerlora.methods.stan.config import StanConfig
 def make_stan() -> Callable[..., Stan]:
     """``make_stan(model, **config)``: 12 units, 4 of which act, attached to all layers from 1."""
 
-    def make(model: nn.Module, sources: Sources | None = None, **changes) -> Stan:
+    def make(model: nn.Module, sources: Sources | None = None, *, seed: int = 0, **changes) -> Stan:
         config = StanConfig(**({"units": 12, "k": 4, "name": "stan"} | changes))
-        method = config.build(model, sources or Sources(), seed=0)
+        method = config.build(model, sources or Sources(), seed=seed)
         generator = torch.Generator().manual_seed(1)
         for layer in method.layers.values():
             layer.decoder.data.normal_(0, 0.3, generator=generator)

@@ -70,6 +70,7 @@ def test_evaluation_can_have_another_gate_than_training(make_model, make_stan, t
     method = make_stan(model)
     ids, mask = tokens([7, 5])
 
+    @torch.no_grad()
     def logits() -> torch.Tensor:
         return model(input_ids=ids, attention_mask=mask).logits
 
@@ -81,9 +82,17 @@ def test_evaluation_can_have_another_gate_than_training(make_model, make_stan, t
         assert not torch.equal(logits(), found[gate])  # drawn anew in every forward
         method.configure(gate_in_evaluation=gate)
         assert torch.equal(logits(), found[gate])  # from the seed
+        training = model(input_ids=ids, attention_mask=mask).logits
+        assert torch.equal(training, intact)  # a gradient is recorded
     assert not torch.equal(found["random"], found["shuffled"])
     method.configure()
     assert torch.equal(logits(), intact)
+
+
+def test_draws_are_those_of_the_seed_that_it_was_made_with(make_model, make_stan, tmp_path):
+    method = make_stan(make_model(), seed=7)
+    save_adapter(method, tmp_path, base_fingerprint=model_fingerprint(make_model()))
+    assert load_adapter(make_model(), tmp_path).facts() == {"seed": 7}
 
 
 def test_watched_and_switched_off(make_model, make_stan, tokens):
