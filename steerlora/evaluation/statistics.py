@@ -8,12 +8,12 @@ what all of them share (items, tasks, domains, orders). What is shared is fixed:
 what another replicate would give on these items, and not what other items would give.
 
 Intervals are Student's t over replicates (Student 1908), which is exact for normal replicates from
-two on. It was chosen by ``results/calibration``, where it is compared with the rivals of
-`steerlora.evaluation.interval_methods`: over 135 numbers of the micro study, intervals of 4, 5 and 6 of
-12 replicates hold the truth in 93.3, 93.3 and 93.5 % of studies, those of 3 in 92.8 and of 2 in 91.3.
-With the items' error added they hold it in 95.4 and 96.5 % at 2 and 3 replicates, where scores on a
-grid agree by chance, but are too wide from 4 on (97.1 % and more); percentile bootstraps over so few
-are far too narrow (48.8 to 82.7 %).
+two on. It was chosen by ``results/calibration``, beside the rivals of
+`steerlora.evaluation.interval_methods`: over 135 numbers of the micro study, intervals of 4, 5 and
+6 of 12 replicates hold the truth in 93.3, 93.3 and 93.5 % of studies, those of 3 in 92.8 and of 2
+in 91.3. With the items' error added they hold it in 95.4 and 96.5 % at 2 and 3 replicates, where
+scores on a grid agree by chance, but are too wide from 4 on (97.1 % and more). Percentile
+bootstraps over so few are far too narrow (48.8 to 82.7 %).
 """
 
 from __future__ import annotations

@@ -24,6 +24,9 @@ NO_VERDICT = "no verdict"
 
 LEAST_AGAIN = 0.9
 """A verdict stands if another study of the same size reaches it with this probability."""
+LEAST_REPLICATES = 3
+"""Intervals of fewer decide nothing: in ``results/calibration`` the intervals of other studies
+confirmed 57 % of the verdicts of studies of two, 89 % of three, and 94 to 96 % from four on."""
 DRAWS = 10_000
 LEAST_SHARE = 0.1
 """The smallest effect that counts, as a share of the one that the paper's figure implies: less,
@@ -35,7 +38,7 @@ MEANINGS = {
     DIRECTION: "every 95 % interval lies wholly above the smallest effect that counts",
     NOT_REPRODUCED: "some interval lies wholly below the effect that the paper's figure implies, "
     "and not wholly above the smallest that counts",
-    UNDECIDED: "none of these, or one replicate, which has no interval, or another study of the "
+    UNDECIDED: "none of these, or one replicate or two, which are too few, or another study of the "
     f"same size would decide alike with a probability below {LEAST_AGAIN} (Again)",
     PARTLY: "some of what the claim names was not measured, so the rest decides nothing",
     NOT_MEASURED: "there is no effect to measure",
@@ -113,7 +116,10 @@ def verdict(effects: Sequence[Interval], *, smallest: float, agrees: bool) -> st
 
 
 def _telling(effect: Interval) -> Interval:
-    """The interval; with unknown bounds if it has no width and lies elsewhere than on zero."""
+    """The interval; with unknown bounds if it is of too few replicates, or has no width and lies
+    elsewhere than on zero."""
+    if effect.seeds < LEAST_REPLICATES:
+        return effect._replace(low=math.nan, high=math.nan)
     if abs(effect.value) > 1e-12 and effect.high - effect.low <= 1e-9 * abs(effect.value):
         return effect._replace(low=math.nan, high=math.nan)
     return effect

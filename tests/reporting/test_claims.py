@@ -190,7 +190,7 @@ def test_a_run_that_is_not_meaningful_has_no_verdict(world, methods):
 
 
 def test_each_claim_names_the_smallest_effect_that_counts(world, methods):
-    claims = measured(world, methods).values()
+    claims = list(measured(world, methods).values())
     text = claims_markdown(claims, name="demo", meaningful=True)
     assert [claim.counts_from for claim in claims] == [
         "+0.0016",
@@ -424,16 +424,16 @@ def test_unknown_numbers_are_null_in_json(world, methods):
 
 
 def test_a_verdict_that_another_study_may_not_reach_is_undecided(world, methods):
-    """Two replicates whose intervals decide, and whose width another two would not have."""
+    """Three replicates whose intervals decide, and whose width another three would not have."""
     claim = measure_claims(
-        world.evaluations(models=("micro_m",)), [], [], methods, main_model="micro_m"
+        world.evaluations(("micro_m",), (0, 10, 20)), [], [], methods, main_model="micro_m"
     )[1]
     assert claim.judged.by_intervals == IN_RANGE
     assert claim.judged.again < 0.9
-    assert claim.shown_verdict == "undecided (2 replicates)"
+    assert claim.shown_verdict == "undecided (3 replicates)"
     text = claims_markdown([claim], name="demo", meaningful=True)
-    assert "The intervals alone say: in range. Another study of 2 replicates would say so" in text
-    assert f"undecided (2 replicates) | {claim.judged.again:.2f} |" in text
+    assert "The intervals alone say: in range. Another study of 3 replicates would say so" in text
+    assert f"undecided (3 replicates) | {claim.judged.again:.2f} |" in text
 
 
 def test_what_a_calibration_study_saw_stands_beside_the_verdict(world, methods):
@@ -443,7 +443,7 @@ def test_what_a_calibration_study_saw_stands_beside_the_verdict(world, methods):
         "C2": {4: {UNDECIDED: 20}},
         "C4": {4: {IN_RANGE: 50}},
     }
-    text = claims_markdown(claims.values(), name="demo", meaningful=True, studies=studies)
+    text = claims_markdown(list(claims.values()), name="demo", meaningful=True, studies=studies)
     assert (
         "Of 200 studies of 4 replicates, 90 % came to this verdict (8 % to direction reproduced, "
         "2 % to undecided)."
