@@ -14,8 +14,8 @@ from steerlora.data.batches import by_length, collate
 from steerlora.data.headers import signal_tokens_of
 from steerlora.engine.artifacts import Artifact
 from steerlora.engine.steps import Context, Step, stage
-from steerlora.errors import UserError
-from steerlora.evaluation.records import SCHEMA, write_record
+from steerlora.errors import UserError, nearest
+from steerlora.evaluation.records import SCHEMA, read_record, write_record
 from steerlora.evaluation.scores import Estimate
 from steerlora.evaluation.scoring import Scorer
 from steerlora.evaluation.splicing import WAYS, Cost, Splicing
@@ -24,6 +24,8 @@ from steerlora.lm.shapes import DecoderShape
 from steerlora.methods.base import Method, SiteSAE, Sources
 from steerlora.methods.config import METHODS, MethodConfig
 from steerlora.methods.saving import load_adapter
+from steerlora.reporting.report import Report
+from steerlora.reporting.splicing.report import write_splicing
 from steerlora.saes.config import SAEConfig
 from steerlora.saes.saelens import load_sae
 from steerlora.stages import adapter_training, base, sae_training
@@ -35,7 +37,7 @@ RESULT = "splicing.json"
 BATCH_SIZE = 32
 SEEDS = {"base": "model.seed", "sae": "sae.seed", "adapter": "seed"}
 """{part of a replicate: the key of its seed}."""
-DEFAULTS = {"rows": 256, "adapters": {}, "saes": {}, "tasks": [], "scored": []}
+DEFAULTS = {"rows": 256, "adapters": {}, "saes": {}, "references": {}, "tasks": [], "scored": []}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,11 @@ def steps(config: Config, variant: Callable[..., Config]) -> tuple[Step, ...]:
     given = _checked(config)
     if not (given["adapters"] or given["saes"]):
         return (_step(config, given, config.method.name, trained=True),)
+    if len(config.study.seeds) > 1 and "adapter" not in config.study.vary:
+        raise UserError(
+            f"study.vary={config.study.vary}: stage=splicing tells replicates apart by the "
+            "adapter's seed: add adapter"
+        )
     found = []
     for seed in config.study.seeds:
         for kind in ("saes", "adapters"):
@@ -92,11 +99,10 @@ def _checked(config: Config) -> dict[str, Any]:
             if not isinstance(overrides, (list, tuple)):
                 raise UserError(f"stage.settings.{kind}.{name}={overrides}: a list of overrides")
     names = {*given["adapters"], *given["saes"]}
-    for name in given["scored"]:
-        if name not in names:
-            raise UserError(
-                f"stage.settings.scored: there is no {name}; choose from {', '.join(sorted(names))}"
-            )
+    for key in ("scored", "references"):
+        for name in given[key]:
+            if name not in names:
+                raise UserError(f"stage.settings.{key}: there is no {name}: {nearest(name, names)}")
     return given
 
 
@@ -131,10 +137,17 @@ def _step(config: Config, given: dict[str, Any], condition: str, *, trained: boo
     return Step("splicing", settings, inputs, label, cost=8)
 
 
+def report(config: Config, artifacts: list[Artifact], provenance: dict[str, Any]) -> Report:
+    """Claims, tables and a figure of an experiment's conditions."""
+    records = [read_record(artifact / RESULT, Splicing) for artifact in artifacts]
+    return write_splicing(config, records, provenance)
+
+
 @stage(
     "splicing",
     f"1.{SCHEMA}",
     steps=steps,
+    report=report,
     # What is trained counts by the artifacts that are read.
     skip=WHERE | {"logger", "evaluation.batch_size", "method.cached_tokens", "sae.path"},
 )

@@ -9,7 +9,7 @@ import torch
 from helpers.experiments import TINY
 from torch.nn.functional import cross_entropy
 
-from steerlora.cli import compose
+from steerlora.cli import compose, experiment
 from steerlora.engine.artifacts import ArtifactStore
 from steerlora.engine.progress import SilentProgress
 from steerlora.engine.run import run
@@ -138,6 +138,21 @@ def test_replicates_have_seeds_of_their_own():
     assert len({step.fingerprint for step in found}) == 8
 
 
+def test_the_experiment_asks_for_every_condition_that_its_claims_name():
+    overrides = ["experiment=spliced", "study.seeds=[5]"]
+    plan = experiment.plan(compose.load(overrides), lambda *more: compose.load([*overrides, *more]))
+    found = {one.step.config.condition: one.step.config for one in plan.staged}
+    assert len(found) == len(plan.steps) == 21
+    assert {one.seed for one in found.values()} == {5}
+    assert found["two_saes"].method.sites == [1, 2]
+    assert found["tuned_and_lora"].sae.end_to_end.steps == 200
+    assert {name for name, one in found.items() if one.tasks} == {"saes", "lora", "all_layers"}
+    settings = compose.load(overrides).study.settings
+    assert set(settings["references"]) == {
+        name for name, one in found.items() if one.sae.end_to_end.steps
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -151,6 +166,7 @@ def test_replicates_have_seeds_of_their_own():
         (["stage.settings.rows=1"], "a number of rows from 2"),
         (["+stage.settings.row=1"], "stage=splicing has rows"),
         (["stage.settings.scored=[x]"], "there is no x"),
+        (["study.seeds=[0,1]", "study.vary=[sae]", CONDITIONS[0]], "adapter's seed: add adapter"),
         (["stage.settings.saes={x:y}"], "a list of overrides"),
     ],
 )
