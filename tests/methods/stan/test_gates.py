@@ -34,12 +34,13 @@ def batch(step: int) -> ChatBatch:
 def run(make_model, make_stan):
     """``run(folder, *callbacks, gate="random")``: trains there, or goes on; the method."""
 
-    def run(folder: Path, *callbacks, **changes) -> Stan:
+    def run(folder: Path, *callbacks, checkpointing: bool = False, **changes) -> Stan:
         model = make_model()
         method = make_stan(model, **changes)
         learner = learner_of(model, method)
         module = MethodModule(learner, trainer=SETTINGS, total_steps=STEPS)
-        train(module, batch, folder, STEPS, [*learner.callbacks(Task({"law": []})), *callbacks])
+        callbacks = [*learner.callbacks(Task({"law": []})), *callbacks]
+        train(module, batch, folder, STEPS, callbacks, activation_checkpointing=checkpointing)
         return method
 
     return run
@@ -54,6 +55,14 @@ def test_a_resumed_training_is_the_unbroken_one(gate, run, tmp_path):
     assert all(torch.equal(value, resumed[name]) for name, value in unbroken.items())
     if gate == "threshold":
         assert all(unbroken[name] > 0 for name in unbroken if name.endswith("threshold"))
+
+
+@pytest.mark.parametrize("gate", ["token", "random"])
+def test_layers_that_are_computed_again_have_the_same_units(gate, run, tmp_path):
+    kept, again = (
+        run(tmp_path / str(way), gate=gate, checkpointing=way).state_dict() for way in (False, True)
+    )
+    assert all(torch.equal(value, again[name]) for name, value in kept.items())
 
 
 def test_chosen_units_are_those_that_acted_most_until_then(run, tmp_path):
