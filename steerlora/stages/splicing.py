@@ -145,7 +145,7 @@ def report(config: Config, artifacts: list[Artifact], provenance: dict[str, Any]
 
 @stage(
     "splicing",
-    f"1.{SCHEMA}",
+    f"2.{SCHEMA}",
     steps=steps,
     report=report,
     # What is trained counts by the artifacts that are read.
@@ -220,8 +220,7 @@ def _cost(context: Context, method: Method, length: float) -> Cost:
     shape = DecoderShape.complete(method.model.config)
     tokens = flops = seconds = 0.0
     if settings.trained:
-        own = _figures(context.inputs["adapter"])
-        tokens, seconds = own["tokens"], own["seconds"]
+        tokens, seconds = _training(context.inputs["adapter"])
         learner = settings.method.learner(
             method,
             model=method.model,
@@ -234,13 +233,16 @@ def _cost(context: Context, method: Method, length: float) -> Cost:
         flops = tokens * (each or 0.0)
     if settings.sae.end_to_end.steps:
         for (site, sae), artifact in zip(method.saes.items(), context.inputs["saes"], strict=True):
-            own = _figures(artifact)
+            own = _training(artifact)
             each = splicing_flops_per_token(shape, site, length) if shape else 0.0
             each += settings.sae.build(sae.width).training_flops_per_token()
-            tokens, seconds = tokens + own["tokens"], seconds + own["seconds"]
-            flops += own["tokens"] * each
+            tokens, seconds = tokens + own[0], seconds + own[1]
+            flops += own[0] * each
     return Cost(tokens=tokens, flops=flops, seconds=seconds)
 
 
-def _figures(artifact: Artifact) -> dict[str, float]:
-    return artifact.manifest["summary"]
+def _training(artifact: Artifact) -> tuple[float, float]:
+    """Tokens and seconds of a training; an SAE has under "tokens" those that it is measured on."""
+    figures = artifact.manifest["summary"]
+    seconds = figures["seconds"]
+    return float(round(figures["tokens_per_second"] * seconds)), seconds

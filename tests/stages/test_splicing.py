@@ -111,6 +111,8 @@ def test_conditions_share_the_base_and_differ_where_they_should(found):
     assert (alone.cost.tokens, records["lora"].cost.tokens > 0) == (0, True)
     assert records["lora"].cost.flops > 0
     assert records["tuned"].cost.flops > 0
+    # Two steps of four rows of the same text, and of eight.
+    assert 1 < records["tuned"].cost.tokens / records["lora"].cost.tokens < 4
 
 
 def test_tasks_are_scored_in_every_way_where_asked(found):
