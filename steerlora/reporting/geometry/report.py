@@ -100,7 +100,7 @@ def likeness_figure(record: Geometry) -> Figure:
                 axis.set_ylabel(label)
             axis.grid(axis="y")
     handles, texts = axes[0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside upper center", ncols=2)
+    figure.legend(handles, texts, loc="outside upper center", ncols=min(len(layers), 2), fontsize=8)
     figure.supxlabel("rank", fontsize=10)
     return figure
 
