@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from annotated_types import Interval
@@ -14,6 +14,41 @@ from steerlora.errors import UserError
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 STRATEGIES = ("single", "ddp", "zero2", "zero3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig(Section, key="trainer.validation"):
+    """How an adapter's training is followed on conversations that it does not train on.
+
+    They are taken out of the training rows, so that what is evaluated later has no part in any
+    choice made here; an SAE that is trained here has read them, as all training rows. The loss is
+    that of the answers' tokens, in nats a token.
+    """
+
+    rows: Annotated[int, Interval(ge=0, le=10**9)] = 0
+    """Conversations of each domain that are set aside, evenly spaced, at most half of them; what is
+    the same word for word is left out of training too. 0 measures nothing. At least 0."""
+
+    every_steps: Count = 50
+    """Optimizer steps between two measurements; there is one before the first step and one after
+    the last. At least 1."""
+
+    keep_best: bool = False
+    """Whether training ends with the weights that had the lowest loss at a measurement, and not
+    with the last ones."""
+
+    patience: Count | None = None
+    """Measurements in a row without a new lowest loss after which training ends. The learning rate
+    follows ``max_steps`` all the same. At least 1; null trains to the end."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        idle = {"keep_best=true": self.keep_best, f"patience={self.patience}": self.patience}
+        for option in (name for name, value in idle.items() if value and not self.rows):
+            raise UserError(
+                f"trainer.validation.{option}: there is no loss to go by; set "
+                "trainer.validation.rows=<conversations of each domain>, such as 64"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +97,9 @@ class TrainerConfig(Section, key="trainer"):
     decay_fraction: Share = 0.5
     """Share of the steps, the last ones, in which the learning rate falls linearly to 0. From 0 to
     1."""
+
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """The loss on conversations that are not trained on, while an adapter trains."""
 
     precision: Annotated[str, OneOf(PRECISIONS)] = "32-true"
     """"32-true", "bf16-mixed" or "16-mixed", Lightning's names. The weights that are trained are

@@ -392,6 +392,10 @@ class Learner:
         """
         return None
 
+    def validation_loss(self, batch: ChatBatch) -> Tensor:
+        """Mean loss in nats over the labelled tokens of a batch that is not trained on."""
+        return next_token_loss(self.model, batch)
+
     def callbacks(self, task: Task) -> list[Callback]:
         """What else happens during the training of a task; their state is in its checkpoints."""
         return []

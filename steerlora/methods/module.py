@@ -57,6 +57,9 @@ class MethodModule(L.LightningModule):
             self.log_dict(parts, sync_dist=True)
         return loss
 
+    def validation_step(self, batch: ChatBatch, index: int) -> Tensor:
+        return self.learner.validation_loss(batch)
+
     def flops_per_token(self, batch: ChatBatch) -> float:
         """Floating-point operations, forward and backward; 0: unknown."""
         shape, text = DecoderShape.complete(self.model.config), Text.of(batch)

@@ -11,6 +11,7 @@ TOKENS, STEP, STAGE = "tokens", "step", "sequence/stage"
 """Tokens trained on, optimizer steps done, and domains learnt."""
 
 OVER_TOKENS = ("train/*", "sae/*", "heldout/*", "routing/*", "throughput/*", "memory/*")
+OVER_STEPS = ("validation/*",)
 OVER_STAGES = ("sequence/*",)
 AT_THE_END = ("target/*", "average/*", "task/*", "drop_pct/*", "forgetting/*", "general_kept")
 
@@ -21,6 +22,8 @@ def define_metrics(run: Any) -> None:
         run.define_metric(axis, hidden=True)
     for name in OVER_TOKENS:
         run.define_metric(name, step_metric=TOKENS)
+    for name in OVER_STEPS:
+        run.define_metric(name, step_metric=STEP)
     for name in OVER_STAGES:
         run.define_metric(name, step_metric=STAGE)
     for name in AT_THE_END:

@@ -22,6 +22,8 @@ from steerlora.stages.common import (
     run_log,
     sae_rows,
 )
+from steerlora.stages.rows_to_learn import rows_to_learn
+from steerlora.training.validation import without
 
 FOLDER = "adapter"
 """Folder of the artifact that holds the trained method."""
@@ -30,7 +32,8 @@ PEFT_FOLDER = "peft"
 NO_DOMAIN = ""
 """What text is named that is learnt whatever domain it is of."""
 HISTORY = "training.json"
-"""What the method kept of its training, such as the health of its routing."""
+"""What was kept of the training: what the method has, such as the health of its routing, and under
+``validation`` the losses on what was set aside for that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ def step(config: Config) -> Step:
         method_training.inputs(config, monitored=config.method.compares_with_base),
         f"adapter_training {config.model.name} {config.method.name} seed {config.seed}{under}",
         cost=config.trainer.max_steps * config.model.layers * 0.02,
-        skip=method_training.not_identity(config.method),
+        skip=method_training.not_identity(config),
     )
     if not (config.method.bundle_sae and config.method.reads_features):
         return trained
@@ -82,12 +85,10 @@ def build(context: Context) -> dict:
     model, tokenizer = method_training.load_to_train(base_artifact, settings.trainer)
     attached = method_training.attach(context, model, tokenizer, domains=settings.domains)
     learner, method = attached.learner, attached.method
-    rows, cuts = method_training.rows_to_learn(
-        source, settings.domains, tokenizer, settings.trainer
-    )
+    rows, validation, cuts = rows_to_learn(source, settings.domains, tokenizer, settings.trainer)
     if settings.method.learns_sae_text:
         text = sae_rows(source, settings.domains, tokenizer, settings.trainer.max_length)
-        rows = {NO_DOMAIN: text}
+        rows = {NO_DOMAIN: without(text, chain.from_iterable(validation.values()))}
     owners = dict(zip(domain_names(source), count(), strict=False)) | {NO_DOMAIN: -1}
     batches = training_batches(
         list(chain.from_iterable(rows.values())),
@@ -98,15 +99,17 @@ def build(context: Context) -> dict:
         signal_tokens=method.signal_tokens,
     )
     with run_log(context, settings.logger) as log:
-        figures = method_training.train_task(
-            context, learner, Task(rows), batches, settings.trainer.max_steps, log
+        steps = settings.trainer.max_steps
+        figures, followed = method_training.train_task(
+            context, learner, Task(rows), batches, steps, log, validation=validation
         )
         figures |= {"parameters": method.parameter_count(), **cuts}
         log.results(figures)
     if not ranks.is_main():
         return {}
     method_training.save(context, attached, context.directory / FOLDER, written_for=FOLDER)
-    write_json(context.directory / HISTORY, learner.history())
+    history = learner.history() | ({"validation": followed} if followed else {})
+    write_json(context.directory / HISTORY, history)
     if settings.method.exports_to_peft:
         path = base_artifact.json(POINTER)["path"] or str(base_artifact / BASE)
         export_peft(method, context.directory / PEFT_FOLDER, base_path=path)

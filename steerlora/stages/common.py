@@ -47,7 +47,7 @@ WHERE = frozenset({"accelerator", "spread", "evaluation.spread"})
 """Keys that say on what hardware a model runs that does not train."""
 ADAPTER_ONLY = _of_trainer(
     "max_steps batch_size max_length last_turn_only drop_cut packing learning_rate weight_decay "
-    "adam_epsilon warmup_fraction decay_fraction"
+    "adam_epsilon warmup_fraction decay_fraction validation"
 )
 """Trainer keys that base and SAE training have in their own sections."""
 

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -16,9 +15,8 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch import Tensor, nn
 
 from steerlora.config import Config, InterventionConfig, LoggerConfig, TrainerConfig
-from steerlora.data.batches import ChatBatch
+from steerlora.data.batches import ChatBatch, batches_by_length
 from steerlora.data.chat import EncodedChat
-from steerlora.data.cuts import cuts_of
 from steerlora.data.headers import signal_tokens_of
 from steerlora.distributed import ranks
 from steerlora.distributed.strategies import check_divides
@@ -42,8 +40,8 @@ from steerlora.stages.common import (
     general_text,
     place_of,
     train,
-    training_rows,
 )
+from steerlora.training.validation import Validation
 
 _log = logging.getLogger(__name__)
 
@@ -98,20 +96,22 @@ def inputs(config: Config, *, monitored: bool) -> dict[str, Step | tuple[Step, .
     return found
 
 
-def not_identity(method: MethodConfig, *, sequence: bool = False) -> frozenset[str]:
+def not_identity(config: Config, *, sequence: bool = False) -> frozenset[str]:
     """Keys of a stage's settings, beside the stage's own, that do not change what training writes.
 
     Args:
-        method: the configuration behind the key ``method`` of the settings.
+        config: the run's.
         sequence: of a sequence of domains, which is evaluated as it goes and says the name.
     """
+    method = config.method
     if sequence:
         keys = method.not_trained - {"name", *method.only_in_evaluation}
     else:
         keys = method.not_trained | method.only_in_sequences
     if not method.reads_features:
         keys |= {"bundle_sae"}  # there is none
-    return frozenset(f"method.{key}" for key in keys)
+    idle = set() if config.trainer.validation.rows else {"trainer.validation"}
+    return frozenset({f"method.{key}" for key in keys} | idle)
 
 
 def check_intervention(config: Config) -> None:
@@ -158,36 +158,6 @@ def open_to_train(path: str, revision: str | None, trainer: TrainerConfig) -> nn
     if trainer.strategy == "zero3":
         return open_model(path, revision, dtype=dtype, sharding=sharding_settings(trainer))
     return open_model(path, revision, device=device, dtype=dtype)
-
-
-def rows_to_learn(
-    domains: Artifact, names: Sequence[str], tokenizer: Any, trainer: TrainerConfig
-) -> tuple[dict[str, list[EncodedChat]], dict[str, int]]:
-    """The conversations that a method trains on, and how many of them did not fit.
-
-    Returns:
-        {domain: its conversations}, and the figures ``cut_prompts`` and ``cut_responses``. Where
-        ``trainer.drop_cut`` says so, these conversations are left out.
-
-    Raises:
-        UserError: none is left of a domain.
-    """
-    found = training_rows(
-        domains, names, tokenizer, trainer.max_length, last_only=trainer.last_turn_only
-    )
-    cuts = cuts_of(list(chain.from_iterable(found.values())))
-    if trainer.drop_cut:
-        found = {
-            name: [row for row in rows if not (row.prompt_cut or row.response_cut)]
-            for name, rows in found.items()
-        }
-        for name, rows in found.items():
-            if not rows:
-                raise UserError(
-                    f"trainer.drop_cut=true leaves nothing of {name}: none of it fits whole in "
-                    f"trainer.max_length={trainer.max_length}; set a larger one"
-                )
-    return found, {f"cut_{what}": count for what, count in cuts._asdict().items()}
 
 
 class Attached(NamedTuple):
@@ -297,11 +267,18 @@ def train_task(
     batches: Callable[[int], ChatBatch],
     steps: int,
     log: RunLog,
+    *,
+    validation: Mapping[str, list[EncodedChat]],
     **options: Any,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Train the method on a task, with a schedule of its own.
 
-    Args, returns: as for :func:`steerlora.stages.common.train`.
+    Args:
+        validation: {domain: conversations that the training is followed on}; none: it is not.
+        context, batches, steps, log, options: as for :func:`steerlora.stages.common.train`.
+
+    Returns:
+        The figures of the training, and `Validation`'s history.
     """
 
     def begin() -> None:
@@ -309,11 +286,21 @@ def train_task(
         for note in learner.notes(task) if ranks.is_main() else ():
             _log.warning("%s", note)
 
+    trainer = context.config.trainer
     hooks = around(begin, lambda: learner.end(task))
-    module = MethodModule(learner, trainer=context.config.trainer, total_steps=steps)
-    callbacks = [*learner.callbacks(task), hooks]
+    module = MethodModule(learner, trainer=trainer, total_steps=steps)
+    size = max(1, trainer.batch_size // (ranks.current().world * trainer.accumulate))
+    held = {
+        name: [*batches_by_length(rows, size, learner.pad_token_id, learner.domains.index(name))]
+        for name, rows in validation.items()
+    }
+    label = options.get("description", context.label)
+    followed = Validation(held, trainer.validation, label)
+    # What it keeps of the weights is in place before the hooks run the method.
+    callbacks = [*learner.callbacks(task), *([followed] if held else []), hooks]
     with learner.training(task):
-        return train(context, module, batches, steps, log, callbacks=callbacks, **options)
+        figures = train(context, module, batches, steps, log, callbacks=callbacks, **options)
+    return figures | (followed.figures() if held else {}), followed.history
 
 
 def around(before: Callable[[], None], after: Callable[[], None]) -> Callback:

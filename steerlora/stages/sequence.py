@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from steerlora.data.batches import ChatBatches, collate
-from steerlora.data.chat import encode_chats
+from steerlora.data.chat import EncodedChat, encode_chats
 from steerlora.data.packing import PackedBatches, training_batches
 from steerlora.data.replay import ReplayBatches, ReplayRows
 from steerlora.distributed import ranks
@@ -23,6 +23,7 @@ from steerlora.reporting.runs import RunLog
 from steerlora.stages import evaluate, method_training
 from steerlora.stages.common import domain_names, load_base, read_rows
 from steerlora.stages.method_training import Attached
+from steerlora.stages.rows_to_learn import rows_to_learn
 from steerlora.stages.sequence_state import SequenceState
 
 DRIFT_ROWS = 64
@@ -48,6 +49,7 @@ class SequenceTrainer:
         self._shards = self.settings.trainer.strategy == "zero3"
         self._open: Attached | None = None
         self._batches: dict[int, ChatBatches | PackedBatches] = {}
+        self._validation: dict[int, dict[str, list[EncodedChat]]] = {}
 
     # The model
 
@@ -128,6 +130,7 @@ class SequenceTrainer:
             replaying,
             steps,
             self.log,
+            validation=self._validation[position],
             checkpoints=self.context.directory / CHECKPOINTS / f"{position}_{domain}",
             description=f"{self.context.label}: {domain} ({count})",
             identity=f"{self.context.fingerprint}/{position}",
@@ -139,10 +142,8 @@ class SequenceTrainer:
         if position not in self._batches:
             settings = self.settings
             domain = settings.sequence[position]
-            found, _ = method_training.rows_to_learn(
-                self.source, [domain], attached.tokenizer, settings.trainer
-            )
-            rows = found[domain]
+            found = rows_to_learn(self.source, [domain], attached.tokenizer, settings.trainer)
+            rows, self._validation[position] = found.training[domain], found.validation
             self._batches[position] = training_batches(
                 rows,
                 [self.names.index(domain)] * len(rows),

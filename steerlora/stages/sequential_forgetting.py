@@ -68,7 +68,7 @@ def step(config: Config) -> Step:
         inputs,
         label,
         cost=len(settings.sequence) * a_domain,
-        skip=method_training.not_identity(config.method, sequence=True),
+        skip=method_training.not_identity(config, sequence=True),
     )
     begun = range(len(settings.sequence) - 1, 0, -1)
     earlier = (replace(settings, sequence=settings.sequence[:domains]) for domains in begun)

@@ -231,7 +231,8 @@ class Checkpoints(Callback):
     to make room.
 
     Weights that are not finite are not kept: a finite loss can have a gradient that is not. Nor is
-    the last step: what follows a training happens inside it, and a resumed one has to get there.
+    the last step, nor the one at which it stops early: what follows a training happens inside it,
+    and a resumed one has to get there.
 
     Args:
         directory: where they lie.
@@ -243,7 +244,8 @@ class Checkpoints(Callback):
         self._saved = time.monotonic()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        if not ends_step(trainer, batch_idx) or trainer.global_step >= trainer.max_steps:
+        last = trainer.global_step >= trainer.max_steps or trainer.should_stop
+        if last or not ends_step(trainer, batch_idx):
             return
         due = time.monotonic() - self._saved >= self.seconds
         number, due = _largest(preemption.requested(), due)

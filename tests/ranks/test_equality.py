@@ -62,6 +62,18 @@ def test_two_ranks_train_what_one_process_does(kind, strategy, one, two):
     assert_close(two / f"{kind} {strategy}", one / f"{kind} one")
 
 
+@pytest.mark.parametrize("strategy", trainings.STRATEGIES)
+def test_two_ranks_keep_the_weights_that_one_process_does(strategy, one, two):
+    """Of the lowest loss on what is set aside, which three batches cannot be shared evenly for."""
+    told, wanted = two / f"followed {strategy}", one / "followed one"
+    ours, theirs = (facts(folder)["history"] for folder in (told, wanted))
+    assert [entry["step"] for entry in ours] == [0, 2, 4, 6, 8]
+    losses = [entry["loss"] for entry in theirs]
+    assert [entry["loss"] for entry in ours] == pytest.approx(losses, rel=LOSS)
+    assert losses.index(min(losses)) < len(losses) - 1
+    assert_close(told, wanted)
+
+
 @pytest.mark.parametrize("kind", ["base", "batch_topk", "end_to_end"])
 def test_two_ranks_with_whole_weights_train_as_one_process_does(kind, one, two):
     """BatchTopK selects among the tokens of both; end to end, they have unlike numbers of them."""

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from steerlora.config import InterventionConfig, TrainerConfig
+from steerlora.config.trainer import ValidationConfig
 from steerlora.data.activations import ActivationBatches, ActivationStore
-from steerlora.data.batches import ChatBatches
+from steerlora.data.batches import ChatBatches, batches_by_length
 from steerlora.data.chat import EncodedChat
 from steerlora.data.harvest import harvest
 from steerlora.distributed import ranks
@@ -44,6 +45,7 @@ from steerlora.saes.topk import TopK
 from steerlora.saes.training import SAEModule
 from steerlora.training.language import PretrainingModule
 from steerlora.training.loop import fit
+from steerlora.training.validation import Validation
 
 STEPS, BATCH, LATENTS = 8, 4, 64
 
@@ -215,6 +217,20 @@ def units_training(folder: Path, trainer: TrainerConfig) -> None:
     note(folder, facts, method.state_dict())
 
 
+def followed_training(folder: Path, trainer: TrainerConfig) -> None:
+    """Ends with the weights that suited conversations that are set aside, three batches of them."""
+    base = model()
+    adapter = adapted(base)
+    module = module_of(base, adapter, trainer)
+    ids = torch.randint(1, 60, (5, 9), generator=torch.Generator().manual_seed(6)).tolist()
+    aside = {"a": [EncodedChat(row[: 5 + index], 2) for index, row in enumerate(ids)]}
+    held = {name: [*batches_by_length(rows, 2, 0)] for name, rows in aside.items()}
+    asked = ValidationConfig(rows=5, every_steps=2, keep_best=True)
+    followed = Validation(held, asked, "training")
+    facts = train(module, chats(), folder, trainer, [followed])
+    note(folder, facts, adapter.state_dict(), history=followed.history)
+
+
 def memory_training(folder: Path, trainer: TrainerConfig) -> None:
     """Specialists are spawned and merged on the way: weights and moments are cut up and sewn."""
     base = model()
@@ -292,6 +308,7 @@ def runs(strategies: dict[str, dict]) -> dict[str, tuple]:
     found: dict[str, tuple] = {}
     for name, options in strategies.items():
         found[f"adapter {name}"] = (adapter_training, options, {})
+        found[f"followed {name}"] = (followed_training, {**options, "learning_rate": 0.03}, {})
         found[f"memory {name}"] = (memory_training, options, {})
         found[f"spliced {name}"] = (spliced_training, options, {})
         found[f"units {name}"] = (units_training, options, {})

@@ -173,6 +173,10 @@ CHANGES = {
     "trainer.gradient_clip": 9,
     "trainer.warmup_fraction": 0.3,
     "trainer.decay_fraction": 0.3,
+    "trainer.validation.rows": 3,
+    "trainer.validation.every_steps": None,  # with rows only: covered below
+    "trainer.validation.keep_best": None,
+    "trainer.validation.patience": None,
     "trainer.precision": "bf16-mixed",
     "evaluation.limit": 3,
     "evaluation.limits": "{micro_law: 2}",
@@ -339,6 +343,14 @@ def test_scale_options_count_with_a_second_model():
         (
             "method=sc_lora method.specialists=5",
             tuple(f"method.isolation={kind}" for kind in ("free", "frozen", "own")),
+        ),
+        (
+            "trainer.validation.rows=3",
+            (
+                "trainer.validation.every_steps=7",
+                "trainer.validation.keep_best=true",
+                "trainer.validation.patience=2",
+            ),
         ),
         ("method=sc_lora", ("method.memory.enabled=true", "method.memory.enabled=false")),
         (

@@ -8,7 +8,7 @@ from steerlora.config import TrainerConfig
 from steerlora.data.conversations import Turn, exchange, to_row
 from steerlora.data.jsonl import write_objects
 from steerlora.errors import UserError
-from steerlora.stages.method_training import rows_to_learn
+from steerlora.stages.rows_to_learn import rows_to_learn
 
 SHORT, LONG = exchange("ask", "say"), exchange("ask", "say " * 60)
 ASKING = exchange("ask " * 60, "say")
@@ -30,8 +30,8 @@ def learn(tmp_path, make_tokenizer):
 
 def test_cut_answers_are_counted_and_kept_unless_they_are_to_be_dropped(learn, caplog):
     domains = {"law": [SHORT, LONG, SHORT], "math": [SHORT]}
-    kept, figures = learn(domains, max_length=120)
-    dropped, same = learn(domains, max_length=120, drop_cut=True)
+    kept, _, figures = learn(domains, max_length=120)
+    dropped, _, same = learn(domains, max_length=120, drop_cut=True)
     assert figures == same == {"cut_prompts": 0, "cut_responses": 1}
     assert [len(rows) for rows in kept.values()] == [3, 1]
     assert dropped["law"] == [kept["law"][0], kept["law"][2]]
@@ -40,9 +40,9 @@ def test_cut_answers_are_counted_and_kept_unless_they_are_to_be_dropped(learn, c
 
 
 def test_a_cut_prompt_is_dropped_like_a_cut_answer(learn):
-    kept, figures = learn({"law": [ASKING, SHORT]}, max_length=120)
+    kept, _, figures = learn({"law": [ASKING, SHORT]}, max_length=120)
     assert figures == {"cut_prompts": 1, "cut_responses": 0}
-    dropped, _ = learn({"law": [ASKING, SHORT]}, max_length=120, drop_cut=True)
+    dropped, *_ = learn({"law": [ASKING, SHORT]}, max_length=120, drop_cut=True)
     assert dropped["law"] == kept["law"][1:]
 
 

@@ -56,6 +56,7 @@ class RoutedLoRALearner(Learner):
     arrived: dict[str, int] = field(default_factory=dict)
     """{domain that routers have been fitted to: its specialist}, as they came."""
     _task: Task | None = None
+    _under: TrainUnder | None = None
     _sites: ComparedSites | None = None
     _metrics: dict[str, float] = field(default_factory=dict)
     _memory_states: list[dict[str, Any]] = field(default_factory=list)
@@ -99,6 +100,12 @@ class RoutedLoRALearner(Learner):
         """{name: (weight, value)} of the losses besides the task's, after its forward."""
         on_features = self._on_sites if self._sites else self._on_monitor
         return {**on_features(batch), **self._on_routing(batch), **self._on_weights()}
+
+    def validation_loss(self, batch: ChatBatch) -> Tensor:
+        """As trained: under the control that it trains under, which draws the same every time."""
+        if self._under:
+            self._under.begin(0, batch)
+        return super().validation_loss(batch)
 
     def _on_monitor(self, batch: ChatBatch) -> dict[str, tuple[float, Tensor]]:
         weights, monitor = self.config.losses, self.monitor
@@ -214,7 +221,8 @@ class RoutedLoRALearner(Learner):
         )
         found: list[Callback] = [self.watch]
         if self.intervention.retrained:
-            found.append(TrainUnder(self.method, self.intervention, self.domains))
+            self._under = TrainUnder(self.method, self.intervention, self.domains)
+            found.append(self._under)
         self.memories = self._new_memories(task) if config.memory.enabled else []
         if task.position is not None and self._memory_states:
             for memory, state in zip(self.memories, self._memory_states, strict=True):

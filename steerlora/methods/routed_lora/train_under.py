@@ -63,10 +63,14 @@ class TrainUnder(Callback):
                 domains=self.config.domains,
             )
             self._control = self._context.enter_context(opened)
+        self.begin(trainer.global_step, batch)
+
+    def begin(self, step: int, batch: ChatBatch) -> None:
+        """Tell the control of the forward that comes: the step, of which its draws are a function,
+        and every row's domain."""
         owners = batch.domains.tolist()
         self._control.begin(
-            trainer.global_step,
-            [self.domain_names[owner] if owner >= 0 else None for owner in owners],
+            step, [self.domain_names[owner] if owner >= 0 else None for owner in owners]
         )
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
