@@ -45,7 +45,7 @@ from steerlora.distributed import ranks
 from steerlora.engine import preemption
 from steerlora.engine.manifests import plain
 from steerlora.errors import Preempted, RankGone, UserError, WorkerDied
-from steerlora.text import for_terminal
+from steerlora.text import for_markup, for_terminal
 
 if TYPE_CHECKING:
     from steerlora.cli.experiment import Plan
@@ -103,7 +103,7 @@ def _check(arguments: list[str]) -> CommandLine:
         config = compose.load(job)
         _runnable(config)
         if command.multirun:
-            _planned(config, _variant_of(job))
+            _planned(config, compose.variant_of(job))
         if command.searches and config.stage is None:
             raise UserError(
                 "a sweep that searches needs the figure of one stage: give stage=<name>, such as "
@@ -149,16 +149,11 @@ def _job(tree: DictConfig) -> float | None:
     logging.getLogger("steerlora").setLevel(ours)
     try:
         return run_job(
-            lambda: execute(config, _variant_of([*overrides, *found]), [*overrides, *found]),
+            lambda: execute(config, compose.variant_of([*overrides, *found]), [*overrides, *found]),
             config.study.objective,
         )
     except ENDS as error:
         _end(error)
-
-
-def _variant_of(overrides: Sequence[str]) -> compose.Compose:
-    """The same run's configuration with some options changed."""
-    return lambda *changes: compose.load([*overrides, *changes])
 
 
 def execute(
@@ -211,6 +206,9 @@ def _build(config: Config, variant: compose.Compose) -> tuple[Path, ...]:
 
     began = time.monotonic()
     planned, steps = _planned(config, variant)
+    if planned and planned.left_out:
+        others = for_markup(", ".join(planned.left_out))
+        console.print(f"of {for_markup(config.study.main_model)} alone: leaves out {others}")
     check_hardware(config.trainer)
     refuse_unwritable(config, reports=planned is not None)
     with ConsoleProgress(console) as progress:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
-from typing import Any, NamedTuple, get_origin, get_type_hints
+from typing import Any, NamedTuple, NoReturn, get_origin, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -137,6 +137,28 @@ def _load(overrides: tuple[str, ...]) -> Config:
     return typed(tree(overrides))
 
 
+COMPARED = ("method", "intervention")
+"""Groups whose options an experiment tells apart by their names."""
+
+
+def variant_of(overrides: Sequence[str]) -> Compose:
+    """The same run's configuration with some options changed.
+
+    ``method=lora`` is refused where what it gives has another name: a report would look for the
+    option's in vain.
+    """
+
+    def variant(*changes: str) -> Config:
+        config = load([*overrides, *changes])
+        for change in changes:
+            group, _, option = change.partition("=")
+            if group in COMPARED and (name := getattr(config, group).name) != option:
+                refuse_name(group, option, name)
+        return config
+
+    return variant
+
+
 def tree(overrides: Sequence[str]) -> DictConfig:
     """Hydra's composition, its values not checked yet.
 
@@ -190,6 +212,14 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         kinds.items()
     register_schemas()
     return compose("config", list(overrides))
+
+
+def refuse_name(group: str, option: str, name: str) -> NoReturn:
+    """UserError: an option that an experiment compares has another name than its own."""
+    raise UserError(
+        f"{group}={option} would be called {name}, and experiments tell options apart by their "
+        f"names: leave {group}.name as the options have it, each like its file"
+    )
 
 
 class Sweeper(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from steerlora.cli.compose import Compose
+from steerlora.cli.study_models import compared_models, options_of_model
 from steerlora.config import Config, StudyConfig
 from steerlora.config.run import PARTS, StageConfig
 from steerlora.engine import code, machine
@@ -36,6 +38,9 @@ from steerlora.reporting.runs import open_run
 from steerlora.reporting.settings import flat
 from steerlora.stages import causal_ablation, evaluate, sequential_forgetting
 
+NO_METHOD = "method=base"
+"""The override that asks for the base alone, which no other option of a method goes with."""
+
 
 class Planned(NamedTuple):
     """A step whose record the report is made from."""
@@ -46,9 +51,8 @@ class Planned(NamedTuple):
     replicate: int
     """Seed of the replicate that it belongs to."""
 
-    options: tuple[str, ...] = ()
-    """Overrides that ask for it alone, beside the experiment's; none where only the whole
-    experiment builds it."""
+    options: tuple[str, ...]
+    """Overrides that ask for it alone, beside the experiment's."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,9 @@ class Plan:
 
     staged: tuple[Planned, ...] = ()
     """What ``study.stage`` asks for; the others are empty then."""
+
+    left_out: tuple[str, ...] = ()
+    """Models of the study that are not compared: the main model is one of the user's own."""
 
     @property
     def all(self) -> tuple[Planned, ...]:
@@ -89,36 +96,39 @@ def plan(config: Config, compose: Compose) -> Plan:
     study = config.study
     if study.stage:
         return Plan((), (), (), _of_stage(config, compose))
-    ablated = (study.main_model, f"method={study.ablation_method}")
+    models, main_model = (
+        compared_models(config, compose),
+        options_of_model(config, study.main_model),
+    )
+    ablated = f"method={study.ablation_method}"
     evaluations, ablations, sequentials = [], [], []
 
-    def options_of(seed: int, model: str, *options: str) -> tuple[str, ...]:
-        return (f"model={model}", *options, *_replicate(compose(f"model={model}"), seed))
-
-    def planned(stage: ModuleType, seed: int, *options: str) -> Planned:
-        chosen = options_of(seed, *options)
+    def planned(stage: ModuleType, seed: int, model: Sequence[str], *options: str) -> Planned:
+        chosen = (*model, *options, *_replicate(compose(*model), seed))
         name = stage.__name__.rpartition(".")[2]
         return Planned(stage.step(compose(*chosen)), seed, (f"stage={name}", *chosen))
 
-    for model in study.models:
-        main, scored = model == study.main_model, set()
+    for name, model in models.items():
+        main, scored = name == study.main_model, set()
         for seed in study.seeds if main else study.scale_seeds:
-            base = evaluate.step(compose(*options_of(seed, model)), adapted=False)
+            chosen = (*model, *_replicate(compose(*model), seed))
+            base = evaluate.step(compose(*chosen), adapted=False)
             if base.fingerprint not in scored:  # one base may serve all replicates
-                evaluations.append(Planned(base, seed))
+                evaluations.append(Planned(base, seed, ("stage=evaluate", *chosen, NO_METHOD)))
                 scored.add(base.fingerprint)
             for method in study.methods if main else study.scale_methods:
                 evaluations.append(planned(evaluate, seed, model, f"method={method}"))
     for seed in study.seeds:
         for name in study.retrained:
             under = (f"intervention={name}", "intervention.phase=training")
-            evaluations.append(planned(evaluate, seed, *ablated, *under))
+            evaluations.append(planned(evaluate, seed, main_model, ablated, *under))
         if study.interventions:
-            ablations.append(planned(causal_ablation, seed, *ablated))
+            ablations.append(planned(causal_ablation, seed, main_model, ablated))
         for method, order in product(study.sequential_methods, study.orders):
-            chosen = (study.main_model, f"method={method}", *_order(order))
-            sequentials.append(planned(sequential_forgetting, seed, *chosen))
-    return Plan(tuple(evaluations), tuple(ablations), tuple(sequentials))
+            chosen = (f"method={method}", *_order(order))
+            sequentials.append(planned(sequential_forgetting, seed, main_model, *chosen))
+    left_out = tuple(name for name in study.models if name not in models)
+    return Plan(tuple(evaluations), tuple(ablations), tuple(sequentials), left_out=left_out)
 
 
 def _of_stage(config: Config, compose: Compose) -> tuple[Planned, ...]:
@@ -179,12 +189,14 @@ def missing(
     Args:
         overrides: the user's, which named the experiment.
     """
-    kept = [text for text in overrides if text.partition("=")[0] != "stage"]
+
+    def command(options: Sequence[str]) -> str:
+        dropped = ("stage", "method") if NO_METHOD in options else ("stage",)
+        kept = [text for text in overrides if re.split(r"[.=]", text.lstrip("+"))[0] not in dropped]
+        return shlex.join(["steerlora", *kept, *options])
+
     found = {
-        one.step.fingerprint: MissingCell(
-            label=one.step.label,
-            command=shlex.join(["steerlora", *kept, *one.options]),
-        )
+        one.step.fingerprint: MissingCell(label=one.step.label, command=command(one.options))
         for one in planned.all
         if one.step.fingerprint not in artifacts
     }

@@ -126,8 +126,9 @@ class StudyConfig(Section, key="study"):
     """Base models to compare, the scale axis."""
 
     main_model: Label = ""
-    """Base model of the ablation and of the sequences. The only one of ``models`` that is trained
-    with all ``methods`` and ``seeds``."""
+    """Base model of the ablation and of the sequences, and the only one of ``models`` that is
+    trained with all ``methods`` and ``seeds``. By default the one that ``model`` is; where that is
+    none of ``models``, or ``model.path`` gives all of them one base, the others are left out."""
 
     methods: Options = field(default_factory=list)
     """Methods to compare on the main model."""

@@ -80,9 +80,9 @@ def test_every_replicate_scores_its_own_base_and_one_that_all_share_is_scored_on
 
 
 def test_what_is_missing_comes_with_the_command_that_builds_it():
-    """The command asks for the very step, by its fingerprint; a base is of the whole experiment."""
-    given = ["stage=report", *SMOKE]
-    plan = planned()
+    """The command asks for the very step, by its fingerprint."""
+    given = ["stage=report", *SMOKE, "method.rank=2"]
+    plan = planned("method.rank=2")
     kept = plan.ablations[0].step.fingerprint
     cells = experiment.missing(plan, {kept: None}, given)
     steps = {one.step.fingerprint: one for one in plan.all}
@@ -92,14 +92,11 @@ def test_what_is_missing_comes_with_the_command_that_builds_it():
         program, *overrides = shlex.split(cell.command)
         assert program == "steerlora"
         config = compose.load(overrides)
-        if config.stage is None:
-            assert overrides == [*SMOKE]
-            assert cell.label.endswith(" base")
-        else:
-            (step,) = STAGES[config.stage.name].steps(config, None)
-            assert step.label == cell.label
-            asked.add(step.fingerprint)
-    assert asked == {name for name, one in steps.items() if one.options} - {kept}
+        (step,) = STAGES[config.stage.name].steps(config, None)
+        assert step.label == cell.label
+        assert ("method.rank=2" in overrides) == (config.method.name != "base")
+        asked.add(step.fingerprint)
+    assert asked == {*steps} - {kept}
 
 
 def test_nothing_stored_is_said_in_a_line(tmp_path):
