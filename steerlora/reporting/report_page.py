@@ -39,6 +39,12 @@ TABLE_OPTIONS = {
     "layout": {"topEnd": None},
 }
 """What DataTables is told of a table of the report: it sorts, and no more."""
+CLAIM_OPTIONS = TABLE_OPTIONS | {
+    "orderFixed": {"post": [[len(COLUMNS), "asc"]]},
+    "columnDefs": [{"targets": len(COLUMNS), "visible": False}],
+}
+"""The same of the claims; what ties, as a claim's lines do, stays in its order by a last column
+with the lines' numbers, which is not shown."""
 ARTIFACTS = ("Artifact", "Stage", "Seconds", "Completed, UTC", "Machine")
 
 
@@ -92,7 +98,8 @@ def write_page(
         title=f"Results: {name}",
         banner="" if meaningful else BANNER,
         claim_columns=COLUMNS,
-        claims=[(claim, claim_rows(claim)) for claim in report.claims],
+        claims=claim_lines(report.claims),
+        claim_options=CLAIM_OPTIONS,
         meanings=_meanings(report.claims),
         missing=missing,
         rows=len(rows),
@@ -114,6 +121,31 @@ def write_page(
     path = report.directory / FILE
     path.write_text(page, encoding="utf-8")
     return path
+
+
+@dataclass(frozen=True)
+class ClaimLine:
+    """A line of a claim in the table of claims."""
+
+    claim: Claim
+    number: int
+    """Of the line, in the whole table."""
+    texts: list[str]
+    """What it shows, by column."""
+    orders: list[str]
+    """What it is sorted by, by column: all lines of a claim by the same, so that they stay
+    together."""
+
+
+def claim_lines(claims: Sequence[Claim]) -> list[ClaimLine]:
+    """The lines of the table of claims."""
+    found: list[ClaimLine] = []
+    for claim in claims:
+        lines = claim_rows(claim)
+        first = [next(filter(None, texts), "") for texts in zip(*lines, strict=True)]
+        orders = [claim.id, *(order_of(Cell(text)) for text in first[1:])]
+        found += [ClaimLine(claim, n, texts, orders) for n, texts in enumerate(lines, len(found))]
+    return found
 
 
 def numbers(rows: Sequence[RunRow], methods: Methods) -> list[list[Any]]:

@@ -47,6 +47,7 @@ def show(browser, path):
     def opened(**look):
         contexts.append(browser.new_context(**look))
         page = contexts[-1].new_page()
+        page.set_default_timeout(300_000)  # of a machine that has other things to do
         page.on("console", heard)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", asked)
@@ -85,6 +86,48 @@ def test_lists_filter(show):
     assert set(column(page, 2)) == {"sc_lora"}
     names = [p.get_attribute("placeholder") for p in page.locator(".dtsp-paneInputButton").all()]
     assert {"Method", "Intervention", "Domain", "Seed"} <= set(names)
+
+
+def methods_in_charts(page) -> list[set[str]]:
+    """Of every chart, the methods that have a point."""
+    return page.evaluate(
+        """() => Bokeh.documents.map((chart) => [...new Set(chart.roots().flatMap((root) =>
+            [...root.references()].filter((model) => model.type === "ColumnDataSource")
+                .flatMap((model) => [...model.get_column("method")])))])"""
+    )
+
+
+@pytest.mark.slow
+def test_lists_filter_charts_too(show):
+    page = show()
+    before = methods_in_charts(page)
+    assert all(len(chart) > 1 for chart in before)
+    pane = page.locator(".dtsp-searchPane").filter(has=page.get_by_placeholder("Method"))
+    pane.locator("button.dtsp-collapseButton").click()
+    pane.get_by_text("sc_lora", exact=True).click()
+    assert [len(chart) for chart in methods_in_charts(page)] == [1, 1]
+    page.get_by_text("Clear All").click()
+    assert methods_in_charts(page) == before
+
+
+@pytest.mark.slow
+def test_claims_sort_with_all_their_lines(show):
+    page = show()
+    names = page.locator("#claims-table tbody td:first-child")
+
+    def claims() -> list[list[str]]:
+        found: list[list[str]] = []
+        for text in names.all_inner_texts():
+            found += [[]] if not text.startswith("…") else []
+            found[-1].append(text)
+        return found
+
+    before = claims()
+    assert any(len(lines) > 1 for lines in before)
+    heading = page.locator("#claims-table thead th").filter(has_text="Claim")
+    heading.click()
+    heading.click()
+    assert claims() == before[::-1]
 
 
 @pytest.mark.slow

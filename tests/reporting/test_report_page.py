@@ -68,6 +68,20 @@ def test_claims_tables_and_figures_are_all_there(made):
     assert "steerlora experiment=&#39;a b&#39;" in page
 
 
+def test_all_lines_of_a_claim_are_sorted_as_its_first(made):
+    path, report, _, _ = made
+    found = path.read_text().split('id="claims-table"')[1].split("</table>")[0]
+    rows = [re.findall(r'<td data-order="([^"]*)">', row) for row in found.split("<tr>")[2:]]
+    several = [claim for claim in report.claims if len(claim.measures) > 1]
+    assert several
+    assert len(rows) == sum(1 + len(c.measures) * (len(c.measures) > 1) for c in report.claims)
+    for claim in several:
+        own = [row for row in rows if row[0] == claim.id]
+        assert len(own) == 1 + len(claim.measures)
+        assert all(row == own[0] for row in own)
+        assert own[0][2]  # of the first measure, where the claim's own line has none
+
+
 def test_nothing_is_fetched(made):
     page = made[0].read_text()
     assert all(address.startswith("data:") for address in Reader(page).loaded)

@@ -28,6 +28,9 @@
       large.replaceChildren(event.target.parentElement.querySelector("img").cloneNode());
   }, true);
 
+  // What is left of the table of numbers, by artifact: the charts show the same.
+  const left = { artifacts: null, show: () => {} };
+
   // Tables: what is said of one is in its data-options, rows may lie in a part of their own.
   if (part("tables-js")) {
     const style = document.createElement("style");
@@ -50,7 +53,13 @@
       const options = JSON.parse(table.dataset.options);
       if (options.rows) options.data = JSON.parse(await unpack(options.rows));
       for (const column of options.columns ?? []) column.render = show[column.render];
-      new library.default(table, options);
+      const drawn = new library.default(table, options);
+      if (options.rows !== "numbers") continue;
+      drawn.on("draw", () => {
+        const rows = drawn.rows({ search: "applied" }).data().toArray();
+        left.artifacts = new Set(rows.map((row) => row[7][2]));
+        left.show();
+      });
     }
   }
 
@@ -59,7 +68,21 @@
     const script = document.createElement("script");
     script.src = address(await unpack("charts-js"));
     await new Promise((done) => { script.onload = done; document.head.append(script); });
-    for (const item of JSON.parse(await unpack("charts"))) await Bokeh.embed.embed_item(item);
+    const points = []; // [source, its points as they came]
+    for (const item of JSON.parse(await unpack("charts"))) {
+      const [view] = await Bokeh.embed.embed_item(item);
+      for (const model of view.model.references())
+        if (model.type === "ColumnDataSource")
+          points.push([model, new Map(model.columns().map((name) => [name, [...model.get_column(name)]]))]);
+    }
+    left.show = () => {
+      for (const [source, all] of points) {
+        const stays = all.get("artifact").map((name) => left.artifacts.has(name));
+        const of = ([name, values]) => [name, values.filter((_, place) => stays[place])];
+        source.data = new Map([...all].map(of));
+      }
+    };
+    if (left.artifacts) left.show();
   }
   document.documentElement.dataset.ready = "yes";
 })();
