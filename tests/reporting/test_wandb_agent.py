@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 from pathlib import Path
 
 import pytest
 import wandb
 import yaml
+from helpers.experiments import TINY
 from helpers.offline import read_runs
 from helpers.world import World
+from wandb.apis.public import sweeps as server
 from wandb.sdk.launch.sweeps import utils as sweeps
+from wandb.wandb_agent import Agent as WandbAgent
 
 from steerlora.cli import compose
 from steerlora.cli.sections import config_directory
@@ -76,6 +81,46 @@ def test_a_preempted_run_says_so_and_goes_on_under_its_id(tmp_path):
     assert (first.preempting, first.code) == (True, 1)
     assert (second.preempting, second.code) == (False, 0)
     assert first.id == second.id
+
+
+@pytest.mark.long
+def test_wandbs_own_agent_runs_the_command_line(tmp_path, monkeypatch):
+    """W&B's agent, whole, and the process that it starts; its server's three answers are ours."""
+    wandb.teardown()
+    for name, value in zip(OF_ONE_RUN, ("", "asweep", ""), strict=True):
+        monkeypatch.setenv(name, value)  # the agent sets the others
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    tiny = [text for text in TINY if text != "logger=none"]
+    places = [f"artifacts.root={tmp_path / 'artifacts'}", f"logger.dir={tmp_path / 'runs'}"]
+    words = [*tiny, *places, "model=micro_xs", "evaluation.limit=2", "logger.mode=offline"]
+    ours = [word for word in SWEEP["command"] if not word.startswith(("steerlora", "${"))]
+    program = [sys.executable, "-m", "steerlora"]
+    command = [*program, *ours, *words, "${args_no_hyphens}"]
+    order = {
+        "type": "run",
+        "run_id": "mine",
+        "program": SWEEP["program"],
+        "args": {"method": {"value": "lora"}, "method.rank": {"value": 4}},
+    }
+    orders = [[order]]
+    monkeypatch.setattr(
+        server, "_sweep_with_runs", lambda *_: {"config": yaml.safe_dump({"command": command})}
+    )
+    monkeypatch.setattr(server, "_register_agent", lambda *_, **__: {"id": "agent"})
+    monkeypatch.setattr(server, "_agent_heartbeat", lambda *_: orders.pop() if orders else [])
+    monkeypatch.setattr(wandb, "Api", lambda: None)
+    monkeypatch.setattr(WandbAgent, "POLL_INTERVAL", 0.1)
+    agent = WandbAgent(None, multiprocessing.Queue(), sweep_id="asweep", count=1)
+    agent.run()
+    assert (agent._finished, agent._failed) == (1, 0)
+    runs = {one.stage: one for one in read_runs(tmp_path / "runs")}
+    assert {"base", "adapter_training", "evaluate"} <= {*runs}
+    assert [one.stage for one in runs.values() if one.id == "mine" or one.sweep] == ["evaluate"]
+    found = runs["evaluate"]
+    assert (found.id, found.sweep, found.project, found.code) == ("mine", "asweep", "theirs", 0)
+    assert (found.config["method"], found.config["method.rank"]) == ("lora", 4)
+    assert SWEEP["metric"]["name"] in found.summary
 
 
 def commands() -> list[list[str]]:
