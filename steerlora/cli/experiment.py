@@ -96,10 +96,8 @@ def plan(config: Config, compose: Compose) -> Plan:
     study = config.study
     if study.stage:
         return Plan((), (), (), _of_stage(config, compose))
-    models, main_model = (
-        compared_models(config, compose),
-        options_of_model(config, study.main_model),
-    )
+    models = compared_models(config, compose)
+    main_model = options_of_model(config, study.main_model)
     ablated = f"method={study.ablation_method}"
     evaluations, ablations, sequentials = [], [], []
 
