@@ -186,7 +186,7 @@ def test_help_lists_the_groups(steerlora):
         ended = steerlora(flag)
         assert (ended.code, ended.err) == (0, "")
         assert "steerlora experiment=smoke" in ended.out
-        assert "  method: base, lora, moe_lora, o_lora, sc_lora" in ended.out
+        assert "  method: any_ssr, base, epi, inf_lora, lora" in ended.out
         assert "_schema" not in ended.out
 
 

@@ -318,11 +318,16 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """To 1e-4, absolute: sums over ranks are taken in another order.
+    """To 1e-4, absolute, but for one weight in a thousand: sums over ranks have another order.
 
     AdamW divides a gradient by its own size: where it is near zero, its last digits alone can move
     a weight by a share of the rate (4e-3). Other data would move every weight by about the rate.
     """
     assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4, msg=name)
+    apart = {
+        name: (found[name].double() - tensor.double()).abs() for name, tensor in expected.items()
+    }
+    for name, difference in apart.items():
+        assert difference.max() <= 4e-3, f"{name}: {difference.max():.1e}"
+    far = torch.cat([difference.flatten() > 1e-4 for difference in apart.values()])
+    assert far.float().mean() <= 1e-3, f"{far.sum()} of {len(far)} weights"

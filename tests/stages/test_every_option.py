@@ -192,7 +192,7 @@ CHANGES = {
     "evaluation.include_path": None,  # likewise
     "study.stage": None,  # of a stage with a report: tests/cli/test_experiment.py
     "study.settings": None,
-    "study.models": "[micro_s]",
+    "study.models": "[micro_xs,micro_s]",
     "study.main_model": "micro_s",
     "study.methods": "[lora]",
     "study.scale_methods": None,  # only with a second model, covered below

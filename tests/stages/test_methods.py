@@ -104,8 +104,8 @@ def test_prototypes_come_from_the_domains_so_far_in_the_order_of_arrival(smoke, 
     fitted = []
     original = PrototypeRouter.fit
 
-    def fit(self, specialist, signals):
-        original(self, specialist, signals)
+    def fit(self, specialist, signals, *rows):
+        original(self, specialist, signals, *rows)
         fitted.append((specialist, self.known.tolist()))
 
     monkeypatch.setattr(PrototypeRouter, "fit", fit)
