@@ -108,8 +108,9 @@ def test_a_sweep_over_an_experiment_reports_on_the_users_model(folder, tmp_path)
     with pytest.raises(SystemExit) as ended:
         main(["-m", *TINY[:1], *TINY[2:], *few, *places, "model=small", f"--config-dir={folder}"])
     assert ended.value.code == 0
-    first, *_ = json.loads((tmp_path / "results/claims.json").read_text())["claims"]
-    assert first["ours"]["value"] is not None
+    claims = json.loads((tmp_path / "results/claims.json").read_text())["claims"]
+    figures = {claim["id"]: claim["ours"]["value"] for claim in claims}
+    assert figures["C3"] is not None  # the tiny evaluation has no tasks of the others
     rows = (tmp_path / "results/scale.csv").read_text().splitlines()[1:]
     assert rows
     assert all(row.startswith("small,") for row in rows)
