@@ -57,6 +57,10 @@ def write_splicing(
     )
 
 
+SHOWN = (-100.0, 110.0)
+"""Shares, in percent, that the figure has room for; a lower one is written on its bar."""
+
+
 def shares_figure(study: Study) -> Figure | None:
     """A bar a condition; None where no gap means anything."""
     data = shares_table(study).data
@@ -76,5 +80,13 @@ def shares_figure(study: Study) -> Figure | None:
     axis.set_yticks(places, [name.replace("_", " ") for name in data.condition])
     axis.axvline(0, color="black", linewidth=0.8)
     axis.grid(axis="x")
+    # Controls may lose many times the gap; beside them nothing else would be seen.
+    axis.set_xlim(*SHOWN)
+    for place, share in zip(places, data.share_percent, strict=True):
+        if share < SHOWN[0]:
+            axis.annotate(
+                f"{share:.0f} %", (SHOWN[0], place), (4, 0), textcoords="offset points",
+                va="center", fontsize=9, color="white", zorder=4,
+            )  # fmt: skip
     figure.supxlabel("share of the gap closed, %", fontsize=10)
     return figure
