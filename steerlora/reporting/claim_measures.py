@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from steerlora.evaluation.records import Ablation, DomainSequence, Evaluation
 from steerlora.evaluation.statistics import Interval
-from steerlora.reporting.claims import Claim
+from steerlora.reporting.claims import Claim, without_verdicts
 from steerlora.reporting.effects import Measure, drop, drop_advantage, fingerprints, gain, select
 from steerlora.reporting.health import OverTraining, over_training
 from steerlora.reporting.labels import group_label
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.sequences import broad_first, reduction
 from steerlora.reporting.tables import interval_text, number
-from steerlora.reporting.verdicts import LEAST_SHARE, NO_VERDICT, Judged, judge, overlaps
+from steerlora.reporting.verdicts import LEAST_SHARE, judge, overlaps
 
 CONTROLS = ("replace_dense", "replace_random_sae", "randomize", "shuffle", "invert")
 SPARED = "fixed_rank"
@@ -90,9 +89,7 @@ def measure_claims(
         _reduction("C7", first, methods, "the orders that begin with the broad domain"),
         _collapse(evaluations, methods),
     )
-    if meaningful:
-        return claims
-    return tuple(replace(claim, judged=Judged(NO_VERDICT)) for claim in claims)
+    return claims if meaningful else without_verdicts(claims)
 
 
 def _claim(

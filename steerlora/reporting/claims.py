@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich import box
 from rich.table import Column
@@ -153,6 +153,11 @@ def _ours(claim: Claim, measure: Measure) -> list[str]:
     """A measure's cells: its figure, replicates and items."""
     counts = (measure.interval.seeds, measure.interval.items)
     return [claim.shown(measure), *(str(count) if count else MISSING for count in counts)]
+
+
+def without_verdicts(claims: Sequence[Claim]) -> tuple[Claim, ...]:
+    """The claims of a run that is not meaningful: figures, and no verdict."""
+    return tuple(replace(claim, judged=Judged(NO_VERDICT)) for claim in claims)
 
 
 def claims_grid(claims: Sequence[Claim]) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 from matplotlib import rc_context
@@ -38,6 +38,11 @@ from steerlora.reporting.scale import scale_table
 from steerlora.reporting.sequences import apart_by_replay
 from steerlora.reporting.tables import Table, markdown_parts, page, write_table
 from steerlora.text import for_markdown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from steerlora.config import Config
 
 FIGURES = {
     "scale_gains": "Gain over the base model, with 95 % intervals where there are several "
@@ -195,6 +200,52 @@ def write_parts(
         shown=tuple(tables),
         drawn=tuple(drawn),
         terminal=claims_terminal(claims, name=name, meaningful=meaningful),
+    )
+
+
+def write_stage_report(
+    config: Config,
+    records: Sequence[Record],
+    provenance: dict,
+    *,
+    claims: tuple[Claim, ...],
+    tables: Sequence[Table | None],
+    figure: str,
+    draw: Callable[[], Figure | None],
+    caption: str,
+    note: str,
+    varied: Sequence[str],
+) -> Report:
+    """Write the report of an experiment about a stage, which has one figure, into ``results.dir``.
+
+    Args:
+        records: what it rests on.
+        provenance: what is known of the run.
+        claims, varied: as for `write_report`.
+        tables: those that are None have nothing to show.
+        figure: name of its files.
+        draw: draws it; None: there is nothing to draw.
+        caption: what it shows.
+        note: how many replicates, and of what, the figure rests on.
+    """
+    study, directory = config.study, Path(config.results.dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    with rc_context(STYLE):
+        drawing = draw()
+        if drawing is not None:
+            path = directory / f"{figure}.png"
+            files = save(drawing, path, meaningful=study.meaningful, note=note)
+            drawn.append(Drawn(files, f"{caption}; {note}.", as_svg(drawing)))
+    return write_parts(
+        directory,
+        name=study.name,
+        meaningful=study.meaningful,
+        claims=claims,
+        tables=[table for table in tables if table is not None],
+        drawn=drawn,
+        provenance=provenance_json(provenance, study.name, study.meaningful, list(records)),
+        varied=varied,
     )
 
 

@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steerlora.methods.routed_lora.config import RoutedLoRAConfig
 from steerlora.methods.routed_lora.context import ContextState, average_so_far
-from steerlora.methods.routed_lora.routing import RouterState, Routing, router
+from steerlora.methods.routed_lora.routing import PreciseBuffers, RouterState, Routing, router
 from steerlora.saes.sparse import SparseFeatures
 
 DENSE_ENTRIES = 2**24
@@ -137,7 +137,7 @@ def cosines_so_far(
 
 
 @router("prototype")
-class PrototypeRouter(nn.Module):
+class PrototypeRouter(PreciseBuffers):
     """Each token goes to the specialist of the domain that its context looks most like.
 
     With c the mean of the prototypes known so far and s the signal's average over the context,
@@ -220,16 +220,6 @@ class PrototypeRouter(nn.Module):
         trace = self.total_variance.double() * before + deviations.square().sum()
         self.total_variance.copy_(trace / after)
         self.samples.copy_(after)
-
-    def _apply(self, function, recurse=True):
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(function, recurse)
-        # To another device, but not to a shorter type: small variances would be lost beside large.
-        for name, buffer in before.items():
-            after = getattr(self, name)
-            if after.element_size() < buffer.element_size():
-                setattr(self, name, buffer.to(after.device))
-        return self
 
     @property
     def leaves_out(self) -> bool:

@@ -49,3 +49,17 @@ class RouterState(NamedTuple):
 
     signal: ContextState | None
     similarity: ContextState | None = None
+
+
+class PreciseBuffers(nn.Module):
+    """A module whose buffers go to other devices, but to no shorter type: in one, small variances
+    would be lost beside large, and inverses would lose their meaning."""
+
+    def _apply(self, function, recurse=True):
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(function, recurse)
+        for name, buffer in before.items():
+            after = getattr(self, name)
+            if after.element_size() < buffer.element_size():
+                setattr(self, name, buffer.to(after.device))
+        return self

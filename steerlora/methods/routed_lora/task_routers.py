@@ -16,11 +16,11 @@ from collections.abc import Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from steerlora.methods.routed_lora.config import AnalyticLoRAConfig, RoutedLoRAConfig
 from steerlora.methods.routed_lora.prototypes import SHRINKAGE, pooled
-from steerlora.methods.routed_lora.routing import RouterState, Routing, router
+from steerlora.methods.routed_lora.routing import PreciseBuffers, RouterState, Routing, router
 
 CLASSES = 16
 """K: a domain with more different answers than this is one class."""
@@ -28,7 +28,7 @@ SCORED = 4096
 """Tokens whose expanded features are held at once."""
 
 
-class TaskRouter(nn.Module):
+class TaskRouter(PreciseBuffers):
     """Every token goes to the specialist of the domain whose score of the text so far is highest.
 
     Where there is no signal yet, a token has no update.
@@ -100,16 +100,6 @@ class TaskRouter(nn.Module):
         gate = torch.cat(gates, 1)
         mask = torch.ones_like(gate[..., :1]).expand(*gate.shape[:-1], config.rank)
         return Routing(gate, mask), RouterState(summed)
-
-    def _apply(self, function, recurse=True):
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(function, recurse)
-        # To another device, but not to a shorter type, in which inverses would lose their meaning.
-        for name, buffer in before.items():
-            after = getattr(self, name)
-            if after.element_size() < buffer.element_size():
-                setattr(self, name, buffer.to(after.device))
-        return self
 
 
 @router("mahalanobis")

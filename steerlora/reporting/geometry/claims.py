@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from steerlora.evaluation.statistics import Interval, equivalence, t_interval
-from steerlora.reporting.claims import Claim
+from steerlora.reporting.claims import Claim, without_verdicts
 from steerlora.reporting.effects import Measure
 from steerlora.reporting.geometry.quantities import (
     changes,
@@ -27,7 +26,7 @@ from steerlora.reporting.geometry.quantities import (
     swept,
 )
 from steerlora.reporting.tables import interval_text, number
-from steerlora.reporting.verdicts import LEAST_SHARE, NO_VERDICT, Judged, judge, overlaps
+from steerlora.reporting.verdicts import LEAST_SHARE, judge, overlaps
 from steerlora.saes.geometry.likeness import Likeness
 from steerlora.saes.geometry.records import Geometry
 
@@ -93,9 +92,7 @@ def geometry_claims(record: Geometry, *, meaningful: bool = True) -> tuple[Claim
         _shared(record),
         _written(record),
     )
-    if meaningful:
-        return claims
-    return tuple(replace(claim, judged=Judged(NO_VERDICT)) for claim in claims)
+    return claims if meaningful else without_verdicts(claims)
 
 
 def _measure(

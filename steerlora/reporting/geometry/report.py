@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from steerlora.evaluation.statistics import t_interval
-from steerlora.reporting.drawing import COLOURS, STYLE, as_svg, panels, save
+from steerlora.reporting.drawing import COLOURS, panels
 from steerlora.reporting.evidence import replicates_text
 from steerlora.reporting.geometry.claims import geometry_claims
 from steerlora.reporting.geometry.quantities import (
@@ -27,7 +26,7 @@ from steerlora.reporting.geometry.tables import (
     reconstruction_table,
     specialists_table,
 )
-from steerlora.reporting.report import Drawn, Report, provenance_json, write_parts
+from steerlora.reporting.report import Report, write_stage_report
 from steerlora.saes.geometry.likeness import Likeness
 from steerlora.saes.geometry.records import Deltas, Geometry
 
@@ -39,32 +38,23 @@ FIGURE = "likeness"
 
 def write_geometry(config: Config, record: Geometry, provenance: dict[str, Any]) -> Report:
     """Write the report on a record into ``results.dir``."""
-    study, directory = config.study, Path(config.results.dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    made = [
-        likeness_table(record),
-        reconstruction_table(record),
-        controls_table(record),
-        specialists_table(record),
-    ]
     seeds = sorted({d.seed for d in record.deltas})
-    note = f"{replicates_text(seeds)} of every rank; {record.held_out:,} held-out tokens"
-    with rc_context(STYLE):
-        figure = likeness_figure(record)
-        files = save(figure, directory / f"{FIGURE}.png", meaningful=study.meaningful, note=note)
-        caption = (
-            "Largest cosine with the base's dictionary, and mean principal angle, by rank and "
-            f"layer: delta SAEs beside chance and beside two SAEs of the same stream; {note}."
-        )
-        drawn = Drawn(files, caption, as_svg(figure))
-    return write_parts(
-        directory,
-        name=study.name,
-        meaningful=study.meaningful,
-        claims=geometry_claims(record, meaningful=study.meaningful),
-        tables=[table for table in made if table is not None],
-        drawn=[drawn],
-        provenance=provenance_json(provenance, study.name, study.meaningful, [record]),
+    return write_stage_report(
+        config,
+        [record],
+        provenance,
+        claims=geometry_claims(record, meaningful=config.study.meaningful),
+        tables=[
+            likeness_table(record),
+            reconstruction_table(record),
+            controls_table(record),
+            specialists_table(record),
+        ],
+        figure=FIGURE,
+        draw=partial(likeness_figure, record),
+        caption="Largest cosine with the base's dictionary, and mean principal angle, by rank and "
+        "layer: delta SAEs beside chance and beside two SAEs of the same stream",
+        note=f"{replicates_text(seeds)} of every rank; {record.held_out:,} held-out tokens",
         varied=["adapter"],
     )
 

@@ -12,11 +12,11 @@ from dataclasses import replace
 
 from steerlora.evaluation.splicing import ADAPTER, BASE, METHOD, SAES
 from steerlora.evaluation.statistics import Interval
-from steerlora.reporting.claims import Claim
+from steerlora.reporting.claims import Claim, without_verdicts
 from steerlora.reporting.effects import Measure
 from steerlora.reporting.splicing.shares import Study, flops_to_reach
 from steerlora.reporting.tables import interval_text, number
-from steerlora.reporting.verdicts import LEAST_SHARE, NO_VERDICT, Judged, judge, overlaps
+from steerlora.reporting.verdicts import LEAST_SHARE, Judged, judge, overlaps
 
 LOW, HIGH = 30.0, 55.0
 """Percent of the gap that the paper has LoRA close."""
@@ -84,9 +84,7 @@ def splicing_claims(study: Study, *, meaningful: bool = True) -> tuple[Claim, ..
         _do_not_add_up(study),
     )
     claims = tuple(replace(claim, rule=RULE) for claim in claims)
-    if meaningful:
-        return claims
-    return tuple(replace(claim, judged=Judged(NO_VERDICT)) for claim in claims)
+    return claims if meaningful else without_verdicts(claims)
 
 
 def _claim(

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from steerlora.evaluation.splicing import Splicing
-from steerlora.reporting.drawing import COLOURS, PAPER, STYLE, WIDTH, as_svg, save
+from steerlora.reporting.drawing import COLOURS, PAPER, WIDTH
 from steerlora.reporting.evidence import replicates_text
-from steerlora.reporting.report import Drawn, Report, provenance_json, write_parts
+from steerlora.reporting.report import Report, write_stage_report
 from steerlora.reporting.splicing.claims import HIGH, LOW, splicing_claims
 from steerlora.reporting.splicing.shares import Study
 from steerlora.reporting.splicing.tables import scores_table, shares_table, streams_table
@@ -28,32 +27,20 @@ def write_splicing(
     config: Config, records: Sequence[Splicing], provenance: dict[str, Any]
 ) -> Report:
     """Write the report on some records into ``results.dir``."""
-    settings, directory = config.study, Path(config.results.dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    study = Study.of(records, settings.settings.get("references", {}))
+    study = Study.of(records, config.study.settings.get("references", {}))
     seeds = sorted({record.seed for record in records})
-    note = f"{replicates_text(seeds)}; {len(records[0].tokens)} rows of text"
-    drawn, meaningful = [], settings.meaningful
-    with rc_context(STYLE):
-        figure = shares_figure(study)
-        if figure is not None:
-            place = directory / f"{FIGURE}.png"
-            files = save(figure, place, meaningful=meaningful, note=note)
-            caption = (
-                "Share of the gap in cross-entropy that each condition closes, with 95 % "
-                f"intervals; grey: the paper's range; {note}."
-            )
-            drawn.append(Drawn(files, caption, as_svg(figure)))
-    made = [shares_table(study), streams_table(study), scores_table(study)]
-    return write_parts(
-        directory,
-        name=settings.name,
-        meaningful=meaningful,
-        claims=splicing_claims(study, meaningful=meaningful),
-        tables=[table for table in made if table is not None],
-        drawn=drawn,
-        provenance=provenance_json(provenance, settings.name, meaningful, list(records)),
-        varied=settings.vary,
+    return write_stage_report(
+        config,
+        records,
+        provenance,
+        claims=splicing_claims(study, meaningful=config.study.meaningful),
+        tables=[shares_table(study), streams_table(study), scores_table(study)],
+        figure=FIGURE,
+        draw=partial(shares_figure, study),
+        caption="Share of the gap in cross-entropy that each condition closes, with 95 % "
+        "intervals; grey: the paper's range",
+        note=f"{replicates_text(seeds)}; {len(records[0].tokens)} rows of text",
+        varied=config.study.vary,
     )
 
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from steerlora.evaluation.units import UnitsRecord
-from steerlora.reporting.claims import Claim
+from steerlora.reporting.claims import Claim, without_verdicts
 from steerlora.reporting.effects import Measure
 from steerlora.reporting.tables import interval_text, number
 from steerlora.reporting.units.study import UnitStudy
-from steerlora.reporting.verdicts import LEAST_SHARE, NO_VERDICT, Judged, judge
+from steerlora.reporting.verdicts import LEAST_SHARE, judge
 
 GAIN = 0.016
 """Score: the smallest gain that the main paper reports, as a yardstick."""
@@ -148,9 +148,7 @@ def unit_claims(
         ),
     )
     claims = tuple(replace(claim, rule=RULE) for claim in claims)
-    if meaningful:
-        return claims
-    return tuple(replace(claim, judged=Judged(NO_VERDICT)) for claim in claims)
+    return claims if meaningful else without_verdicts(claims)
 
 
 def _claim(

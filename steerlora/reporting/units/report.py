@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from steerlora.evaluation.records import BASE
-from steerlora.reporting.drawing import COLOURS, STYLE, WIDTH, as_svg, name_ticks, save
+from steerlora.reporting.drawing import COLOURS, WIDTH, name_ticks
 from steerlora.reporting.effects import Measure, select
 from steerlora.reporting.evidence import replicates_text
-from steerlora.reporting.report import Drawn, Report, provenance_json, write_parts
+from steerlora.reporting.report import Report, write_stage_report
 from steerlora.reporting.sequences import final, forgotten, mean
 from steerlora.reporting.tables import OVER, Table, interval_fields, row_interval, row_of
 from steerlora.reporting.units.claims import unit_claims
@@ -29,32 +28,21 @@ FIGURE = "switched_off"
 
 def write_units(config: Config, study: UnitStudy, provenance: dict[str, Any]) -> Report:
     """Write the report on some records into ``results.dir``."""
-    settings, directory = config.study, Path(config.results.dir)
-    directory.mkdir(parents=True, exist_ok=True)
     records = [*study.evaluations, *study.sequentials, *study.units]
-    note = replicates_text(sorted({r.seed for r in records if r.method != BASE}))
-    drawn, meaningful = [], settings.meaningful
-    with rc_context(STYLE):
-        figure = switched_off_figure(study)
-        if figure is not None:
-            place = directory / f"{FIGURE}.png"
-            files = save(figure, place, meaningful=meaningful, note=note)
-            caption = (
-                "Rise of each domain's cross-entropy where a domain's own units, or units of equal "
-                f"rate and norm, are switched off; {note}."
-            )
-            drawn.append(Drawn(files, caption, as_svg(figure)))
-    tables = [scores_table(study), forgetting_table(study), units_table(study)]
-    return write_parts(
-        directory,
-        name=settings.name,
-        meaningful=meaningful,
+    settings = config.study
+    return write_stage_report(
+        config,
+        records,
+        provenance,
         claims=unit_claims(
-            study, tuned=bool(settings.settings.get("tuned")), meaningful=meaningful
+            study, tuned=bool(settings.settings.get("tuned")), meaningful=settings.meaningful
         ),
-        tables=[table for table in tables if table is not None],
-        drawn=drawn,
-        provenance=provenance_json(provenance, settings.name, meaningful, records),
+        tables=[scores_table(study), forgetting_table(study), units_table(study)],
+        figure=FIGURE,
+        draw=partial(switched_off_figure, study),
+        caption="Rise of each domain's cross-entropy where a domain's own units, or units of equal "
+        "rate and norm, are switched off",
+        note=replicates_text(sorted({r.seed for r in records if r.method != BASE})),
         varied=settings.vary,
     )
 
