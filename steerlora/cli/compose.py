@@ -196,9 +196,21 @@ def _sets_a_key(override: Override) -> bool:
     return ("." in key or key == "seed") and "/" not in key
 
 
-@lru_cache(maxsize=64)
+APART = ("method", "order")
+"""Groups whose options set keys of their own group alone."""
+
+
+@lru_cache(maxsize=256)
 def _tree_of(options: tuple[str, ...], place: str) -> DictConfig:
-    return _compose(options)
+    """Many methods in many orders are put together from compositions of one of either."""
+    apart = {group: o for o in options if (group := o.partition("=")[0]) in APART}
+    rest = tuple(option for option in options if option not in apart.values())
+    if set(apart) != set(APART) or len(rest) + len(APART) != len(options):
+        return _compose(options)
+    tree = copy.deepcopy(_tree_of(rest, place))
+    for group, option in apart.items():
+        tree[group] = _tree_of((*rest, option), place)[group]
+    return tree
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:

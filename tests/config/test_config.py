@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from steerlora import config
@@ -66,6 +67,7 @@ def default_tree() -> DictConfig:
         ("method=lora", "method.rank=3", "seed=4"),
         ("experiment=smoke", "model.layers=3", "method.sites=[0,1]"),
         ("evaluation.files.gsm8k=a", "evaluation.groups={gsm8k:[gsm8k]}"),
+        ("experiment=cl", "method=lora", "order=random", "order.seed=1", "method.rank=3"),
         ("sae=relu", "++method.rank=3", "sae.latents=${model.width}"),
         ("stage=base", "hydra.job.chdir=true", "~method.rank"),
     ],
@@ -76,6 +78,15 @@ def test_trees_of_the_same_options_are_composed_once_and_each_has_its_own_keys(o
     with compose.hydra_ready():
         assert found == compose._compose(overrides)
     assert compose.tree(["method=lora"]) == before
+
+
+@pytest.mark.parametrize("group", compose.APART)
+def test_options_that_are_composed_apart_set_keys_of_their_own_group_alone(group):
+    for file in (sections.config_directory() / group).glob("*.yaml"):
+        content = file.read_text(encoding="utf-8")
+        assert "@package" not in content, file
+        for entry in yaml.safe_load(content).get("defaults", ()):
+            assert "/" not in str(entry), file
 
 
 def shipped() -> list[str]:
