@@ -309,8 +309,15 @@ class Method(nn.Module):
     def load_facts(self, stored: dict[str, Any]) -> None:
         """Take back what :meth:`facts` gave."""
 
-    def export_peft(self, directory: Path, *, base_path: str) -> None:
-        """Write it in PEFT's format, where ``config.exports_to_peft``."""
+    def forget(self, specialist: int) -> None:
+        """Never send text to a domain's specialist again, where ``config.tells_domains``."""
+        raise NotImplementedError
+
+    def export_peft(
+        self, directory: Path, *, base_path: str, specialist: int | None = None
+    ) -> None:
+        """Write it in PEFT's format, where ``config.exports_to_peft``; or a domain's specialist
+        alone, where ``config.tells_domains``."""
         raise NotImplementedError
 
     def parameter_count(self) -> int:

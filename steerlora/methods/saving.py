@@ -151,21 +151,25 @@ def load_adapter(
     return method
 
 
-def export_peft(method: Method, directory: Path | str, *, base_path: str) -> None:
+def export_peft(
+    method: Method, directory: Path | str, *, base_path: str, specialist: int | None = None
+) -> None:
     """Write a method in PEFT's format, so that ``peft.PeftModel.from_pretrained`` reads it.
 
     Args:
         method: what to write.
         directory: where; made if absent.
         base_path: folder or hub id of the base model.
+        specialist: of a method that routes by domain, the one to write: by itself it is plain LoRA.
 
     Raises:
         UserError: PEFT has no format for it.
     """
-    if not method.config.exports_to_peft:
+    alone = specialist is not None and method.config.tells_domains
+    if not method.config.exports_to_peft and not alone:
         name = method.config.name or method.config.kind
         raise UserError(f"PEFT has no format for {name}: it is not plain LoRA")
-    method.export_peft(Path(directory), base_path=base_path)
+    method.export_peft(Path(directory), base_path=base_path, specialist=specialist)
 
 
 def trained_under(path: Path | str) -> str:

@@ -33,7 +33,7 @@ OPTIONS = {
     "model": 17,
     "order": 6,
     "sae": 8,
-    "stage": 22,
+    "stage": 23,
     "trainer": 6,
 }
 """How many options each group ships."""
@@ -98,7 +98,7 @@ def shipped() -> list[str]:
 
 def test_every_group_ships_what_is_counted_here():
     assert {name: len(options) for name, options in sections.groups().items()} == OPTIONS
-    assert len(shipped()) == sum(OPTIONS.values()) == 131
+    assert len(shipped()) == sum(OPTIONS.values())
 
 
 @pytest.mark.parametrize("option", shipped())

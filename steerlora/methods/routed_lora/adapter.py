@@ -330,8 +330,19 @@ class Adapter(Method):
             site.facts.mean_rank = facts["mean_rank"]
             site.facts.specialist_of_domain = facts["specialist_of_domain"]
 
-    def export_peft(self, directory: Path, *, base_path: str) -> None:
-        export_peft(self, directory, base_path=base_path)
+    @torch.no_grad()
+    def forget(self, specialist: int) -> None:
+        for router in self.routers.values():
+            router.forget(specialist)
+        rows = self.config.rows_of(specialist)
+        for layer in self.layers.values():
+            layer.A[rows] = 0
+            layer.B[:, rows] = 0
+
+    def export_peft(
+        self, directory: Path, *, base_path: str, specialist: int | None = None
+    ) -> None:
+        export_peft(self, directory, base_path=base_path, specialist=specialist)
 
 
 class _Scales(nn.Module):

@@ -12,23 +12,27 @@ if TYPE_CHECKING:
     from steerlora.methods.routed_lora.adapter import Adapter
 
 
-def export_peft(adapter: Adapter, directory: Path, *, base_path: str) -> None:
+def export_peft(
+    adapter: Adapter, directory: Path, *, base_path: str, specialist: int | None = None
+) -> None:
     """Write a plain LoRA so that ``peft.PeftModel.from_pretrained(base, directory)`` reads it.
 
-    The stacked specialists are one LoRA of rank E * R; alpha is scaled with it, so that the update
-    (alpha / r) B A x stays the same.
+    A ``specialist`` is one LoRA of rank R. The stacked specialists are one of rank E * R; alpha is
+    scaled with it, so that the update (alpha / r) B A x stays the same.
     """
     config = adapter.config
     directory.mkdir(parents=True, exist_ok=True)
-    rank = config.total_rank
+    rows, rank = slice(None), config.total_rank
+    if specialist is not None:
+        rows, rank = config.rows_of(specialist), config.rank
     state, layers, modules = {}, set(), set()
     for name, layer in adapter.layers.items():
         index, module = name.replace("/", ".").split(":")
         layers.add(int(index))
         modules.add(module)
         key = f"base_model.model.{adapter.layers_path}.{index}.{module}"
-        state[f"{key}.lora_A.weight"] = layer.A.detach().contiguous()
-        state[f"{key}.lora_B.weight"] = layer.B.detach().contiguous()
+        state[f"{key}.lora_A.weight"] = layer.A[rows].detach().contiguous()
+        state[f"{key}.lora_B.weight"] = layer.B[:, rows].detach().contiguous()
     save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     stored = {
         "peft_type": "LORA",

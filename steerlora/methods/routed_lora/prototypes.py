@@ -205,6 +205,12 @@ class PrototypeRouter(PreciseBuffers):
         if self.config.whitened:
             self._add_scatter(signals - mean)
 
+    @torch.no_grad()
+    def forget(self, specialist: int) -> None:
+        """Take a domain's prototype away; what it added to the covariance stays."""
+        self.prototypes[specialist] = 0
+        self.known[specialist] = False
+
     def _add_scatter(self, deviations: Tensor) -> None:
         """Add [n, W] deviations from a domain's mean to the covariance; its leading V stay."""
         before, after = self.samples.double(), self.samples.double() + len(deviations)

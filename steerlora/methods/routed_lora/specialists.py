@@ -15,12 +15,6 @@ from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.merging import merge_low_rank
 
 
-def rows_of(adapter: Adapter, specialist: int) -> slice:
-    """A specialist's rows of every A, and columns of every B."""
-    rank = adapter.config.rank
-    return slice(specialist * rank, (specialist + 1) * rank)
-
-
 @torch.no_grad()
 def clear_specialist(
     adapter: Adapter,
@@ -29,7 +23,7 @@ def clear_specialist(
     layers: Collection[LowRank] | None = None,
 ) -> None:
     """As at the beginning, a random A, and B zero; in these adapted layers, None: in all."""
-    rows = rows_of(adapter, specialist)
+    rows = adapter.config.rows_of(specialist)
     for layer in adapter.layers.values() if layers is None else layers:
         fresh = _fresh(layer, adapter.config.rank, generator)
         layer.A[rows] = fresh.A.to(layer.A)
@@ -49,7 +43,8 @@ def merge_specialists(
 
     Rank components that the two together do not fill start afresh. ``layers`` as above.
     """
-    rows, others, rank = rows_of(adapter, first), rows_of(adapter, second), adapter.config.rank
+    config = adapter.config
+    rows, others, rank = config.rows_of(first), config.rows_of(second), config.rank
     for layer in adapter.layers.values() if layers is None else layers:
         A, B = layer.A, layer.B
         merged_A, merged_B = merge_low_rank(

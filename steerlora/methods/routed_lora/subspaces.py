@@ -39,7 +39,6 @@ from steerlora.methods.base import Task
 from steerlora.methods.routed_lora.adapter import Adapter
 from steerlora.methods.routed_lora.config import SubspaceLoRAConfig
 from steerlora.methods.routed_lora.learning import RoutedLoRALearner
-from steerlora.methods.routed_lora.specialists import rows_of
 
 INPUT_ROWS = 256
 """Training rows of a domain whose inputs are seen."""
@@ -134,7 +133,7 @@ class SubspaceLearner(RoutedLoRALearner):
         super().begin(task)
         if task.position is None:
             return
-        own = rows_of(self.method, task.position)
+        own = self.method.config.rows_of(task.position)
         for name, moment in self._moments(task).items():
             memory = self._memory(name, moment)
             A = self.method.layers[name].A

@@ -67,6 +67,12 @@ class TaskRouter(PreciseBuffers):
         self.known[specialist] = True
         self._learn(specialist, signals, list(answers) if answers else [None] * len(signals))
 
+    @torch.no_grad()
+    def forget(self, specialist: int) -> None:
+        """Never choose a domain again; what it added to statistics that all share stays."""
+        self.prototypes[specialist] = 0
+        self.known[specialist] = False
+
     def _learn(self, specialist: int, signals: Tensor, answers: Sequence[Hashable]) -> None:
         """Take the signals [n, W] of a domain, float64, and their answers."""
         raise NotImplementedError

@@ -31,6 +31,32 @@ def test_peft_gives_equal_logits(make_model, make_adapter, tokens, tmp_path, tar
     assert len(lora) == 2 * len(adapter.layers)
 
 
+@pytest.mark.parametrize("router", ["prototype", "mahalanobis"])
+def test_a_specialist_is_what_is_left_when_all_others_are_forgotten(
+    router, make_model, make_adapter, tokens, tmp_path
+):
+    model = make_model(torch.float64)
+    own = {"router": router, "dynamic_rank": False, "context": "causal_mean"}
+    adapter = make_adapter(model, "dense", margin=0.0, null_specialist=False, **own)
+    width, generator = model.config.hidden_size, torch.Generator().manual_seed(0)
+    for specialist in range(adapter.config.specialists):
+        drawn = torch.randn(20, width, generator=generator, dtype=torch.float64)
+        adapter.routers["1"].fit(specialist, drawn + 4 * specialist)
+    ids, mask = tokens([7, 5])
+    all_known = model(ids, attention_mask=mask).logits
+    for specialist in (0, 1, 3):
+        adapter.forget(specialist)
+    assert adapter.available().tolist() == [False, False, True, False]
+    ours = model(ids, attention_mask=mask).logits
+    assert not torch.allclose(ours, all_known)
+    steerlora.export_peft(adapter, tmp_path / "peft", base_path="some/base", specialist=2)
+    theirs = peft.PeftModel.from_pretrained(
+        make_model(torch.float64), tmp_path / "peft", autocast_adapter_dtype=False
+    )
+    found = theirs(ids, attention_mask=mask).logits
+    torch.testing.assert_close(found[mask.bool()], ours[mask.bool()], atol=1e-10, rtol=0)
+
+
 def test_routed_adapters_cannot_be_exported(make_model, make_adapter, tmp_path):
     adapter = make_adapter(make_model(), "dense")
     with pytest.raises(UserError, match="PEFT has no format for routed_lora: it is not plain LoRA"):

@@ -8,7 +8,6 @@ import torch
 from steerlora.methods.routed_lora.specialists import (
     clear_specialist,
     merge_specialists,
-    rows_of,
     settle_moments,
 )
 
@@ -25,12 +24,12 @@ def generator() -> torch.Generator:
 
 
 def updates(adapter, specialist: int) -> list[torch.Tensor]:
-    rows = rows_of(adapter, specialist)
+    rows = adapter.config.rows_of(specialist)
     return [layer.B[:, rows] @ layer.A[rows] for layer in adapter.layers.values()]
 
 
 def parts(adapter, specialist: int) -> list[torch.Tensor]:
-    rows = rows_of(adapter, specialist)
+    rows = adapter.config.rows_of(specialist)
     return [p.clone() for q in adapter.layers.values() for p in (q.A[rows], q.B[:, rows])]
 
 
@@ -41,7 +40,7 @@ def unchanged(adapter, specialist: int, before: list[torch.Tensor]) -> bool:
 def test_a_cleared_specialist_is_as_at_the_beginning(adapter):
     before = [parts(adapter, e) for e in range(E)]
     clear_specialist(adapter, 1, generator())
-    rows = rows_of(adapter, 1)
+    rows = adapter.config.rows_of(1)
     for layer in adapter.layers.values():
         bound = layer.A.shape[1] ** -0.5
         assert not layer.B[:, rows].any()
@@ -69,10 +68,10 @@ def test_components_that_a_merge_leaves_empty_can_still_learn(adapter):
     """Zero in both factors, no gradient would ever reach them."""
     with torch.no_grad():
         for layer in adapter.layers.values():
-            layer.B[:, rows_of(adapter, 0)] = 0
-            layer.B[:, rows_of(adapter, 2)] = 0
+            layer.B[:, adapter.config.rows_of(0)] = 0
+            layer.B[:, adapter.config.rows_of(2)] = 0
     merge_specialists(adapter, 0, 2, (0.5, 0.5), generator())
-    rows = rows_of(adapter, 0)
+    rows = adapter.config.rows_of(0)
     for layer in adapter.layers.values():
         assert not layer.B[:, rows].any()
         assert (layer.A[rows].norm(dim=1) > 0.1).all()
@@ -112,18 +111,18 @@ def test_the_steps_after_a_change_are_no_larger_than_before(adapter):
     def largest_step(steps: int) -> float:
         largest = 0.0
         for _ in range(steps):
-            before = layer.A.detach()[rows_of(adapter, 1)].clone()
+            before = layer.A.detach()[adapter.config.rows_of(1)].clone()
             layer.A.grad = 1 + 0.1 * torch.randn(layer.A.shape, generator=noise)
             layer.B.grad = torch.zeros_like(layer.B)
             optimizer.step()
-            moved = (layer.A.detach()[rows_of(adapter, 1)] - before).abs().mean()
+            moved = (layer.A.detach()[adapter.config.rows_of(1)] - before).abs().mean()
             largest = max(largest, moved.item())
         return largest
 
     largest_step(2000)
     settle_moments(adapter, optimizer.state, {1}, typical=[0, 1])
     assert largest_step(100) < 1.2e-3
-    rows = rows_of(adapter, 1)
+    rows = adapter.config.rows_of(1)
     for moment in ("exp_avg", "exp_avg_sq"):
         optimizer.state[layer.A][moment][rows] = 0
     assert largest_step(100) > 5e-3

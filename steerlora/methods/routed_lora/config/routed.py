@@ -217,6 +217,10 @@ class RoutedLoRAConfig(MethodConfig):
         """E * R: what plain LoRA of the same size has as its rank."""
         return self.specialists * self.rank
 
+    def rows_of(self, specialist: int) -> slice:
+        """A specialist's rows of every A, and columns of every B."""
+        return slice(specialist * self.rank, (specialist + 1) * self.rank)
+
     @property
     def reads_features(self) -> bool:
         return self.signal == "sae"
