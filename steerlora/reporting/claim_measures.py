@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 from steerlora.evaluation.records import Ablation, DomainSequence, Evaluation
 from steerlora.evaluation.statistics import Interval
-from steerlora.reporting.claims import Claim, without_verdicts
+from steerlora.reporting.claims import Claim, judged_claim, without_verdicts
 from steerlora.reporting.effects import Measure, drop, drop_advantage, fingerprints, gain, select
 from steerlora.reporting.health import OverTraining, over_training
 from steerlora.reporting.labels import group_label
 from steerlora.reporting.methods import Methods
 from steerlora.reporting.sequences import broad_first, reduction
 from steerlora.reporting.tables import interval_text, number
-from steerlora.reporting.verdicts import LEAST_SHARE, judge, overlaps
+from steerlora.reporting.verdicts import LEAST_SHARE, overlaps
 
 CONTROLS = ("replace_dense", "replace_random_sae", "randomize", "shuffle", "invert")
 SPARED = "fixed_rank"
@@ -127,28 +127,21 @@ def _claim(
         paper = " to ".join(dict.fromkeys(ends)) + (" %" if unit == "percent" else "")
     if agrees is None:
         agrees = all(overlaps(interval, low, high) for interval in intervals)
-    smallest = low if smallest is None else smallest
-    if counts_from is None:
-        least = LEAST_SHARE * smallest
-        counts_from = f"{number(least, 1)} %" if unit == "percent" else number(least, 4, sign=True)
     if measures and missing:
         note = " ".join(filter(None, (f"Not measured: {', '.join(missing)}.", note)))
-    return Claim(
-        id=id,
-        text=text,
-        paper=paper,
-        low=low,
-        high=high,
+    return judged_claim(
+        id,
+        text,
+        paper,
+        definition,
+        measures,
         unit=unit,
-        definition=definition,
+        smallest=low if smallest is None else smallest,
+        range=(low, high),
+        direction=direction,
+        agrees=agrees,
+        whole=not missing,
         counts_from=counts_from,
-        measures=measures,
-        judged=judge(
-            intervals if direction is None else direction,
-            smallest=smallest,
-            agrees=agrees,
-            whole=not missing,
-        ),
         note=note,
     )
 

@@ -23,6 +23,7 @@ from steerlora.reporting.verdicts import (
     DIRECTION,
     IN_RANGE,
     LEAST_AGAIN,
+    LEAST_SHARE,
     MEANINGS,
     NO_VERDICT,
     NOT_MEASURED,
@@ -31,6 +32,7 @@ from steerlora.reporting.verdicts import (
     RULE,
     UNDECIDED,
     Judged,
+    judge,
 )
 from steerlora.text import for_markdown, for_markup
 
@@ -127,6 +129,56 @@ class Claim:
     @property
     def _format(self) -> tuple[int, str, bool]:
         return (1, " %", False) if self.unit == "percent" else (3, "", True)
+
+
+def judged_claim(
+    id: str,
+    text: str,
+    paper: str,
+    definition: str,
+    measures: Sequence[Measure | None],
+    *,
+    unit: str,
+    smallest: float,
+    range: tuple[float | None, float | None] = (None, None),
+    direction: Sequence[Interval] | None = None,
+    agrees: bool = False,
+    whole: bool = True,
+    counts_from: str | None = None,
+    note: str = "",
+    rule: str = RULE,
+) -> Claim:
+    """A claim with its verdict.
+
+    Args:
+        id, text, paper, definition, unit, note, rule: as in `Claim`.
+        measures: those that are not None are ours.
+        smallest: effect that the paper's figure implies; `LEAST_SHARE` of it counts.
+        range: of the paper's figure.
+        direction: intervals that the claim says are positive; the measures' unless given.
+        agrees: whether the figures also agree with the paper's.
+        whole: whether what is measured is all that the claim names.
+        counts_from: the smallest effect that counts, as text; that of ``smallest`` unless given.
+    """
+    known = tuple(measure for measure in measures if measure is not None)
+    effects = [measure.interval for measure in known] if direction is None else direction
+    if counts_from is None:
+        least = LEAST_SHARE * smallest
+        counts_from = f"{number(least, 1)} %" if unit == "percent" else number(least, 4, sign=True)
+    return Claim(
+        id=id,
+        text=text,
+        paper=paper,
+        low=range[0],
+        high=range[1],
+        unit=unit,
+        definition=definition,
+        counts_from=counts_from,
+        measures=known,
+        judged=judge(effects, smallest=smallest, agrees=agrees, whole=whole) if known else Judged(),
+        note=note,
+        rule=rule,
+    )
 
 
 def _replicates(count: int) -> str:

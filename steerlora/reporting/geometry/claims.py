@@ -7,12 +7,13 @@ stream are; 1, as unlike as directions that know only the deltas' covariance.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
 from steerlora.evaluation.statistics import Interval, equivalence, t_interval
-from steerlora.reporting.claims import Claim, without_verdicts
+from steerlora.reporting.claims import Claim, judged_claim, without_verdicts
 from steerlora.reporting.effects import Measure
 from steerlora.reporting.geometry.quantities import (
     changes,
@@ -26,7 +27,7 @@ from steerlora.reporting.geometry.quantities import (
     swept,
 )
 from steerlora.reporting.tables import interval_text, number
-from steerlora.reporting.verdicts import LEAST_SHARE, judge, overlaps
+from steerlora.reporting.verdicts import LEAST_SHARE, overlaps
 from steerlora.saes.geometry.likeness import Likeness
 from steerlora.saes.geometry.records import Geometry
 
@@ -114,35 +115,9 @@ def _measure(
     )
 
 
-def _claim(
-    id: str,
-    text: str,
-    paper: str,
-    definition: str,
-    measures: Sequence[Measure],
-    *,
-    unit: str,
-    smallest: float,
-    agrees: bool,
-    counts_from: str | None = None,
-    direction: Sequence[Interval] | None = None,
-    note: str = "",
-) -> Claim:
-    effects = [measure.interval for measure in measures] if direction is None else direction
-    return Claim(
-        id=id,
-        text=text,
-        paper=paper,
-        low=None,
-        high=None,
-        unit=unit,
-        definition=definition,
-        counts_from=counts_from or number(LEAST_SHARE * smallest, 3, sign=True),
-        measures=tuple(measures),
-        judged=judge(effects, smallest=smallest, agrees=agrees),
-        note=note,
-        rule=RULE,
-    )
+def _claim(*said: Any, smallest: float, counts_from: str | None = None, **judged: Any) -> Claim:
+    counts_from = counts_from or number(LEAST_SHARE * smallest, 3, sign=True)
+    return judged_claim(*said, smallest=smallest, counts_from=counts_from, rule=RULE, **judged)
 
 
 def _far(
@@ -232,7 +207,6 @@ def _reconstruction(record: Geometry) -> Claim:
         measures,
         unit="share",
         smallest=BETTER,
-        agrees=False,
         note=" ".join(notes),
     )
 
@@ -257,7 +231,6 @@ def _density(record: Geometry) -> Claim:
         measures,
         unit="share",
         smallest=DENSER,
-        agrees=False,
     )
 
 

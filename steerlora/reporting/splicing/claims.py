@@ -8,15 +8,14 @@ measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from steerlora.evaluation.splicing import ADAPTER, BASE, METHOD, SAES
 from steerlora.evaluation.statistics import Interval
-from steerlora.reporting.claims import Claim, without_verdicts
+from steerlora.reporting.claims import Claim, judged_claim, without_verdicts
 from steerlora.reporting.effects import Measure
 from steerlora.reporting.splicing.shares import Study, flops_to_reach
 from steerlora.reporting.tables import interval_text, number
-from steerlora.reporting.verdicts import LEAST_SHARE, Judged, judge, overlaps
+from steerlora.reporting.verdicts import LEAST_SHARE, overlaps
 
 LOW, HIGH = 30.0, 55.0
 """Percent of the gap that the paper has LoRA close."""
@@ -83,7 +82,6 @@ def splicing_claims(study: Study, *, meaningful: bool = True) -> tuple[Claim, ..
         _unharmed(study),
         _do_not_add_up(study),
     )
-    claims = tuple(replace(claim, rule=RULE) for claim in claims)
     return claims if meaningful else without_verdicts(claims)
 
 
@@ -110,25 +108,26 @@ def _claim(
         shift: added to each of these before they are judged.
         whole: whether the measures are all that the claim names.
     """
-    known = [one for one in measures if one is not None]
     judged_on = [one for one in (measures if direction is None else direction) if one is not None]
     low, high = range
-    agrees = low is not None and all(overlaps(one.interval, low, high) for one in known)
-    effects = [_shifted(one.interval, shift) for one in judged_on]
     digits, ending = (1, " %") if unit == "percent" else (3, "")
     counts = LEAST_SHARE * smallest - shift
-    return Claim(
-        id=id,
-        text=text,
-        paper=paper,
-        low=low,
-        high=high,
+    return judged_claim(
+        id,
+        text,
+        paper,
+        definition,
+        measures,
         unit=unit,
-        definition=definition,
+        smallest=smallest,
+        range=range,
+        direction=[_shifted(one.interval, shift) for one in judged_on],
+        agrees=low is not None
+        and all(overlaps(one.interval, low, high) for one in measures if one is not None),
+        whole=whole,
         counts_from=number(counts, digits, sign=unit != "percent") + ending,
-        measures=tuple(known),
-        judged=judge(effects, smallest=smallest, agrees=agrees, whole=whole) if known else Judged(),
         note=note,
+        rule=RULE,
     )
 
 

@@ -6,14 +6,13 @@ Where the paper's own figure is not known to us, the claim's definition names it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from steerlora.evaluation.units import UnitsRecord
-from steerlora.reporting.claims import Claim, without_verdicts
+from steerlora.reporting.claims import Claim, judged_claim, without_verdicts
 from steerlora.reporting.effects import Measure
-from steerlora.reporting.tables import interval_text, number
+from steerlora.reporting.tables import interval_text
 from steerlora.reporting.units.study import UnitStudy
-from steerlora.reporting.verdicts import LEAST_SHARE, judge
+from steerlora.reporting.verdicts import LEAST_SHARE
 
 GAIN = 0.016
 """Score: the smallest gain that the main paper reports, as a yardstick."""
@@ -147,7 +146,6 @@ def unit_claims(
             note=_overlap(study),
         ),
     )
-    claims = tuple(replace(claim, rule=RULE) for claim in claims)
     return claims if meaningful else without_verdicts(claims)
 
 
@@ -164,26 +162,17 @@ def _claim(
     note: str = "",
 ) -> Claim:
     """A claim with its verdict: all of ``measures`` are positive, if they were measured."""
-    known = tuple(one for one in measures if one is not None)
-    ending = " %" if unit == "percent" else ""
-    missing = len(known) < len(measures)
-    return Claim(
-        id=id,
-        text=text,
-        paper=paper,
-        low=None,
-        high=None,
+    return judged_claim(
+        id,
+        text,
+        paper,
+        definition,
+        measures,
         unit=unit,
-        definition=definition,
-        counts_from=number(LEAST_SHARE * smallest, 4, sign=not ending) + ending,
-        measures=known,
-        judged=judge(
-            [one.interval for one in known],
-            smallest=smallest,
-            agrees=False,
-            whole=whole and not missing,
-        ),
+        smallest=smallest,
+        whole=whole and None not in measures,
         note=note,
+        rule=RULE,
     )
 
 
