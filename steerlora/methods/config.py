@@ -124,6 +124,9 @@ class MethodConfig(Section, key="method"):
     has_units: ClassVar[bool] = False
     """Its layers have units that act or not, token by token, which can be watched and switched off
     (``methods/units.py``): stage ``units`` looks at them."""
+    steers_along: ClassVar[str | None] = None
+    """It pushes the stream of one site along "latents", which its configuration names, or along a
+    "vector", a parameter of that name: what stage ``steering`` gives it."""
     low_rank: ClassVar[bool] = False
     """What it adds to linear layers is of low rank, ``total_rank``, and it gives the matrices."""
     exports_to_peft: ClassVar[bool] = False

@@ -29,7 +29,7 @@ OPTIONS = {
     "experiment": 16,
     "intervention": 10,
     "logger": 2,
-    "method": 36,
+    "method": 38,
     "model": 17,
     "order": 6,
     "sae": 8,

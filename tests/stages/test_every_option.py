@@ -383,6 +383,13 @@ def test_scale_options_count_with_a_second_model():
             ),
         ),
         (
+            "method=sae_steering study.interventions=[]",
+            (
+                *("method.latents=[3]", "method.strengths=[2]", "method.how=add"),
+                "method.along=vector",
+            ),
+        ),
+        (
             "method=stan_chosen study.interventions=[]",
             ("method.chosen_after=0.3", "method.chosen_after=0.4"),
         ),
