@@ -126,7 +126,8 @@ class MethodConfig(Section, key="method"):
     (``methods/units.py``): stage ``units`` looks at them."""
     steers_along: ClassVar[str | None] = None
     """It pushes the stream of one site along "latents", which its configuration names, or along a
-    "vector", a parameter of that name: what stage ``steering`` gives it."""
+    "vector", a parameter of that name; each row of a batch as far as its ``factors`` say. Stage
+    ``steering`` gives it both."""
     low_rank: ClassVar[bool] = False
     """What it adds to linear layers is of low rank, ``total_rank``, and it gives the matrices."""
     exports_to_peft: ClassVar[bool] = False

@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from transformers import PreTrainedModel
 
-from steerlora.config import LoggerConfig
+from steerlora.config import Config, LoggerConfig
 from steerlora.data.batches import evenly_spaced
 from steerlora.data.chat import EncodedChat, encode_chats
 from steerlora.data.cuts import warn_of_cuts
@@ -55,6 +55,17 @@ BASE = "model"
 """Folder of the base artifact that holds the Hugging Face files."""
 POINTER = "base.json"
 """File of the base artifact that says where a base model of the user's lies."""
+
+
+SEEDS = {"base": "model.seed", "sae": "sae.seed", "adapter": "seed"}
+"""{part of a replicate: the key of its seed}."""
+
+
+def replicate(config: Config, seed: int) -> list[str]:
+    """Overrides that make anew what a replicate of an experiment about a stage has of its own."""
+    given = {"base": config.model.path, "sae": config.sae.path}
+    parts = [part for part in config.study.vary if not given.get(part)]
+    return [f"{SEEDS[part]}={seed}" for part in parts]
 
 
 class BasePlace(NamedTuple):

@@ -29,14 +29,12 @@ from steerlora.reporting.splicing.report import write_splicing
 from steerlora.saes.config import SAEConfig
 from steerlora.saes.saelens import load_sae
 from steerlora.stages import adapter_training, base, sae_training
-from steerlora.stages.common import WHERE, load_base, other_general_text, run_log
+from steerlora.stages.common import WHERE, load_base, other_general_text, replicate, run_log
 from steerlora.stages.splicing_measures import Measurement, running
 from steerlora.training.language import Text
 
 RESULT = "splicing.json"
 BATCH_SIZE = 32
-SEEDS = {"base": "model.seed", "sae": "sae.seed", "adapter": "seed"}
-"""{part of a replicate: the key of its seed}."""
 DEFAULTS = {"rows": 256, "adapters": {}, "saes": {}, "references": {}, "tasks": [], "scored": []}
 
 
@@ -74,16 +72,9 @@ def steps(config: Config, variant: Callable[..., Config]) -> tuple[Step, ...]:
     for seed in config.study.seeds:
         for kind in ("saes", "adapters"):
             for name, overrides in given[kind].items():
-                own = variant(*overrides, *_replicate(config, seed))
+                own = variant(*overrides, *replicate(config, seed))
                 found.append(_step(own, given, name, trained=kind == "adapters"))
     return tuple(found)
-
-
-def _replicate(config: Config, seed: int) -> list[str]:
-    """Overrides that make anew what a replicate has of its own."""
-    given = {"base": config.model.path, "sae": config.sae.path}
-    parts = [part for part in config.study.vary if not given.get(part)]
-    return [f"{SEEDS[part]}={seed}" for part in parts]
 
 
 def _checked(config: Config) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 
 from steerlora.cli import compose
 from steerlora.config import EvaluationConfig
+from steerlora.data.concept_rows import concept_files, read_concepts
 from steerlora.errors import UserError
 from steerlora.evaluation import registered
 from steerlora.evaluation.local_rows import LocalRows, digest
@@ -206,3 +207,18 @@ def test_all_rows_of_real_benchmarks_can_be_scored():
     folder = real_benchmarks()
     for task in TASKS:
         assert load(task, folder, limit=20).tasks
+
+
+def test_the_real_tables_of_concepts_can_be_read():
+    folder = real_benchmarks()
+    try:
+        files = concept_files(folder)["axbench_concept10"]
+    except (KeyError, UserError):
+        pytest.skip("the folder has no axbench_concept10_train.jsonl and _test.jsonl")
+    text = read_concepts("axbench_concept10", files)
+    assert list(text.concepts) == list(range(10))
+    for concept in text.concepts:
+        assert [len(rows) for rows in text.training(concept)] == [72, 72]
+        positive, others = text.testing(concept)
+        assert len(positive) == 36
+        assert len(others) >= 36

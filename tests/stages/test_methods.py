@@ -29,8 +29,9 @@ from steerlora.stages import (
 from steerlora.stages.common import load_base
 from steerlora.stages.sequence_state import SequenceState
 
-OTHERS = ("base", "stan")
-"""What they do is tested in tests/methods/test_base_alone.py and tests/stages/test_stan.py."""
+OTHERS = ("base", "stan", "sae_steering", "steering_vector")
+"""What they do is tested in tests/methods/test_base_alone.py, tests/stages/test_stan.py and
+tests/stages/test_steering.py."""
 METHODS = [
     name
     for name in sections.groups()["method"]

@@ -32,6 +32,10 @@ class Steering(Method):
 
     Parameter names: ``strengths`` [J] of latents; ``vector`` [D], zero at first.
 
+    Attributes:
+        factors: [B], by which the strengths are multiplied in each row of the forwards that follow,
+            so that several strengths are tried in one batch; None: by 1.
+
     Raises:
         ValueError: as a `Method`; a latent that the SAE lacks; an SAE that writes another stream
             than it reads.
@@ -44,6 +48,7 @@ class Steering(Method):
         saes: Mapping[int, SparseAutoencoder] | None = None,
     ) -> None:
         super().__init__(config, model, saes)
+        self.factors: Tensor | None = None
         (self.site,) = config.sites
         if not config.reads_features:
             self.vector = nn.Parameter(torch.zeros(decoder_of(model).config.hidden_size))
@@ -73,16 +78,20 @@ class Steering(Method):
         where = self.forward_state.signal_tokens(stream, self.signal_tokens)
         if not where.any():
             return stream
-        added = self._added(stream[where]).to(stream)
-        return stream.index_put(where.nonzero(as_tuple=True), added, accumulate=True)
+        row, place = where.nonzero(as_tuple=True)
+        factor = stream.new_ones(1) if self.factors is None else self.factors.to(stream)[row]
+        added = self._added(stream[row, place], factor[:, None]).to(stream)
+        return stream.index_put((row, place), added, accumulate=True)
 
-    def _added(self, x: Tensor) -> Tensor:
-        """What is added to tokens, [T, D] -> [T, D]."""
+    def _added(self, x: Tensor, factor: Tensor) -> Tensor:
+        """What is added to tokens, [T, D] and [T or 1, 1] -> [T, D]."""
         if not self.config.reads_features:
-            return (self.config.strengths[0] * self.vector).expand_as(x)
+            return (factor * self.config.strengths[0] * self.vector.to(x)).expand_as(x)
         sae = self.saes[self.site]
-        strengths, latents = (own.to(sae.W_dec.device) for own in (self.strengths, self.latents))
-        return push(sae, x.to(sae.W_dec.device), latents, strengths, self.config.how)
+        x, factor, strengths, latents = (
+            own.to(sae.W_dec.device) for own in (x, factor, self.strengths, self.latents)
+        )
+        return push(sae, x, latents, factor * strengths, self.config.how)
 
     def _load_from_state_dict(
         self, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]

@@ -127,6 +127,23 @@ def test_generation_is_the_same_in_any_company(along, make_model, make_steered):
             assert torch.equal(row, alone[number])
 
 
+@pytest.mark.parametrize("along", ALONG)
+def test_rows_may_be_pushed_unlike_far(along, make_model, make_steered, text):
+    model = make_model(torch.float64)
+    method = make_steered(model, along)
+    method.factors = torch.tensor([0.5, 1.0, 3.0])
+    together = model(**text).logits
+    method.factors = None
+    for row, factor in enumerate((0.5, 1.0, 3.0)):
+        own = make_model(torch.float64)
+        strengths = [factor * strength for strength in ALONG[along]["strengths"]]
+        make_steered(own, along, strengths=strengths)
+        real = text["attention_mask"][row].bool()
+        expected = own(**{name: given[row : row + 1] for name, given in text.items()}).logits[0]
+        torch.testing.assert_close(together[row][real], expected[real], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model(**text).logits[1], together[1])
+
+
 def test_a_model_of_half_precision_keeps_its_type(make_model, make_steered, text):
     model = make_model(torch.bfloat16)
     make_steered(model, "set")

@@ -1,0 +1,1 @@
+"""The report on concepts that are steered."""
