@@ -65,7 +65,8 @@ class SAEConfig(Section, key="sae"):
     """Text to harvest beside the domains' rows, which then give about half of the tokens: a file of
     rows with ``text`` (.jsonl, .jsonl.gz), a plain text file, a folder of such files, or a dataset
     of the hub with a column ``text`` (``owner/name``, ``owner/name@revision``; its split "train").
-    It is read from its beginning, in windows of ``trainer.max_length`` tokens. Null: none."""
+    It is read from its beginning, in windows of ``trainer.max_length`` tokens; end-to-end training
+    learns from it likewise. Null: none."""
     stream: bool = False
     """Train on activations as the model computes them, beside it on its device, and store none:
     ``max_tokens`` does not count, and the text is read as often as the steps need. SAEs that one

@@ -20,16 +20,24 @@ from steerlora.saes.end_to_end.training import EndToEndModule
 from steerlora.saes.saelens import load_sae
 from steerlora.saes.training import course, start_on
 from steerlora.stages.common import sae_rows
+from steerlora.stages.sae_text import SAEText
 
 _UNIT = 1e-3
 """By how much the norms of rows may differ from 1 that are held there."""
 
 
 def text_batches(
-    config: SAEConfig, source: Artifact, domains: tuple[str, ...], tokenizer, max_length: int
+    config: SAEConfig,
+    source: Artifact,
+    domains: tuple[str, ...],
+    corpus: str | None,
+    tokenizer,
+    max_length: int,
 ) -> ChatBatches:
-    """What an SAE learns from, in batches."""
+    """What an SAE learns from, in batches: the domains' rows, and windows of a corpus."""
     rows = sae_rows(source, domains, tokenizer, max_length)
+    text = SAEText(rows, corpus, tokenizer, max_length, config.seed)
+    rows = text.drawn(config.end_to_end.steps * config.end_to_end.batch_size)
     return ChatBatches(
         rows,
         [-1] * len(rows),

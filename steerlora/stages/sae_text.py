@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, count, islice
+from itertools import accumulate, count, cycle, islice
 
 import torch
 from torch import Tensor
@@ -89,6 +89,22 @@ class SAEText:
                 yield batch.input_ids, batch.attention_mask
                 ahead -= batch.tokens
                 step += 1
+
+    def drawn(self, number: int) -> list[EncodedChat]:
+        """So many rows for a training on whole texts. With a corpus, windows from its beginning
+        give about half of their tokens; what is too short is taken again."""
+        if self.corpus is None:
+            return self.rows
+        per_row = sum(len(row.input_ids) for row in self.rows) / len(self.rows)
+        share = per_row / (per_row + self.max_length)
+        asked = max(1, round(number * share))
+        windows = [
+            EncodedChat(ids[real.bool()].tolist(), 0)
+            for batch in islice(self._windows(self.corpus), -(-asked // HARVEST_ROWS))
+            for ids, real in zip(*batch, strict=True)
+        ]
+        rows = islice(cycle(self.rows), max(1, number - asked))
+        return [*islice(cycle(windows), asked), *rows]
 
     def _windows(self, corpus: str) -> Iterator[tuple[Tensor, Tensor]]:
         return windows(corpus, self.tokenizer, self.max_length, HARVEST_ROWS)

@@ -66,9 +66,9 @@ _log = logging.getLogger(__name__)
 class SAESettings:
     """Attributes: site: the layer whose incoming stream it reads, the number of layers for the
     stream that leaves the last; domains: whose text the activations are of, or the training end to
-    end; corpus: text beside it where activations are streamed; max_length: of a row; identity: of
-    the files behind ``sae.path``, empty where none are given; spread: the base over all GPUs, when
-    quality is measured or activations are streamed."""
+    end; corpus: text beside it where activations are streamed or training is end to end;
+    max_length: of a row; identity: of the files behind ``sae.path``, empty where none are given;
+    spread: the base over all GPUs, when quality is measured or activations are streamed."""
 
     sae: SAEConfig
     site: int
@@ -139,7 +139,7 @@ def _step(config: Config, sae: SAEConfig, site: int) -> Step:
         sae=sae,
         site=site,
         domains=tuple(config.domains.names),
-        corpus=Corpus.of(config) if trained and sae.stream else Corpus(),
+        corpus=Corpus.of(config) if own.steps or (trained and sae.stream) else Corpus(),
         max_length=config.trainer.max_length,
         identity=identity_of_saes(config, sae.path, site),
         spread=config.evaluation.spread,
@@ -281,7 +281,12 @@ def _train_end_to_end(
     own, start = settings.sae.end_to_end, context.inputs.get("sae")
     sae = starting_sae(settings.sae, start and start / FOLDER, model.config.hidden_size)
     batches = text_batches(
-        settings.sae, context.inputs["domains"], settings.domains, tokenizer, settings.max_length
+        settings.sae,
+        context.inputs["domains"],
+        settings.domains,
+        settings.corpus.path,
+        tokenizer,
+        settings.max_length,
     )
     replaced = signal_tokens_of(tokenizer)
     module = end_to_end_module(settings.sae, sae, model, settings.site, batches, replaced)

@@ -10,6 +10,7 @@ from helpers.experiments import TINY
 
 from steerlora.cli import compose
 from steerlora.config import Config
+from steerlora.data.chat import EncodedChat
 from steerlora.engine.artifacts import Artifact, ArtifactStore
 from steerlora.engine.run import run
 from steerlora.engine.steps import STAGES
@@ -17,6 +18,7 @@ from steerlora.errors import UserError
 from steerlora.saes.relu import ReLU
 from steerlora.saes.saelens import load_sae, save_sae
 from steerlora.stages import features, sae_training
+from steerlora.stages.sae_text import SAEText
 
 FINE_TUNED = "sae.end_to_end.steps=30"
 LEARNT = ("model.steps=30", "domains.pretrain_items=400", "sae.steps=60", "sae.max_tokens=3000")
@@ -97,6 +99,35 @@ def test_what_every_training_of_an_sae_follows_counts_end_to_end(option, build):
     new = (FINE_TUNED, "sae.end_to_end.start=new")
     plain, other = (build(*new, *more) for more in ([], [f"sae.{option}"]))
     assert plain.manifest["summary"]["fingerprint"] != other.manifest["summary"]["fingerprint"]
+
+
+def test_a_corpus_is_learnt_from_beside_the_rows(build, tmp_path):
+    text = tmp_path / "corpus.txt"
+    text.write_text("jonas signs the contract about copper in arvik .\n" * 300)
+    options = ("sae.end_to_end.steps=4", "sae.end_to_end.start=new")
+    plain, mixed = (build(*options, *more) for more in ((), (f"sae.corpus={text}",)))
+    assert plain.fingerprint != mixed.fingerprint
+    names = [one.manifest["summary"]["fingerprint"] for one in (plain, mixed)]
+    assert names[0] != names[1]
+    text.write_text("jonas signs the contract about tin in arvik .\n" * 300)
+    (step,) = sae_training.steps(config_of(*options, f"sae.corpus={text}"))
+    assert step.fingerprint != mixed.fingerprint
+
+
+@pytest.mark.parametrize("sentences", [3, 300])
+def test_windows_of_a_corpus_have_half_of_the_tokens(sentences, make_tokenizer, tmp_path):
+    """However short it is: then it is read again."""
+    text = tmp_path / "corpus.txt"
+    text.write_text("jonas signs the contract about copper in arvik .\n" * sentences)
+    tokenizer, length = make_tokenizer(), 12
+    rows = [EncodedChat([number] * (3 + number % 5), 1) for number in range(1, 11)]
+    found = SAEText(rows, str(text), tokenizer, length, 0).drawn(200)
+    assert len(found) == 200
+    own = [row for row in found if row in rows]
+    assert all(own.count(row) - len(own) // len(rows) in (0, 1) for row in rows)
+    windows = [row for row in found if row not in rows]
+    half = sum(len(row.input_ids) for row in windows) / sum(len(row.input_ids) for row in found)
+    assert abs(half - 0.5) < 0.05
 
 
 def test_features_are_those_of_the_fine_tuned_sae():
