@@ -17,10 +17,15 @@ from steerlora.saes.places import Format, Opened, Stored
 from steerlora.saes.weights import assembled, read_tensors
 
 CANONICAL = {
-    # sae-lens 6.54, pretrained_saes.yaml, release gemma-scope-2b-pt-res-canonical, width_16k.
+    # sae-lens 6.54, pretrained_saes.yaml, releases gemma-scope-{2b,9b}-pt-res-canonical, width_16k.
     "google/gemma-scope-2b-pt-res": (
         *(105, 102, 141, 59, 124, 68, 70, 69, 71, 73, 77, 80, 82),
         *(84, 84, 78, 78, 77, 74, 73, 71, 70, 72, 75, 73, 116),
+    ),
+    "google/gemma-scope-9b-pt-res": (
+        *(129, 69, 67, 90, 91, 77, 93, 92, 99, 100, 113, 118, 130, 132),
+        *(67, 131, 75, 73, 71, 132, 68, 129, 123, 120, 114, 114, 116, 118),
+        *(119, 119, 120, 114, 111, 114, 114, 120, 120, 124, 128, 131, 125, 113),
     ),
 }
 """{repository: the L0 in the folder's name of every layer's SAE that is taken for the repository

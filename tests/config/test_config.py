@@ -388,7 +388,9 @@ def test_a_mappings_keys_are_the_users():
 def test_the_sae_of_a_model_yields_to_the_command_line():
     scope = "Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50"
     assert compose.load(["model=qwen3_8b"]).sae.path == scope
-    assert compose.load(["model=gemma2_2b"]).sae.path == "google/gemma-scope-2b-pt-res"
+    for size in ("2b", "9b"):
+        own = compose.load([f"model=gemma2_{size}"]).sae.path
+        assert own == f"google/gemma-scope-{size}-pt-res"
     assert compose.load(["model=qwen3_8b", "model.sae_path=null"]).sae.path is None
     assert compose.load(["model=qwen3_4b", "sae.path=mine"]).sae.path == "mine"
 

@@ -248,6 +248,8 @@ def test_what_is_on_the_hub_has_no_files_here():
 def test_what_is_to_be_fetched_is_known_of_published_saes():
     files = ("layer_8/width_16k/average_l0_71/params.npz",)
     assert hub_files(GEMMA, [9]) == (GEMMA, files)
+    larger = "google/gemma-scope-9b-pt-res"
+    assert hub_files(larger, [15]) == (larger, ("layer_14/width_16k/average_l0_67/params.npz",))
     assert hub_files(QWEN, [13, 3]) == (QWEN, ("layer2.sae.pt", "layer12.sae.pt"))
     assert hub_files("some/saes/layers.3", [4]) == ("some/saes", ("layers.3/*",))
     assert hub_files("some/saes", [4]) == ("some/saes", ("*",))

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
+from helpers.sae_files import WIDTH, gemma_scope
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from steerlora.__main__ import main
+from steerlora.cli import compose
+from steerlora.engine.artifacts import ArtifactStore
+from steerlora.engine.run import run
 from steerlora.evaluation.records import Evaluation, read_record
 from steerlora.lm.pretrained import open_model, shape_of
 from steerlora.methods.saving import load_adapter
+from steerlora.saes import places
+from steerlora.saes.formats import hub_files, open_sae
+from steerlora.saes.saelens import load_sae, sae_fingerprint
+from steerlora.stages import sae_training
 
 TINY = (
     "stage=evaluate",
@@ -31,15 +42,12 @@ TINY = (
 )
 
 
-def test_a_gemma_of_the_user_s_is_adapted_and_scored(make_tokenizer, tmp_path):
-    folder, root = tmp_path / "gemma", tmp_path / "artifacts"
-    tokenizer = make_tokenizer("plain", eos="<eos>")
+def gemma(folder: Path, tokenizer, **changes: int) -> list[str]:
+    """A random Gemma 2 in a folder; the overrides that say its shape."""
     config = Gemma2Config(
+        **{"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4} | changes,
         vocab_size=len(tokenizer),
-        hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
         sliding_window=16,
@@ -50,8 +58,13 @@ def test_a_gemma_of_the_user_s_is_adapted_and_scored(make_tokenizer, tmp_path):
     torch.manual_seed(0)
     Gemma2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    shape = [f"model.{key}={value}" for key, value in shape_of(config).items()]
-    main([*TINY, *shape, "model.name=mine", f"model.path={folder}", f"artifacts.root={root}"])
+    return [f"model.path={folder}", *(f"model.{k}={v}" for k, v in shape_of(config).items())]
+
+
+def test_a_gemma_of_the_user_s_is_adapted_and_scored(make_tokenizer, tmp_path):
+    folder, root = tmp_path / "gemma", tmp_path / "artifacts"
+    shape = gemma(folder, make_tokenizer("plain", eos="<eos>"))
+    main([*TINY, *shape, "model.name=mine", f"artifacts.root={root}"])
     scores = read_record(next((root / "evaluate").glob("*/scores.json")), Evaluation)
     assert scores.model == "mine"
     assert set(scores.tasks) == {"micro_law", "micro_mmlu"}
@@ -62,3 +75,32 @@ def test_a_gemma_of_the_user_s_is_adapted_and_scored(make_tokenizer, tmp_path):
     )
     assert len(adapter.layers) == 2 * 7
     assert any(layer.B.abs().sum() > 0 for layer in adapter.layers.values())
+
+
+@pytest.mark.parametrize("size", ["2b", "9b"])
+def test_gemma_scope_s_sae_serves_gemma_by_itself(size, make_tokenizer, tmp_path, monkeypatch):
+    """Of as many layers as it has, at its own site, from the repository that its option names; but
+    narrow."""
+    option, scope = compose.load([f"model=gemma2_{size}"]), tmp_path / "scope"
+    (site,), layers = option.method.sites, option.model.layers
+    _, (file,) = hub_files(option.sae.path, [site])
+    gemma_scope(file).save(scope)
+    asked = []
+
+    def fetch(hub_id: str, name: str) -> str:
+        asked.append((hub_id, name))
+        return str(scope / name)
+
+    monkeypatch.setattr(places, "hf_hub_download", fetch)
+    tokenizer = make_tokenizer("plain", eos="<eos>")
+    narrow = {"hidden_size": WIDTH, "num_attention_heads": 2, "num_hidden_layers": layers}
+    shape = gemma(tmp_path / "gemma", tokenizer, **narrow)
+    own = [change for change in TINY if "method.sites" not in change]
+    steps = sae_training.steps(
+        compose.load([*own, "method.rank=4", f"model=gemma2_{size}", *shape])
+    )
+    built = run(steps, ArtifactStore(tmp_path / "artifacts"))[steps[0]]
+    assert set(asked) == {(f"google/gemma-scope-{size}-pt-res", file)}
+    found, given = load_sae(built / "sae"), open_sae(str(scope), site).sae
+    assert (found.architecture, sae_fingerprint(found)) == ("jumprelu", sae_fingerprint(given))
+    assert built.json("quality.json")["l0"] > 0
