@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 
 import pytest
 
+from steerlora.data.domains.micro import words
 from steerlora.engine.artifacts import ArtifactStore
 from steerlora.engine.run import run
 from steerlora.errors import UserError
@@ -66,6 +68,33 @@ def test_given_text_is_told_apart_and_its_sources_too(smoke, store, folder):
     assert set(pair["trained"]) <= {
         f"scr_{kind}_threshold_{count}" for kind in ("dir1", "dir2", "metric") for count in COUNTS
     }
+
+
+def test_an_attribute_is_removed_from_text_of_two(smoke, store, tmp_path):
+    """Sentences of two domains of the micro world, each about a plant or a metal: a probe that
+    learnt domain and matter as one pays for it, so that there is something to regain."""
+    chance = random.Random(0)
+    for domain in ("medicine", "law"):
+        for part, count in (("train", 60), ("test", 30)):
+            rows = []
+            for label, matters in (("plant", words.PLANTS), ("metal", words.METALS)) * count:
+                matter, town = chance.choice(matters), chance.choice(words.TOWNS)
+                about = [one for one in words.CONTEXTS[domain] if "{thing}" in one]
+                filled = {"thing": matter, "town": town, "person": chance.choice(words.PEOPLE)}
+                filled |= {"key": chance.choice(words.KEYS[domain])}
+                rows.append({"text": chance.choice(about).format(**filled), "label": label})
+            file = tmp_path / f"{domain}_{part}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = probed(smoke, store, f"stage.settings.text={tmp_path}").json("probing.json")
+    found = {one["name"]: one for one in scored}
+    assert found["law"]["classes"] == ["metal", "plant"]
+    assert found["law"]["trained"]["llm_test_accuracy"] > 0.9
+    (pair,) = (one for name, one in found.items() if "+" in name)
+    latents = smoke.config().sae.latents
+    expected = {f"scr_metric_threshold_{count}" for count in COUNTS if count < latents}
+    for scores in (pair["trained"], pair["untrained"]):
+        assert expected <= set(scores)
+        assert all(score <= 1.5 for score in scores.values())
 
 
 COUNTS = (2, 5, 10, 20, 50, 100, 500)
