@@ -85,6 +85,16 @@ class Health(Protocol):
         """{site: {statistic: value}}, plain numbers for JSON."""
 
 
+class DomainRouter(Protocol):
+    """Tells domains apart by the signals of their texts, fitted to one domain after the other."""
+
+    def fit(self, specialist: int, signals: Tensor) -> None:
+        """Take a domain's signals [texts, width]; its number is that of its specialist."""
+
+    def nearness(self, signals: Tensor) -> Tensor:
+        """As :meth:`Method.nearness`, of signals [texts, width]."""
+
+
 class Method(nn.Module):
     """What trains: parameters and buffers beside a frozen model, and how they change its forwards.
 

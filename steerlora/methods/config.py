@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from steerlora.config import Config
-    from steerlora.methods.base import Learner, Method, Sources
+    from steerlora.methods.base import DomainRouter, Learner, Method, Sources
 
 METHODS: Registry[type[MethodConfig]] = Registry(
     "method.kind", "steerlora.methods.*.config", "steerlora.methods.*"
@@ -212,6 +212,16 @@ class MethodConfig(Section, key="method"):
 
         Raises:
             ValueError: it does not fit the model.
+        """
+        raise NotImplementedError
+
+    def domain_router(self, width: int, domains: int, seed: int) -> DomainRouter:
+        """Its rule to tell domains apart, where ``tells_domains``, fitted to none yet.
+
+        Args:
+            width: of the signal.
+            domains: that it can be fitted to.
+            seed: of what the rule draws.
         """
         raise NotImplementedError
 

@@ -26,14 +26,14 @@ from steerlora.saes.config import SAES
 OPTIONS = {
     "domains": 4,
     "evaluation": 4,
-    "experiment": 17,
+    "experiment": 18,
     "intervention": 10,
     "logger": 2,
     "method": 38,
     "model": 17,
     "order": 6,
     "sae": 8,
-    "stage": 25,
+    "stage": 26,
     "trainer": 6,
 }
 """How many options each group ships."""

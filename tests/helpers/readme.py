@@ -103,6 +103,10 @@ def shrunk(command: str, text_folder: Path, root: Path, pretrained: Path) -> lis
         own = {"layers": "[2]", "ranks": "[2,4]", "controls": "[2]", "tokens": 200}
         own |= {"held_out": 100, "steps": 2, "batch_size": 32}
         tiny |= {f"study.settings.{key}": value for key, value in own.items()}
+    if "experiment=routing_signals" in words:
+        own = {"domains": 2, "rows": 8, "test_rows": 4, "levels.domains": "[2,3]"}
+        own |= {"levels.rows": "[4,8]", "levels.tokens": "[1,2]", "levels.noise": "[0,0.5]"}
+        tiny |= {f"study.settings.{key}": value for key, value in own.items()}
     if "experiment=stan" in words:
         tiny |= {f"study.{those}methods": "[lora,stan]" for those in ("", "sequential_")}
         tiny |= {"study.settings.rows": 6}

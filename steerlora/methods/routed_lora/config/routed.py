@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Interval
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from steerlora.config import Config
-    from steerlora.methods.base import Method, Sources
+    from steerlora.methods.base import DomainRouter, Method, Sources
     from steerlora.methods.routed_lora.learning import RoutedLoRALearner
 
 SIGNALS = ("none", "dense", "sae")
@@ -382,6 +382,15 @@ class RoutedLoRAConfig(MethodConfig):
         from steerlora.methods.routed_lora.adapter import Adapter
 
         return Adapter.of(model, self, sources, seed)
+
+    def domain_router(self, width: int, domains: int, seed: int) -> DomainRouter:
+        import torch
+
+        from steerlora.methods.routed_lora.routing import ROUTERS
+
+        drawn = torch.Generator().manual_seed(seed)
+        config = replace(self, specialists=domains, top_k=1, active=None)
+        return ROUTERS[self.router](width, config, 1, drawn)
 
     def learner(self, method: Method, **settings: Any) -> RoutedLoRALearner:
         from steerlora.methods.routed_lora.learning import RoutedLoRALearner
