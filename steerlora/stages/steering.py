@@ -137,6 +137,7 @@ def steps(config: Config, variant: Callable[..., Config]) -> tuple[Step, ...]:
 
 def _checked(config: Config) -> dict[str, Any]:
     given = DEFAULTS | {"ways": list(WAYS)} | config.stage.settings
+    given["saes"] = given["saes"] or {}  # null takes an experiment's away
     if unknown := sorted(set(given) - set(DEFAULTS)):
         raise UserError(
             f"stage.settings.{unknown[0]}: stage=steering has {', '.join(DEFAULTS)} alone"
@@ -282,7 +283,15 @@ class _Bench:
         rows = encode_chats(self.tokenizer, [exchange(text, ".") for text in first], MAX_LENGTH)
         score = partial(output_scores, self.model, self.site, directions, PUSH * peak)
         found = [score(row.input_ids[: row.response_start]) for row in rows]
-        return torch.stack(found).mean(0) >= self.settings.least_output_score
+        mean, least = torch.stack(found).mean(0), self.settings.least_output_score
+        fired = self.data.scores[name].frequency[self.data.choosing].any(0)
+        if not (mean[fired] >= least).any():
+            raise UserError(
+                f"no latent that fires has an output score of {least}, the largest is "
+                f"{float(mean[fired].max()):.1g}: train the base and its SAE for longer, or set "
+                "stage.settings.least_output_score (of an experiment, study.settings.)"
+            )
+        return mean >= least
 
     # What steers, for each concept
 
@@ -340,6 +349,11 @@ class _Bench:
         return streams.directions(
             self.data, SAE, lambda label: torch.randn(width, generator=generator)
         )
+
+    def unsteered(self) -> list[Aim]:
+        """What the base writes by itself."""
+        nowhere = torch.zeros(self.saes[SAE].width)
+        return [Aim(None, None, vector=nowhere)] * len(self.settings.concepts)
 
     def learnt(self) -> list[Aim]:
         """Nothing in the stream of a site: a method is trained for each concept."""
@@ -457,6 +471,7 @@ WAYS: dict[str, Callable[[_Bench], list[Aim]]] = {
     "random_direction": _Bench.random_direction,
     "untrained_sae": _Bench.untrained,
     "permuted_labels": _Bench.permuted,
+    "unsteered": _Bench.unsteered,
 }
 """What a concept may be steered by."""
 

@@ -111,7 +111,8 @@ def shrunk(command: str, text_folder: Path, root: Path, pretrained: Path) -> lis
         tiny |= {f"study.{those}methods": "[lora,stan]" for those in ("", "sequential_")}
         tiny |= {"study.settings.rows": 6}
     if "experiment=steering" in words:
-        own = {"ways": "[latents,probe]", "texts": 12, "support": 12, "prompts": 4, "saes": "{}"}
+        own = {"ways": "[latents,probe]", "texts": 12, "support": 12, "prompts": 4, "saes": "null"}
+        own |= {"least_output_score": 0}  # a base of no training says nothing
         tiny |= {f"study.settings.{key}": value for key, value in own.items()}
     if "experiment=smoke" in words:
         tiny = {"artifacts.root": root, "results.dir": root / "results", "logger": "none"}

@@ -72,6 +72,8 @@ def test_every_way_gives_a_record(found):
             assert {len(own) for own in one.grades.values()} == {2}
             assert 0 <= record.score <= 2
     assert records["lora"].concepts[0].auroc is None
+    assert {one.factor for one in records["unsteered"].concepts} <= {0.5, 2}
+    assert records["unsteered"].concepts[0].f1 is None
     assert records["interpretable"].l0 > records["l0_2"].l0
     assert records["probe"].l0 is None
     latents = [
@@ -156,6 +158,12 @@ def test_bad_input_is_one_line(changes, says):
     with pytest.raises(UserError, match=says) as caught:
         steps_of(*changes)
     assert "\n" not in str(caught.value)
+
+
+def test_a_base_whose_latents_say_nothing_is_said(store):
+    (step,) = steps_of("+stage.settings.ways=[latents]", "stage.settings.least_output_score=0.9")
+    with pytest.raises(UserError, match=r"no latent that fires has an output score of 0.9, the"):
+        run([step], store, progress=SilentProgress())
 
 
 def test_how_a_rival_is_trained_counts_for_it_alone():

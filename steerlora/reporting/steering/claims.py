@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from steerlora.evaluation.statistics import Interval
-from steerlora.reporting.claims import Claim, without_verdicts
+from steerlora.reporting.claims import Claim, judged_claim, without_verdicts
 from steerlora.reporting.effects import Measure
 from steerlora.reporting.steering.study import Study
 from steerlora.reporting.tables import interval_text, number
-from steerlora.reporting.verdicts import LEAST_SHARE, judge
+from steerlora.reporting.verdicts import LEAST_SHARE
 
 CLOSE = 0.9
 """Share of LoRA's score that counts as close to it."""
@@ -58,7 +57,7 @@ def steering_claims(study: Study, *, meaningful: bool = True) -> tuple[Claim, ..
             "close is from 0 on.",
             paper=f"close to on par; LoRA {LORA} (Gemma-2-9B, layer 20)",
             counts=0.0,
-            note=_scores(study, "latents", "lora"),
+            note=_scores(study, "latents", "lora", "unsteered"),
         ),
         _claim(
             "V2",
@@ -114,7 +113,6 @@ def steering_claims(study: Study, *, meaningful: bool = True) -> tuple[Claim, ..
             paper="1.072 (Gemma-2-9B, layer 31)",
         ),
     )
-    claims = tuple(replace(claim, rule=RULE) for claim in claims)
     return claims if meaningful else without_verdicts(claims)
 
 
@@ -147,25 +145,21 @@ def _claim(
         smallest: the effect that the paper's figures imply.
         counts: an effect counts from here on; None: from `LEAST_SHARE` of ``smallest``.
     """
-    known = tuple(one for one in measures if one is not None)
     shift = 0.0 if counts is None else LEAST_SHARE * smallest - counts
-    return Claim(
-        id=id,
-        text=text,
-        paper=paper,
-        low=None,
-        high=None,
+    known = [one for one in measures if one is not None]
+    return judged_claim(
+        id,
+        text,
+        paper,
+        definition,
+        measures,
         unit="score",
-        definition=definition,
+        smallest=smallest,
+        direction=[_shifted(one.interval, shift) for one in known],
+        whole=len(known) == len(measures),
         counts_from=number(LEAST_SHARE * smallest - shift, 3, sign=True),
-        measures=known,
-        judged=judge(
-            [_shifted(one.interval, shift) for one in known],
-            smallest=smallest,
-            agrees=False,
-            whole=len(known) == len(measures),
-        ),
         note=note,
+        rule=RULE,
     )
 
 
