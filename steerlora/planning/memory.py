@@ -71,6 +71,16 @@ def sae_training(config: Config, trials: Trials) -> Memory:
     return _highest(config, on_rank, beside, step)
 
 
+def end_to_end(config: Config, trials: Trials, sites: tuple[int, ...]) -> Memory:
+    """Of a step of one SAE's training in the place of its stream, on one rank: the SAE in float32
+    beside the frozen base, which runs on from the lowest of these sites."""
+    ranks, trainer = config.plan.gpus, replace(config.trainer, precision="32-true")
+    on_rank = held(trainer, ranks, {}, sizes(trials.new_sae().parameters()))
+    base = {BASE: sum(p.nbytes for p in trials.base.values())}
+    rows = math.ceil(config.sae.end_to_end.batch_size / ranks)
+    return _highest(config, on_rank, base, trials.end_to_end_step(min(sites), rows))
+
+
 def harvesting(config: Config, trials: Trials, sites: tuple[int, ...]) -> Memory:
     """Of a forward of the frozen base that stores the streams of these sites, in one process; its
     layers lie on all GPUs with ``evaluation.spread``, else on one."""

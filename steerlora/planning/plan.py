@@ -16,9 +16,11 @@ from steerlora.planning.sharding import FLOAT
 from steerlora.planning.trials import Trials
 from steerlora.planning.work import (
     ADAPTER,
+    END_TO_END,
     HARVEST,
     SAE,
     Work,
+    end_to_end_sites,
     harvested_sites,
     trained_sites,
     works,
@@ -110,6 +112,8 @@ def memories(config: Config, trials: Trials) -> Iterator[tuple[str, Memory]]:
         yield HARVEST, memory.harvesting(config, trials, sites)
     if trained_sites(config):
         yield SAE, memory.sae_training(config, trials)
+    if sites := end_to_end_sites(config):
+        yield END_TO_END, memory.end_to_end(config, trials, sites)
     yield ADAPTER, memory.method_training(config, trials)
 
 
@@ -139,6 +143,12 @@ def check_ranks(config: Config) -> None:
         raise UserError(
             f"sae.batch_size={config.sae.batch_size} does not divide over plan.gpus={ranks}: make "
             f"it a multiple of {ranks}"
+        )
+    rows = config.sae.end_to_end.batch_size
+    if end_to_end_sites(config) and rows % ranks:
+        raise UserError(
+            f"sae.end_to_end.batch_size={rows} does not divide over plan.gpus={ranks}: make it a "
+            f"multiple of {ranks}"
         )
 
 

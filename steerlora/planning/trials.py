@@ -25,6 +25,7 @@ from steerlora.data import harvest
 from steerlora.data.batches import ChatBatch
 from steerlora.errors import UserError
 from steerlora.lm.decoder import layers_of
+from steerlora.lm.signal_tokens import ALL_TOKENS
 from steerlora.methods.base import Task
 from steerlora.planning.building import base_model, batch_of, build_for_planning, training_batch
 from steerlora.planning.dry_run import DryRun, NoValues, running
@@ -32,6 +33,7 @@ from steerlora.planning.live import ACTIVATIONS, GRADIENTS, SPACE, LiveMemory, P
 from steerlora.planning.operations import Operations
 from steerlora.saes import sparse
 from steerlora.saes.base import SparseAutoencoder
+from steerlora.saes.end_to_end.training import EndToEndModule
 from steerlora.saes.training import SAEModule
 from steerlora.training.execution import LayerExecution
 
@@ -159,6 +161,18 @@ class Trials:
                 self._found[key] = _step(live, module, batch)
         return self._found[key]
 
+    def end_to_end_step(self, site: int, rows: int) -> Measured:
+        """A step of an SAE's training in the place of its stream, on so many rows."""
+        key = ("end to end", site, rows)
+        if key not in self._found:
+            sae, own = self.new_sae(), self.config.sae.end_to_end
+            with self._running(LiveMemory(self.config.model.vocabulary), FIXED) as live:
+                model = self._new_base()
+                settings = {"replaced": ALL_TOKENS, "mse_weight": own.mse_weight, "total_steps": 2}
+                module = EndToEndModule(sae, model, site, **settings)
+                self._found[key] = _step(live, module, batch_of(self.config, rows))
+        return self._found[key]
+
     def harvest(self, sites: tuple[int, ...], rows: int) -> Measured:
         """Two batches of so many rows, whose streams at the sites are stored."""
         key = ("harvest", *sites, rows)
@@ -189,10 +203,17 @@ class Trials:
         live.kind = kind
         live.peaks, live.ungraded = {}, {}
         block = sparse._ACCELERATOR_BLOCK if self.accelerator else sparse._CPU_BLOCK
-        with warnings.catch_warnings(), mock.patch.object(sparse, "_CPU_BLOCK", block):
+        assumed = {"_CPU_BLOCK": block, "_busiest": _busiest}
+        with warnings.catch_warnings(), mock.patch.multiple(sparse, **assumed):
             warnings.simplefilter("ignore")
             with running(self._dry_run), live:
                 yield live
+
+
+def _busiest(scores: Tensor, floor: float | Tensor) -> int:
+    """Latents of the token that has most of them, which no dry run knows: so many that with more
+    they would be worked out as dense."""
+    return max(1, int(sparse.DENSE_FROM * scores.shape[1]))
 
 
 class _Unwritten:

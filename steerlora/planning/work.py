@@ -12,7 +12,12 @@ from steerlora.lm.shapes import DecoderShape
 from steerlora.planning.trials import Trials, rows_at_once
 
 HARVEST, SAE, ADAPTER = "activation harvest", "SAE training", "adapter training"
+END_TO_END = "SAE training end to end"
 """Names of work whose memory is planned."""
+
+
+ROWS_COUNTED = 2
+"""Rows whose arithmetic is counted where a token's is the same however many there are."""
 
 
 class Work(NamedTuple):
@@ -40,11 +45,23 @@ class Work(NamedTuple):
 
 
 def trained_sites(config: Config) -> tuple[int, ...]:
-    """Streams whose SAEs are trained here: those of the control sites, where the method reads
-    features and none are given, and the one at which it is compared with the base."""
-    method = config.method
+    """Streams whose SAEs are trained here to reconstruct: those of the control sites, where the
+    method reads features and none are given, and the one at which it is compared with the base.
+    None where they are trained end to end from the start."""
+    method, end_to_end = config.method, config.sae.end_to_end
+    if end_to_end.steps and end_to_end.start == "new":
+        return ()
     own = method.streams if method.reads_features and config.sae.path is None else ()
     return tuple(dict.fromkeys([*own, *([method.monitor] if method.compares_with_base else [])]))
+
+
+def end_to_end_sites(config: Config) -> tuple[int, ...]:
+    """Streams whose SAEs are trained, or trained further, in the place of the stream."""
+    if not config.sae.end_to_end.steps:
+        return ()
+    method = config.method
+    own = [*method.streams] * method.reads_features
+    return tuple(dict.fromkeys([*own, *[method.monitor] * method.compares_with_base]))
 
 
 def harvested_sites(config: Config) -> tuple[int, ...]:
@@ -74,9 +91,18 @@ def works(config: Config, shape: DecoderShape, trials: Trials) -> tuple[Work, ..
         streamed = sae.steps_over(0) * sae.batch_size  # once for all sites
         found.append(Work(HARVEST, streamed if sae.stream else sae.tokens_to_harvest, each))
     if sites := trained_sites(config):
-        each = trials.new_sae().training_flops_per_token()
+        step = trials.sae_step(sae.batch_size)
+        # Where it is not known how many latents are active: as if all were.
+        each = trials.new_sae().training_flops_per_token() or step.single / sae.batch_size
         tokens = len(sites) * sae.steps_over(sae.tokens_to_harvest) * sae.batch_size
         found.append(Work(SAE, tokens, 0, 0, each))
+    if sites := end_to_end_sites(config):
+        own, steps = sae.end_to_end, [trials.end_to_end_step(s, ROWS_COUNTED) for s in sites]
+        counted = len(sites) * ROWS_COUNTED * config.trainer.max_length
+        half = sum(step.half for step in steps) / counted
+        single = sum(step.single for step in steps) / counted
+        tokens = len(sites) * own.steps * own.batch_size * row
+        found.append(Work(END_TO_END, tokens, half, 0, single))
     one = method_work(config, trials)
     domains = sequence_of(config.order, config.domains)
     sequence = len(domains) * config.order.steps_per_domain

@@ -129,6 +129,11 @@ def rows_dot_table(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     ).view(tokens, active)
 
 
+def _busiest(scores: Tensor, floor: float | Tensor) -> int:
+    """Entries above the floor in the row that has most of them; 1 at least."""
+    return max(1, int((scores > floor).sum(1).max())) if len(scores) else 1
+
+
 class _Encode(torch.autograd.Function):
     """ReLU of the selected entries of ``(x - shift) W + b``, a block of tokens at a time."""
 
@@ -150,7 +155,7 @@ class _Encode(torch.autograd.Function):
                     largest = largest.topk(budget, sorted=False).values
                     floor = torch.nextafter(largest.min(), largest.new_zeros(()))
             # Without a k every latent above the floor is kept, up to the block's busiest token.
-            width = k or (max(1, int((scores > floor).sum(1).max())) if len(scores) else 1)
+            width = k or _busiest(scores, floor)
             parts.append(top_k(scores, width))
             if extra_latents is not None:
                 extra = scores[:, extra_latents].topk(extra_k, dim=1, sorted=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from steerlora.config import Config
 from steerlora.data import harvest
 from steerlora.data.batches import ChatBatch
 from steerlora.engine.progress import SilentProgress
+from steerlora.lm.signal_tokens import ALL_TOKENS
 from steerlora.planning.building import (
     Built,
     base_model,
@@ -22,6 +24,7 @@ from steerlora.planning.building import (
     training_batch,
 )
 from steerlora.planning.live import LiveMemory
+from steerlora.saes.end_to_end.training import EndToEndModule
 from steerlora.saes.training import SAEModule
 from steerlora.stages.method_training import around
 from steerlora.training.loop import fit
@@ -120,18 +123,51 @@ def _base(config: Config) -> torch.nn.Module:
 
 
 @pytest.fixture
-def measured_sae_training(tmp_path: Path) -> Callable[[Config], int]:
-    """The peak of two steps of an SAE's training on random activations, in bytes."""
+def measured_sae_training(tmp_path: Path) -> Callable[..., int]:
+    """``measured_sae_training(config, far=True)``: the peak of two steps on random activations, in
+    bytes; one of them ``far`` from the others, which then has a large share of all latents."""
 
-    def measure(config: Config) -> int:
+    def measure(config: Config, far: bool = True) -> int:
         with Watched() as live:
             sae = config.sae.build(config.model.width)
-            batch = torch.randn(config.sae.batch_size, config.model.width)
+            streams = [2] if sae.span else []
+            batch = torch.randn(config.sae.batch_size, *streams, config.model.width)
+            batch[0] *= 100 if far else 1
+            sae.initialize_thresholds(batch)
+            live.most = 0
             fit(
                 SAEModule(sae, total_steps=STEPS),
                 lambda step: batch,
                 STEPS,
                 trainer=config.trainer,
+                checkpoints=tmp_path / "checkpoints",
+                progress=SilentProgress(),
+                description="",
+            )
+        return live.most
+
+    return measure
+
+
+@pytest.fixture
+def measured_end_to_end(tmp_path: Path) -> Callable[[Config, int], int]:
+    """``measured_end_to_end(config, site)``: the peak of two steps, in bytes."""
+
+    def measure(config: Config, site: int) -> int:
+        own = config.sae.end_to_end
+        with Watched() as live:
+            model, sae = _base(config), config.sae.build(config.model.width)
+            live.most = 0
+            settings = {"replaced": ALL_TOKENS, "mse_weight": own.mse_weight, "total_steps": STEPS}
+            batch = batch_of(config, own.batch_size)
+            batch.input_ids.random_(
+                config.model.vocabulary
+            )  # streams that are all alike have no FVU
+            fit(
+                EndToEndModule(sae, model, site, **settings),
+                _Same(batch),
+                STEPS,
+                trainer=replace(config.trainer, precision="32-true", accumulate=1),
                 checkpoints=tmp_path / "checkpoints",
                 progress=SilentProgress(),
                 description="",

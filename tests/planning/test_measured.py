@@ -13,15 +13,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from steerlora.cli import compose
 from steerlora.config import Config
 from steerlora.data.harvest import HARVEST_ROWS
+from steerlora.lm.shapes import model_shape
 from steerlora.methods.base import Method, Sources
 from steerlora.methods.config import MethodConfig
 from steerlora.planning import memory
+from steerlora.planning.operations import Operations
 from steerlora.planning.trials import Trials
+from steerlora.planning.work import SAE, end_to_end_sites, works
+from steerlora.saes.config import SAES
+from steerlora.saes.training import SAEModule
 
 TOLERANCE = 0.05
 """Of the plan, as a share of what was measured."""
@@ -133,6 +139,54 @@ def test_the_peak_of_sae_training_is_the_planned_one(changes, measured_sae_train
     config = compose.load([*SMALL, *changes.split()])
     plan = memory.sae_training(config, on_a_cpu(config))
     assert plan.total == pytest.approx(measured_sae_training(config), rel=TOLERANCE), plan
+
+
+SMALL_SAE = ("sae.latents=2048", "sae.batch_size=512")
+UNSURE = ("batch_topk", "matryoshka_batch_topk")
+"""Architectures whose memory follows the token that has most latents: as planned, a quarter."""
+
+
+@pytest.mark.parametrize("architecture", SAES)
+def test_so_is_that_of_every_architecture(architecture, measured_sae_training):
+    config = compose.load([*SMALL, f"sae={architecture}", *SMALL_SAE])
+    plan = memory.sae_training(config, on_a_cpu(config))
+    if architecture in UNSURE:
+        alike, far = (measured_sae_training(config, far) for far in (False, True))
+        assert alike < plan.total < far, plan
+    else:
+        found = measured_sae_training(config)
+        assert plan.total == pytest.approx(found, rel=TOLERANCE), plan
+
+
+@pytest.mark.parametrize("architecture", SAES)
+def test_the_arithmetic_of_an_sae_is_what_a_step_does(architecture):
+    config = compose.load([*SMALL, f"sae={architecture}", *SMALL_SAE])
+    trials, tokens = on_a_cpu(config), config.sae.batch_size
+    (work,) = (w for w in works(config, model_shape(config.model), trials) if w.name == SAE)
+    sae = config.sae.build(config.model.width)
+    batch = torch.randn(tokens, *[2] * bool(sae.span), config.model.width)
+    batch[0] *= 100
+    sae.initialize_thresholds(batch)
+    with Operations() as counted:
+        loss, _ = SAEModule(sae, total_steps=2).step(batch, 0, in_full=False)
+        loss.backward()
+    assert work.single == pytest.approx(counted.single / tokens, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "site"),
+    [
+        ("", 1),
+        ("sae=batch_topk sae.latents=1024", 3),
+        ("sae=skip_transcoder sae.end_to_end.mse_weight=0", 1),
+        ("trainer.precision=bf16-mixed model.width=256 model.heads=8", 1),
+    ],
+)
+def test_the_peak_of_training_end_to_end_is_the_planned_one(changes, site, measured_end_to_end):
+    own = ("sae.end_to_end.steps=9", f"method.sites=[{site}]", "sae.end_to_end.batch_size=8")
+    config = compose.load([*SMALL, *own, *changes.split()])
+    plan = memory.end_to_end(config, on_a_cpu(config), end_to_end_sites(config))
+    assert plan.total == pytest.approx(measured_end_to_end(config, site), rel=TOLERANCE), plan
 
 
 @pytest.mark.parametrize(

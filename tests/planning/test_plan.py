@@ -19,7 +19,7 @@ from steerlora.lm import flops
 from steerlora.planning import fitting, plan
 from steerlora.planning.plan import make
 from steerlora.planning.trials import Trials
-from steerlora.planning.work import ADAPTER, HARVEST, SAE
+from steerlora.planning.work import ADAPTER, END_TO_END, HARVEST, SAE
 
 SECTIONS = ("plan", "trainer", "sae", "evaluation")
 
@@ -194,6 +194,22 @@ def test_a_published_sae_is_not_trained():
     plan = plan_of("model=qwen3_8b", "model.layers=4", "method.sites=[1]", "trainer=gpu")
     assert [*plan.memories] == [ADAPTER]
     assert plan.sae == 2 * 4096 * 65536 + 65536 + 4096
+
+
+def test_training_end_to_end_is_planned_beside_that_which_it_follows_or_in_its_place():
+    tuned = (*QWEN3_8B, *FEW, "sae.end_to_end.steps=50", "sae.end_to_end.batch_size=4")
+    both, new = plan_of(*tuned), plan_of(*tuned, "sae.end_to_end.start=new")
+    assert [*both.memories] == [HARVEST, SAE, END_TO_END, ADAPTER]
+    assert [*new.memories] == [END_TO_END, ADAPTER]
+    assert new.disk == 0
+    (work,) = (one for one in new.works if one.name == END_TO_END)
+    assert work.tokens == 50 * 4 * 64
+    around = flops.splicing_flops_per_token(new.shape, 1, 64)
+    own = new.trials.new_sae().training_flops_per_token()
+    assert work.model + work.single == pytest.approx(around + own, rel=0.03)
+    given = plan_of(*tuned, "sae.path=mine", "method.sites=[1,2]")
+    assert [*given.memories] == [END_TO_END, ADAPTER]
+    assert [one.tokens for one in given.works if one.name == END_TO_END] == [2 * 50 * 4 * 64]
 
 
 def test_packed_rows_are_full():
