@@ -76,6 +76,9 @@ def parse_arguments() -> argparse.Namespace:
         default=[Size(4096, 512, 8192), Size(4096, 1024, 32768)],
         help="tokens x width x latents of each, such as 4096x512x8192",
     )
+    parser.add_argument(
+        "--contenders", nargs="+", choices=[*CONTENDERS], help="beside ours; default: all there are"
+    )
     parser.add_argument("--k", type=int, default=32, help="active latents per token")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -97,7 +100,8 @@ def read_size(text: str) -> Size:
 
 def figures(size: Size, options: argparse.Namespace) -> dict:
     """Milliseconds of our step, its ratio to every other's, and the memory of all."""
-    names = [name for name in CONTENDERS if name == OURS or installed(name)]
+    asked = {OURS, *(options.contenders or CONTENDERS)}
+    names = [name for name in CONTENDERS if name in asked and (name == OURS or installed(name))]
     # In processes of their own first: this one's memory is then still what it was.
     memory = {name: memory_in_a_process_of_its_own(name, size, options) for name in names}
     made = {name: CONTENDERS[name](size, options) for name in names}
