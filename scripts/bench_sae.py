@@ -21,9 +21,11 @@ import json
 import multiprocessing
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from typing import NamedTuple
 
 import psutil
@@ -59,7 +61,8 @@ class Contender(NamedTuple):
 
 def main() -> None:
     options = parse_arguments()
-    found = {str(size): figures(size, options) for size in options.sizes}
+    with redirect_stdout(sys.stderr):  # libraries say things
+        found = {str(size): figures(size, options) for size in options.sizes}
     if options.json:
         print(json.dumps(found))
         return

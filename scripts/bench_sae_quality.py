@@ -16,8 +16,10 @@ import argparse
 import importlib.util
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,7 +83,8 @@ def main() -> None:
     for seed in options.seeds:
         for name, train in CONTENDERS.items():
             if name == OURS or installed(name.split(",")[0]):
-                found.setdefault(name, []).append(measured(train, seed, options))
+                with redirect_stdout(sys.stderr):  # libraries say things
+                    found.setdefault(name, []).append(measured(train, seed, options))
     if options.json:
         print(json.dumps({name: [one._asdict() for one in of] for name, of in found.items()}))
         return

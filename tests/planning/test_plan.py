@@ -56,7 +56,12 @@ def measured_once() -> Iterator[None]:
 
 def plan_of(*overrides: str):
     """The plan of some overrides; keys of sections are set without composing, which takes long."""
-    keys = [o for o in overrides if o.split(".")[0] in SECTIONS]
+    keys = [
+        override
+        for override in overrides
+        for section, *names in [override.partition("=")[0].split(".")]
+        if section in SECTIONS and len(names) == 1
+    ]
     config = compose.load(["stage=plan", *(o for o in overrides if o not in keys)])
     change = {key: yaml.safe_load(value) for key, _, value in (o.partition("=") for o in keys)}
     return make(fitting.changed(config, change))
