@@ -156,6 +156,6 @@ def trained_parameters(trials: Trials) -> dict[str, int]:
     """{part of the method: parameters that train}; the parts are named as its module has them."""
     found: Counter[str] = Counter()
     for name, parameter in trials.trained.items():
-        owner, part, _ = name.split(".", 2)
+        owner, part, *_ = name.split(".")
         found["in the layers" if owner == "model" else part] += parameter.numel()
     return found

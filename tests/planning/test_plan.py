@@ -309,3 +309,10 @@ def test_the_command_prints_tables_and_refuses_in_one_line(tmp_path, monkeypatch
     assert bad.err.startswith("error: adapter training needs")
     assert bad.err.count("\n") == 1
     assert [*tmp_path.iterdir()] == []  # nothing is written
+
+
+@pytest.mark.parametrize(
+    ("method", "trained"), [("sae_steering", {"strengths": 1}), ("steering_vector", {"vector": 32})]
+)
+def test_parameters_that_are_in_no_layer_are_counted(method, trained):
+    assert make(compose.load([f"method={method}", "model=micro_xs"])).trained == trained
