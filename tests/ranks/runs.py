@@ -168,13 +168,19 @@ class Starter:
         return files[0], files[1]
 
     def __call__(
-        self, *arguments: str, script: Path | None = None, first: str = "", **environment: str
+        self,
+        *arguments: str,
+        script: Path | None = None,
+        first: str = "",
+        slow_end: bool = False,
+        **environment: str,
     ) -> Run:
         """``steerlora`` with these arguments, in the tiny experiment, forked.
 
         Args:
             script: to run in its place.
             first: what Python runs before, as it would a sitecustomize.
+            slow_end: whether the interpreter takes itself apart at the end, as after a script.
         """
         out, err = self._files()
         before = out.with_name(f"{out.name}.py")
@@ -187,6 +193,7 @@ class Starter:
             out=str(out),
             err=str(err),
             first=first and str(before),
+            slow_end=slow_end,
         )
         known: list[int] = []
 

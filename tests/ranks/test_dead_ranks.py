@@ -34,7 +34,7 @@ group.Group(ranks.Ranks(world=1, port=free_port()))
 
 def test_an_end_while_looking_for_others_is_no_crash(start):
     """Python's end would abort a thread that is in the store's C++."""
-    runs = [start("--help", first=ENDS_WHILE_LOOKING) for _ in range(5)]
+    runs = [start("--help", first=ENDS_WHILE_LOOKING, slow_end=True) for _ in range(5)]
     assert [run.wait() for run in runs] == [0] * 5
 
 

@@ -145,7 +145,7 @@ def test_a_sequence_of_two_ranks_forgets_what_one_process_does(start, root, tmp_
     aside = Path(shutil.copytree(root, tmp_path / "aside"))
     sequence = ("stage=sequential_forgetting", "method.replay.ratio=0.5", *MEMORY)
     zero3 = ("trainer.strategy=zero3", "trainer.persistent_elements=0")
-    pair = start.ranks(*sequence, *zero3, f"artifacts.root={root}")
+    pair = start.ranks(*sequence, *zero3, f"artifacts.root={root}", slow_end=True)
     assert [run.wait() for run in pair] == [0, 0], pair[0].err
     start(*sequence, f"artifacts.root={aside}").ends_well()
     ours, theirs = (

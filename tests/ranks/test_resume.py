@@ -120,7 +120,7 @@ def test_checkpoints_belong_to_no_strategy(kind, start, root, tmp_path):
     reference = start(*training, f"artifacts.root={aside}")
     for number, options in enumerate(strategies, 1):
         pair = start.ranks(*training, *options, f"artifacts.root={root}")
-        until(reached(root, 8 * number, stage))
+        until(reached(root, 4 * number, stage))
         pair[1].send(signal.SIGUSR1)
         assert [run.wait() for run in pair] == [75, 75], pair[0].err
         assert number == 1 or "resuming from step-" in pair[0].out

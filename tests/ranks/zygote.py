@@ -2,14 +2,16 @@
 takes long, and forks.
 
 Standard input takes a JSON line per request, standard output answers each with another:
-{"script", "arguments", "environment", "folder", "out", "err", "first"} starts a process and gives
-its number; {"poll": number} gives its exit code as subprocess has it, or null while it runs.
+{"script", "arguments", "environment", "folder", "out", "err", "first", "slow_end"} starts one and
+gives its number; {"poll": number} gives its exit code as subprocess has it, or null while it runs.
 Without a ``script`` it is ``steerlora``. ``first``, where it is given, is one that the process runs
-before, as an interpreter runs sitecustomize.
+before, as an interpreter runs sitecustomize. With ``slow_end``, and after a ``script``, it ends as
+an interpreter does.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -17,7 +19,9 @@ import os
 import runpy
 import signal
 import sys
+import threading
 
+from hydra._internal.hydra import Hydra
 from runs import TINY, TRAININGS
 
 from steerlora.cli import compose
@@ -60,11 +64,34 @@ def become(request: dict) -> None:
         runpy.run_path(request["first"])
 
 
+def work() -> int:
+    """Run ``steerlora``; gives its exit code. What it raises ends it as it would any."""
+    try:
+        runpy.run_module("steerlora", run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        if isinstance(ended.code, str):  # which Python prints
+            raise
+        return ended.code or 0
+    return 0
+
+
+def end(code: int) -> None:
+    """As multiprocessing ends what it forked: an interpreter would take apart all that was ever
+    imported, and copy the memory page by page that it shares with the others."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 for name in SLOW:
     importlib.import_module(name)
 STAGES.items()  # which imports every stage
 for stage in TRAININGS:
     compose.load([*TINY, f"stage={stage}"])
+# Hydra would compose everything once more to read hydra.mode, which nothing sets.
+Hydra.get_mode = lambda *_, **__: None
 gc.freeze()  # at their ends the processes need not look through all of it
 asked = serve()
 if asked is not None:
@@ -72,4 +99,7 @@ if asked is not None:
     if asked["script"]:
         runpy.run_path(asked["script"], run_name="__main__")
     else:
-        runpy.run_module("steerlora", run_name="__main__", alter_sys=True)
+        code = work()
+        if not asked["slow_end"]:
+            end(code)
+        raise SystemExit(code)
