@@ -29,7 +29,8 @@ real: setup ## the same on SmolLM2 135M: REAL=<folder of text> BENCHMARKS=<folde
 	$(BIN)/python scripts/download.py model=smollm2_135m_q4
 	$(BIN)/steerlora experiment=smollm2 domains.dir=$(REAL) evaluation.folder=$(BENCHMARKS)
 
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# With bytecode: tests start processes, each of which would compile the package anew.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: setup ## the tests, but for the longest
 	$(PYTEST) -m "not long"
