@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 import another_machine
 import pytest
 
+ROOT = Path(__file__).parents[2]
 CHILD = """
 import pathlib, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
@@ -31,6 +33,20 @@ def results(folder: Path, value: float, verdict: str = "in range") -> Path:
     document = {"name": "x", "meaningful": True, "claims": [claim]}
     (folder / "claims.json").write_text(json.dumps(document))
     return folder
+
+
+def test_the_committed_results_of_two_instruction_sets_agree(tmp_path):
+    """The command of docs/trust.md; what it writes is what is committed."""
+    second = shutil.copytree(ROOT / "results/micro_avx2", tmp_path / "second")
+    (second / "comparison.json").unlink()
+    assert another_machine.main(["--compare", str(ROOT / "results/micro"), str(second)]) == 0
+    said, committed = (
+        json.loads((folder / "comparison.json").read_text())
+        for folder in (second, ROOT / "results/micro_avx2")
+    )
+    assert said["claims"] == committed["claims"]
+    built = {said[which]["built_by"].split(",")[0] for which in ("first", "second")}
+    assert built == {"AVX512", "AVX2"}
 
 
 def test_two_results_are_compared_without_a_run(tmp_path, capsys, monkeypatch):
