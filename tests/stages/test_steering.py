@@ -17,7 +17,7 @@ from steerlora.errors import UserError
 from steerlora.evaluation.records import read_record
 from steerlora.evaluation.steering import SteeringRecord
 from steerlora.methods.saving import load_adapter
-from steerlora.stages import common, evaluate, sequential_forgetting, steering
+from steerlora.stages import common, evaluate, sequential_forgetting, steering, steering_ways
 from steerlora.stages.steered_answers import Judge
 
 ASKED = (*TINY, "method=sae_steering", "study.interventions=[]")
@@ -63,7 +63,7 @@ def found(store):
 
 def test_every_way_gives_a_record(found):
     records = {name: record for name, (record, *_) in found[0].items()}
-    assert set(records) == {*steering.WAYS, "l0_2"}
+    assert set(records) == {*steering_ways.WAYS, "l0_2"}
     for record in records.values():
         assert [one.concept for one in record.concepts] == ["colour", "law", "towns"]
         for one in record.concepts:
@@ -95,7 +95,7 @@ def test_a_saved_adapter_gives_the_answers_that_were_graded(way, found):
     judge = Judge(model, tokenizer, world, own, settings.seed)
     for number, one in enumerate(record.concepts):
         asked = prompts(world, one.concept, 4, settings.seed)[1::2]
-        method = load_adapter(model, artifact / steering.ADAPTERS / one.concept)
+        method = load_adapter(model, artifact / steering_ways.ADAPTERS / one.concept)
         said = judge.answer(asked, settings.seed + 1000 * number + 1)
         assert judge.grades(asked, said, method) == one.grades
         method.remove()
@@ -114,7 +114,7 @@ def test_the_experiment_asks_for_every_way_and_a_reduced_one_ends_with_a_report(
     overrides = ["experiment=steering", "study.seeds=[5]"]
     plan = experiment.plan(compose.load(overrides), lambda *more: compose.load([*overrides, *more]))
     found = {one.step.config.condition: one.step.config for one in plan.staged}
-    assert set(found) == {*steering.WAYS, "l0_4", "l0_64"}
+    assert set(found) == {*steering_ways.WAYS, "l0_4", "l0_64"}
     assert {one.seed for one in found.values()} == {5}
     assert {one.concepts for one in found.values()} == {CONCEPTS}
     assert {len(one.factors) for one in found.values()} == {8}
