@@ -91,7 +91,7 @@ def test_a_saved_adapter_gives_the_answers_that_were_graded(way, found):
     model, tokenizer = common.load_base(inputs["base"])
     world = world_of(inputs["domains"].json("world.json"))
     settings = step.config
-    own = [p for c in settings.concepts for p in prompts(world, c, steering.UNSTEERED, 1)]
+    own = [p for c in settings.concepts for p in prompts(world, c, steering_ways.UNSTEERED, 1)]
     judge = Judge(model, tokenizer, world, own, settings.seed)
     for number, one in enumerate(record.concepts):
         asked = prompts(world, one.concept, 4, settings.seed)[1::2]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ALONG = ("latents", "vector")
 HOW = ("set", "add")
 Latent = Annotated[int, Interval(ge=0, le=2**31)]
+Strength = Annotated[float, Interval(ge=-1e9, le=1e9)]
 
 
 @method("sae_steering")
@@ -38,7 +39,7 @@ class SAESteeringConfig(MethodConfig):
     that, down to 0. What the SAE does not reconstruct stays as it is."""
     latents: Annotated[list[Latent], MinLen(1), Distinct()] = field(default_factory=lambda: [0])
     """Latents that are changed, from 0."""
-    strengths: Annotated[list[float], MinLen(1)] = field(default_factory=lambda: [1.0])
+    strengths: Annotated[list[Strength], MinLen(1)] = field(default_factory=lambda: [1.0])
     """Of each latent, in the SAE's units, at the start of training; of a vector, the one number
     that it is multiplied by."""
 
