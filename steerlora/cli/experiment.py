@@ -16,7 +16,7 @@ import pandas as pd
 from steerlora.cli.compose import Compose
 from steerlora.cli.study_models import compared_models, options_of_model
 from steerlora.config import Config, StudyConfig
-from steerlora.config.run import PARTS, StageConfig
+from steerlora.config.run import StageConfig
 from steerlora.engine import code, machine
 from steerlora.engine.artifacts import Artifact, ArtifactStore
 from steerlora.engine.lineage import Library
@@ -37,6 +37,7 @@ from steerlora.reporting.run_rows import row_of
 from steerlora.reporting.runs import open_run
 from steerlora.reporting.settings import flat
 from steerlora.stages import causal_ablation, evaluate, sequential_forgetting
+from steerlora.stages.common import SEEDS, varied
 
 NO_METHOD = "method=base"
 """The override that asks for the base alone, which no other option of a method goes with."""
@@ -143,15 +144,8 @@ def _of_stage(config: Config, compose: Compose) -> tuple[Planned, ...]:
 
 def _replicate(config: Config, seed: int) -> list[str]:
     """Overrides for a replicate: what varies has its seed, the rest that of the first."""
-    keys = dict(zip(PARTS, ("model.seed", "sae.seed", "seed"), strict=True))
     first, own = config.study.seeds[0], varied(config)
-    return [f"{key}={seed if part in own else first}" for part, key in keys.items()]
-
-
-def varied(config: Config) -> list[str]:
-    """What every replicate has of its own; a base or SAEs that are given are the same in all."""
-    given = {"base": config.model.path, "sae": config.sae.path}
-    return [part for part in PARTS if part in config.study.vary and not given.get(part)]
+    return [f"{key}={seed if part in own else first}" for part, key in SEEDS.items()]
 
 
 def _order(name: str) -> list[str]:

@@ -44,6 +44,10 @@ class Interval(NamedTuple):
         """Whether value and bounds are all finite."""
         return bool(np.isfinite([self.value, self.low, self.high]).all())
 
+    def shifted(self, by: float) -> Interval:
+        """The same, so far up."""
+        return self._replace(value=self.value + by, low=self.low + by, high=self.high + by)
+
 
 def standard_error(values: Sequence[float]) -> float:
     """Standard error of a mean, ``std(ddof=1) / sqrt(n)``; 0 below two values.

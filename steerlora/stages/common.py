@@ -61,11 +61,15 @@ SEEDS = {"base": "model.seed", "sae": "sae.seed", "adapter": "seed"}
 """{part of a replicate: the key of its seed}."""
 
 
+def varied(config: Config) -> list[str]:
+    """What every replicate has of its own; a base or SAEs that are given are the same in all."""
+    given = {"base": config.model.path, "sae": config.sae.path}
+    return [part for part in SEEDS if part in config.study.vary and not given.get(part)]
+
+
 def replicate(config: Config, seed: int) -> list[str]:
     """Overrides that make anew what a replicate of an experiment about a stage has of its own."""
-    given = {"base": config.model.path, "sae": config.sae.path}
-    parts = [part for part in config.study.vary if not given.get(part)]
-    return [f"{SEEDS[part]}={seed}" for part in parts]
+    return [f"{SEEDS[part]}={seed}" for part in varied(config)]
 
 
 class BasePlace(NamedTuple):

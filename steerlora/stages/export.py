@@ -98,7 +98,6 @@ def build(context: Context) -> dict:
         method,
         folder,
         base_fingerprint=given.json(POINTER)["fingerprint"],
-        sae_paths=saes,
         trained_under=trained_under(learnt),
     )
     if saes:

@@ -59,6 +59,8 @@ UNSTEERED = 30
 SAE, UNTRAINED = "sae", "untrained"
 LEARNT = "lora"
 """The way that trains a method of ``trained``."""
+OF_UNTRAINED = "untrained_sae"
+"""The one way that reads an untrained SAE."""
 
 
 class Bench:
@@ -74,7 +76,9 @@ class Bench:
         (self.site,) = settings.latents.sites
         self.sae_folder = context.inputs["sae"] / sae_training.FOLDER
         sae = load_sae(self.sae_folder, self.model.device)
-        self.saes = {SAE: sae, UNTRAINED: sae.untrained_like(settings.seed)}
+        self.saes = {SAE: sae}
+        if settings.way == OF_UNTRAINED:
+            self.saes[UNTRAINED] = sae.untrained_like(settings.seed)
         self.world = world_of(context.inputs["domains"].json("world.json"))
         self.prompts = {
             concept: prompts(self.world, concept, settings.prompts, settings.seed)
@@ -303,7 +307,7 @@ WAYS: dict[str, Callable[[Bench], list[Aim]]] = {
     "component": Bench.component,
     "random_latent": Bench.random_latent,
     "random_direction": Bench.random_direction,
-    "untrained_sae": Bench.untrained,
+    OF_UNTRAINED: Bench.untrained,
     "permuted_labels": Bench.permuted,
     "unsteered": Bench.unsteered,
 }

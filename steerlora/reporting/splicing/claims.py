@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from steerlora.evaluation.splicing import ADAPTER, BASE, METHOD, SAES
-from steerlora.evaluation.statistics import Interval
 from steerlora.reporting.claims import Claim, judged_claim, without_verdicts
 from steerlora.reporting.effects import Measure
 from steerlora.reporting.splicing.shares import Study, flops_to_reach
@@ -121,19 +120,13 @@ def _claim(
         unit=unit,
         smallest=smallest,
         range=range,
-        direction=[_shifted(one.interval, shift) for one in judged_on],
+        direction=[one.interval.shifted(shift) for one in judged_on],
         agrees=low is not None
         and all(overlaps(one.interval, low, high) for one in measures if one is not None),
         whole=whole,
         counts_from=number(counts, digits, sign=unit != "percent") + ending,
         note=note,
         rule=RULE,
-    )
-
-
-def _shifted(interval: Interval, by: float) -> Interval:
-    return interval._replace(
-        value=interval.value + by, low=interval.low + by, high=interval.high + by
     )
 
 

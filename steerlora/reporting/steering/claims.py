@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from steerlora.evaluation.statistics import Interval
 from steerlora.reporting.claims import Claim, judged_claim, without_verdicts
 from steerlora.reporting.effects import Measure
 from steerlora.reporting.steering.study import Study
@@ -155,17 +154,11 @@ def _claim(
         measures,
         unit="score",
         smallest=smallest,
-        direction=[_shifted(one.interval, shift) for one in known],
+        direction=[one.interval.shifted(shift) for one in known],
         whole=len(known) == len(measures),
         counts_from=number(LEAST_SHARE * smallest - shift, 3, sign=True),
         note=note,
         rule=RULE,
-    )
-
-
-def _shifted(interval: Interval, by: float) -> Interval:
-    return interval._replace(
-        value=interval.value + by, low=interval.low + by, high=interval.high + by
     )
 
 
